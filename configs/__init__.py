@@ -1,0 +1,1 @@
+"""One YAML file a run; each begins with the command that runs it."""

@@ -1,0 +1,1 @@
+"""How a person runs it: command line, configuration, presets, progress, tables."""
