@@ -1,0 +1,54 @@
+"""The settings that decide the cached values, their hash, and what to say when they differ."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.cache.commit import canonical_json
+from teacher_cache.cache.errors import UserError
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the settings' canonical JSON."""
+    return hashlib.sha256(canonical_json(settings).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(
+    recorded: dict[str, Any], requested: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf that differs, as (dotted field, recorded value, requested value)."""
+    for key in sorted(recorded.keys() | requested.keys()):
+        old, new = recorded.get(key), requested.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            for field, old_leaf, new_leaf in differences(old, new):
+                yield f"{key}.{field}", old_leaf, new_leaf
+        elif old != new:
+            yield key, old, new
+
+
+def refuse_changed_settings(
+    cache: Path, recorded: dict[str, Any], requested: dict[str, Any]
+) -> None:
+    """Stop when a cache was made with other settings; nothing is ever mixed.
+
+    Raises:
+        UserError: naming every field that differs, both values and the remedy.
+    """
+    changed = [
+        f"{field} is {old!r} in the cache and {new!r} in this run"
+        for field, old, new in differences(recorded, requested)
+    ]
+    if changed:
+        raise UserError(
+            f"{cache} was made with other settings: {'; '.join(changed)}. Give these settings "
+            "the cache's values, another --out, or --overwrite to start the cache again"
+        )
