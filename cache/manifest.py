@@ -1,0 +1,130 @@
+"""The manifest: what a cache is, whether it is complete, and the hashes of everything beside shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.cache.commit import write_json_atomically
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import FORMAT, FORMAT_VERSION, FieldSpec, Schema
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSummary:
+    """What one split holds.
+
+    Attributes:
+        num_documents: source documents, empty ones included: the shard plan's length.
+        num_shards: of the plan.
+        num_samples: cached samples; 0 until the cache is complete, as are the next three.
+        num_tokens: positions over all samples.
+        num_truncated: samples cut at the maximum length.
+        num_bytes: of the shards' files.
+        report: what the survey of the corpus counted (empty, duplicate, labels).
+    """
+
+    num_documents: int
+    num_shards: int
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_truncated: int = 0
+    num_bytes: int = 0
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Written first without an index, replaced at every segment, and last when all is there.
+
+    Attributes:
+        settings: all that changes the cached values; `fingerprint` is its hash.
+        layout: how documents are cut into shards: `documents_per_shard`, `shard_mb`.
+        schema: the fields of a sample.
+        splits: by name, in the order in which they are computed.
+        about: facts a reader wants but that do not change values (class names, preset, paths).
+        teacher_files: SHA-256 of each file of the `teacher/` folder.
+        index: `path` and `sha256` of each committed index segment.
+        complete: every shard of every split is committed and indexed.
+        created_at: UTC, ISO 8601.
+        completed_at: the same, None while incomplete.
+        versions: of the libraries that made it.
+    """
+
+    fingerprint: str
+    settings: dict[str, Any]
+    layout: dict[str, int]
+    schema: Schema
+    splits: dict[str, SplitSummary]
+    about: dict[str, Any]
+    teacher_files: dict[str, str]
+    versions: dict[str, str]
+    index: tuple[dict[str, str], ...] = ()
+    complete: bool = False
+    created_at: str
+    completed_at: str | None = None
+
+    def completed(self, splits: dict[str, SplitSummary]) -> Manifest:
+        """The same cache with its final counts, marked complete now."""
+        return replace(self, splits=splits, complete=True, completed_at=utc_now())
+
+    def reopened(self) -> Manifest:
+        """The same cache, about to change: incomplete until its last commit."""
+        return replace(self, complete=False, completed_at=None)
+
+    def write(self, cache: Path) -> None:
+        """Commit it atomically.
+
+        Raises:
+            UserError: where the file system refuses.
+        """
+        value = asdict(self) | {"format": FORMAT, "format_version": FORMAT_VERSION}
+        value["schema"] = [spec.to_json() for spec in self.schema]
+        write_json_atomically(cache / MANIFEST_NAME, value)
+
+
+def utc_now() -> str:
+    """The time, UTC, ISO 8601, to the microsecond (the newest cache is chosen by it)."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """Read a cache's manifest.
+
+    Raises:
+        UserError: if there is none, it is not ours, or its format is newer than this reader.
+    """
+    path = cache / MANIFEST_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{cache} is no cache (it has no {MANIFEST_NAME}): give a folder that "
+            "`pipe cache-teacher` wrote, or run `pipe cache-teacher --data ...` first"
+        )
+    try:
+        value = json.loads(path.read_text())
+        found_format, version = value.pop("format"), value.pop("format_version")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged or no cache manifest ({error!r}): restore it, or run stage one "
+            "again with --overwrite"
+        ) from error
+    if found_format != FORMAT or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {found_format} version {version}, this release reads {FORMAT} up "
+            f"to version {FORMAT_VERSION}: upgrade teacher-cache, or make the cache again"
+        )
+    try:
+        value["schema"] = tuple(FieldSpec.from_json(spec) for spec in value["schema"])
+        value["splits"] = {name: SplitSummary(**split) for name, split in value["splits"].items()}
+        value["index"] = tuple(value["index"])
+        return Manifest(**value)
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} lacks or adds fields ({error}): restore it, or run stage one again with "
+            "--overwrite"
+        ) from error

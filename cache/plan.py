@@ -1,0 +1,45 @@
+"""The shard plan: which source documents make shard i, the same for every worker and restart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from teacher_cache.cache.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """Fixed-size runs of consecutive documents; only the last shard may be shorter.
+
+    Attributes:
+        num_documents: of the corpus, in its order.
+        documents_per_shard: recorded once, so a longer corpus changes the last shard only.
+    """
+
+    num_documents: int
+    documents_per_shard: int
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return -(-self.num_documents // self.documents_per_shard)
+
+    def documents(self, shard_idx: int) -> tuple[int, int]:
+        """First and one-past-last document of a shard."""
+        start = shard_idx * self.documents_per_shard
+        return start, min(start + self.documents_per_shard, self.num_documents)
+
+
+def documents_per_shard(bytes_per_sample: float, *, shard_mb: int, max_documents: int) -> int:
+    """How many documents fill a shard of `shard_mb` megabytes, at most `max_documents`.
+
+    The second bound keeps what a kill can lose small where samples are tiny, as class logits are.
+
+    Raises:
+        UserError: if a bound is not positive.
+    """
+    if shard_mb < 1 or max_documents < 1:
+        raise UserError(
+            f"a shard of {shard_mb} MB and {max_documents} documents holds nothing: give at "
+            "least 1 of each"
+        )
+    return max(1, min(max_documents, int(shard_mb * 1e6 / bytes_per_sample)))

@@ -1,0 +1,153 @@
+"""Read a cache at random or in order, with checksums, without torch and without the command line."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from teacher_cache.cache.errors import BadShardError, UserError, did_you_mean
+from teacher_cache.cache.index import read_segment
+from teacher_cache.cache.manifest import read_manifest
+from teacher_cache.cache.schema import Fields, Ragged
+from teacher_cache.cache.sidecar import Sidecar
+from teacher_cache.cache.stores.arrow import ArrowShard
+
+MAX_OPEN_SHARDS = 256
+
+
+class CacheReader:
+    """One split of a complete cache.
+
+    Args:
+        cache: the cache's folder.
+        split: `labeled` or `unlabeled`.
+
+    Raises:
+        UserError: if there is no cache, it is not complete, its format is newer than this
+            release, or it has no such split.
+        BadShardError: if an index segment is missing or damaged.
+    """
+
+    def __init__(self, cache: Path | str, split: str = "labeled"):
+        self.cache = Path(cache)
+        self.manifest = read_manifest(self.cache)
+        if not self.manifest.complete:
+            raise UserError(
+                f"{self.cache} is not complete: run the same `pipe cache-teacher` again, it "
+                "resumes from the committed shards"
+            )
+        if split not in self.manifest.splits:
+            raise UserError(
+                f"{self.cache} has no split {split!r}: {did_you_mean(split, self.manifest.splits)}"
+            )
+        self.split = split
+        self.sidecars = self._read_index()
+        self._starts = np.cumsum([0, *(sidecar.num_samples for sidecar in self.sidecars)])
+        self._open: OrderedDict[int, ArrowShard] = OrderedDict()
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return int(self._starts[-1])
+
+    def sample(self, sample_idx: int) -> dict[str, np.ndarray]:
+        """One sample's fields, as views of the mapped shard.
+
+        Args:
+            sample_idx: 0 to len - 1, in cache order.
+
+        Returns:
+            `sample_id` V16, `input_ids` u32 [S], `label` i32 (-1 for none), `class_logits` f32 [C].
+
+        Raises:
+            IndexError: if there is no such sample.
+            BadShardError: if its bytes are missing or differ from their checksum.
+        """
+        if not 0 <= sample_idx < len(self):
+            raise IndexError(f"sample {sample_idx} of {len(self)}")
+        shard_idx = int(np.searchsorted(self._starts, sample_idx, side="right")) - 1
+        return self._shard(shard_idx).sample(sample_idx - int(self._starts[shard_idx]))
+
+    def samples(self, sample_idxs: Sequence[int] | np.ndarray) -> Fields:
+        """Several samples, in the order asked for: fixed-size fields stacked, others ragged."""
+        found = [self.sample(int(sample_idx)) for sample_idx in sample_idxs]
+        return {
+            spec.name: Ragged.from_arrays([one[spec.name] for one in found], spec.dtype)
+            if spec.is_ragged
+            else np.array([one[spec.name] for one in found], dtype=spec.dtype).reshape(
+                len(found), *(int(size) for size in spec.shape)
+            )
+            for spec in self.manifest.schema
+        }
+
+    def find(self, sample_id: str) -> int:
+        """The index of the sample with this hex id (or the start of one).
+
+        Raises:
+            UserError: if no sample, or more than one, has it.
+        """
+        matches = [
+            sample_idx
+            for sample_idx, found in enumerate(self.sample_ids())
+            if found.hex().startswith(sample_id.lower())
+        ]
+        if len(matches) != 1:
+            raise UserError(
+                f"{len(matches)} samples of {self.cache} ({self.split}) have an id that starts "
+                f"with {sample_id!r}: give the whole id, as `pipe inspect` prints it"
+            )
+        return matches[0]
+
+    def sample_ids(self) -> Iterator[bytes]:
+        """Every sample's 16-byte id, in cache order."""
+        for fields in self.batches():
+            for sample_id in fields["sample_id"]:
+                yield sample_id.tobytes()
+
+    def batches(self) -> Iterator[Fields]:
+        """Every record batch in cache order: a fast pass over the whole split."""
+        for shard_idx in range(len(self.sidecars)):
+            yield from self._shard(shard_idx).batches()
+
+    def lengths(self) -> np.ndarray:
+        """Positions of every sample, [N] int64."""
+        shards = range(len(self.sidecars))
+        return np.concatenate([np.empty(0, np.int64), *(self._shard(i).lengths() for i in shards)])
+
+    def column(self, name: str) -> np.ndarray:
+        """One fixed-size field of every sample, [N, ...]: labels, say, or class logits."""
+        parts = [np.asarray(fields[name]) for fields in self.batches()]
+        spec = next(spec for spec in self.manifest.schema if spec.name == name)
+        empty = np.empty((0, *(int(size) for size in spec.shape)), spec.dtype)
+        return np.concatenate([empty, *parts])
+
+    def _shard(self, shard_idx: int) -> ArrowShard:
+        if shard_idx in self._open:
+            self._open.move_to_end(shard_idx)
+            return self._open[shard_idx]
+        sidecar = self.sidecars[shard_idx]
+        shard = ArrowShard(
+            self.cache / sidecar.path, self.manifest.schema, sidecar.batches, sidecar.num_bytes
+        )
+        self._open[shard_idx] = shard
+        if len(self._open) > MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return shard
+
+    def _read_index(self) -> list[Sidecar]:
+        prefix = f"index/{self.split}-"
+        sidecars = [
+            sidecar
+            for entry in self.manifest.index
+            if entry["path"].startswith(prefix)
+            for sidecar in read_segment(self.cache, entry)
+        ]
+        expected = self.manifest.splits[self.split].num_shards
+        if len(sidecars) != expected:
+            raise BadShardError(
+                f"the index of {self.cache} lists {len(sidecars)} {self.split} shards, the manifest "
+                f"{expected}: run stage one again, it rebuilds the index"
+            )
+        return sorted(sidecars, key=lambda sidecar: sidecar.shard_idx)

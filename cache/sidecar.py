@@ -1,0 +1,115 @@
+"""The sidecar beside each shard: what it holds, its checksums, and how it was computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.cache.commit import canonical_json
+from teacher_cache.cache.errors import BadShardError
+from teacher_cache.cache.fingerprint import file_sha256
+from teacher_cache.cache.stores.arrow import BatchRange
+
+SHARDS_PER_FOLDER = 1000
+
+
+def shard_path(split: str, shard_idx: int, suffix: str) -> str:
+    """Path of a shard inside the cache: sub-folders of 1,000 shards."""
+    return f"{split}/{shard_idx // SHARDS_PER_FOLDER:03d}/{shard_idx:06d}{suffix}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """A committed shard. It exists only once the shard's bytes are durable.
+
+    Attributes:
+        split: the corpus, `labeled` or `unlabeled`.
+        shard_idx: its number in the split.
+        path: of the shard, relative to the cache.
+        documents: first and one-past-last source document, in corpus order.
+        num_bytes: of the shard's file.
+        num_samples: samples in it (empty documents have none).
+        num_tokens: positions, over all samples.
+        num_truncated: samples that were cut at the maximum length.
+        first_id: hex id of its first sample, empty without samples.
+        last_id: hex id of its last sample.
+        sha256: of the whole file.
+        batches: byte range and CRC32C of each record batch.
+        fingerprint: of the settings that made it.
+        environment: dtype, device, threads, batch budget, versions, halvings: what bits depend on.
+    """
+
+    split: str
+    shard_idx: int
+    path: str
+    documents: tuple[int, int]
+    num_bytes: int
+    num_samples: int
+    num_tokens: int
+    num_truncated: int
+    first_id: str
+    last_id: str
+    sha256: str
+    batches: list[BatchRange]
+    fingerprint: str
+    environment: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal shards have equal sidecars."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Sidecar:
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no sidecar.
+        """
+        value = json.loads(text)
+        if not isinstance(value, dict) or value.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError("fields are missing or unknown")
+        value["documents"] = tuple(value["documents"])
+        value["batches"] = [BatchRange(**batch) for batch in value["batches"]]
+        return cls(**value)
+
+    def verify(self, cache: Path) -> None:
+        """Check the shard's bytes against size and SHA-256.
+
+        Raises:
+            BadShardError: naming the shard and what differs.
+        """
+        path = cache / self.path
+        found = path.stat().st_size if path.exists() else None
+        if found != self.num_bytes:
+            raise BadShardError(
+                f"{path} has {'no' if found is None else found} bytes, its sidecar says "
+                f"{self.num_bytes}: run stage one again, it rebuilds just this shard"
+            )
+        if file_sha256(path) != self.sha256:
+            raise BadShardError(
+                f"{path} differs from its SHA-256: run stage one again, it rebuilds just this shard"
+            )
+
+
+def sidecar_path(cache: Path, split: str, shard_idx: int) -> Path:
+    """Where the shard's sidecar lies."""
+    return cache / shard_path(split, shard_idx, ".json")
+
+
+def read_sidecar(cache: Path, split: str, shard_idx: int) -> Sidecar | None:
+    """The shard's sidecar, or None where the shard was not committed.
+
+    Raises:
+        BadShardError: if the sidecar cannot be read back.
+    """
+    path = sidecar_path(cache, split, shard_idx)
+    if not path.exists():
+        return None
+    try:
+        return Sidecar.from_json(path.read_text())
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadShardError(
+            f"{path} is no readable sidecar ({error}): run stage one again, it rebuilds this shard"
+        ) from error

@@ -1,0 +1,187 @@
+"""The Arrow store: one uncompressed IPC file a shard, memory-mapped, 64 samples a record batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+
+from teacher_cache.cache.errors import BadShardError
+from teacher_cache.cache.schema import NO_LABEL, Fields, FieldSpec, Ragged, Schema, check_fields
+
+SUFFIX = ".arrow"
+SAMPLES_PER_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRange:
+    """Where one record batch lies in the file, and the CRC32C of those bytes."""
+
+    offset: int
+    num_bytes: int
+    num_samples: int
+    crc32c: int
+
+
+def encode(schema: Schema, fields: Fields) -> tuple[bytes, list[BatchRange]]:
+    """Lay out a shard as the bytes of an Arrow IPC file.
+
+    Returns:
+        The file's bytes and one range per record batch, for the sidecar's checksums.
+
+    Raises:
+        UserError: if the fields do not fit the schema.
+    """
+    num_samples = check_fields(schema, fields)
+    arrow_schema = pa.schema([_arrow_field(spec) for spec in schema])
+    sink = pa.BufferOutputStream()
+    spans: list[tuple[int, int, int]] = []
+    with pa.ipc.new_file(sink, arrow_schema) as writer:
+        for start in range(0, num_samples, SAMPLES_PER_BATCH):
+            stop = min(start + SAMPLES_PER_BATCH, num_samples)
+            columns = [_to_arrow(spec, fields[spec.name], start, stop) for spec in schema]
+            begin = sink.tell()
+            writer.write_batch(pa.record_batch(columns, schema=arrow_schema))
+            spans.append((begin, sink.tell() - begin, stop - start))
+    data = sink.getvalue().to_pybytes()
+    batches = [
+        BatchRange(
+            offset=offset,
+            num_bytes=num_bytes,
+            num_samples=num_in_batch,
+            crc32c=google_crc32c.value(data[offset : offset + num_bytes]),
+        )
+        for offset, num_bytes, num_in_batch in spans
+    ]
+    return data, batches
+
+
+def _arrow_type(spec: FieldSpec) -> pa.DataType:
+    dtype = np.dtype(spec.dtype)
+    value = pa.binary(dtype.itemsize) if dtype.kind == "V" else pa.from_numpy_dtype(dtype)
+    if spec.is_ragged:
+        return pa.list_(value)
+    for size in reversed(spec.shape):
+        value = pa.list_(value, int(size))
+    return value
+
+
+def _arrow_field(spec: FieldSpec) -> pa.Field:
+    return pa.field(spec.name, _arrow_type(spec), nullable=spec.nullable)
+
+
+def _to_arrow(spec: FieldSpec, column: np.ndarray | Ragged, start: int, stop: int) -> pa.Array:
+    arrow_type = _arrow_type(spec)
+    if isinstance(column, Ragged):
+        offsets = column.offsets[start : stop + 1]
+        values = pa.array(column.values[offsets[0] : offsets[-1]])
+        return pa.ListArray.from_arrays(
+            pa.array((offsets - offsets[0]).astype(np.int32)), values, type=arrow_type
+        )
+    part = np.ascontiguousarray(column[start:stop])
+    if part.dtype.kind == "V":
+        return pa.Array.from_buffers(arrow_type, len(part), [None, pa.py_buffer(part.tobytes())])
+    if spec.nullable:
+        return pa.array(part, type=arrow_type, mask=part == NO_LABEL)
+    values = pa.array(part.reshape(-1))
+    for size in reversed(spec.shape):
+        values = pa.FixedSizeListArray.from_arrays(values, int(size))
+    return values
+
+
+class ArrowShard:
+    """A memory-mapped shard; each record batch is checked against its CRC32C when first touched.
+
+    Raises:
+        BadShardError: if the file is missing, of another size, or no Arrow file.
+    """
+
+    def __init__(self, path: Path, schema: Schema, batches: list[BatchRange], num_bytes: int):
+        self.path = path
+        self._schema = schema
+        self._ranges = batches
+        self._starts = np.cumsum([0, *(batch.num_samples for batch in batches)])
+        self._checked: dict[int, Fields] = {}
+        # The size comes first: reading past a truncated mapping would kill the process.
+        found = path.stat().st_size if path.exists() else None
+        if found != num_bytes:
+            raise BadShardError(
+                f"{path} has {found if found is not None else 'no'} bytes, its sidecar says "
+                f"{num_bytes}: run stage one again, it rebuilds just this shard"
+            )
+        self._map = pa.memory_map(str(path))
+        try:
+            self._file = pa.ipc.open_file(self._map)
+        except pa.ArrowInvalid as error:
+            raise BadShardError(
+                f"{path} is no readable Arrow file ({error}): run stage one again, it rebuilds "
+                "just this shard"
+            ) from error
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return int(self._starts[-1])
+
+    def sample(self, sample_idx: int) -> dict[str, np.ndarray]:
+        """One sample's fields: views of the mapped file.
+
+        Raises:
+            BadShardError: if the record batch's bytes differ from their checksum.
+        """
+        batch_idx = int(np.searchsorted(self._starts, sample_idx, side="right")) - 1
+        row = sample_idx - int(self._starts[batch_idx])
+        return {name: column[row] for name, column in self._batch(batch_idx).items()}
+
+    def lengths(self) -> np.ndarray:
+        """Positions of each sample, [N] int64, read from the list offsets alone (no checksum)."""
+        parts = [
+            np.diff(np.asarray(self._column(batch_idx, "input_ids").offsets))
+            for batch_idx in range(len(self._ranges))
+        ]
+        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+
+    def batches(self) -> Iterator[Fields]:
+        """Every record batch's fields, checked, in order."""
+        for batch_idx in range(len(self._ranges)):
+            yield self._batch(batch_idx)
+
+    def _column(self, batch_idx: int, name: str) -> pa.Array:
+        return self._file.get_batch(batch_idx).column(name)
+
+    def _batch(self, batch_idx: int) -> Fields:
+        if batch_idx not in self._checked:
+            self._check(batch_idx)
+            batch = self._file.get_batch(batch_idx)
+            self._checked[batch_idx] = {
+                spec.name: _from_arrow(spec, batch.column(spec.name)) for spec in self._schema
+            }
+        return self._checked[batch_idx]
+
+    def _check(self, batch_idx: int) -> None:
+        extent = self._ranges[batch_idx]
+        self._map.seek(extent.offset)
+        found = google_crc32c.value(self._map.read(extent.num_bytes))
+        if found != extent.crc32c:
+            raise BadShardError(
+                f"{self.path}: record batch {batch_idx} (bytes {extent.offset} to "
+                f"{extent.offset + extent.num_bytes}) differs from its checksum: run stage one "
+                "again, it rebuilds just this shard"
+            )
+
+
+def _from_arrow(spec: FieldSpec, array: pa.Array) -> np.ndarray | Ragged:
+    if isinstance(array, pa.ListArray):
+        values = array.values.to_numpy(zero_copy_only=True)
+        return Ragged(values=values, offsets=np.asarray(array.offsets).astype(np.int64))
+    if isinstance(array, pa.FixedSizeBinaryArray):
+        data = np.frombuffer(array.buffers()[1], spec.dtype)
+        return data[array.offset : array.offset + len(array)]
+    if spec.nullable:
+        return array.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
+    while isinstance(array, pa.FixedSizeListArray):
+        array = array.flatten()
+    return array.to_numpy(zero_copy_only=True).reshape(-1, *(int(size) for size in spec.shape))

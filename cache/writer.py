@@ -1,0 +1,317 @@
+"""Write a cache shard by shard; killed at any instant, the next writer goes on from what is committed.
+
+The order of commits is shard, sidecar, index segment, manifest: done means all four.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from teacher_cache.cache.commit import explained, remove_leftovers, write_bytes_atomically
+from teacher_cache.cache.errors import BadShardError, UserError
+from teacher_cache.cache.fingerprint import file_sha256, refuse_changed_settings
+from teacher_cache.cache.index import read_segment, segment_path, write_segment
+from teacher_cache.cache.lock import LOCK_NAME, writer_lock
+from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
+from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.schema import Fields, Ragged
+from teacher_cache.cache.sidecar import (
+    SHARDS_PER_FOLDER,
+    Sidecar,
+    read_sidecar,
+    shard_path,
+    sidecar_path,
+)
+from teacher_cache.cache.stores import arrow
+
+TEACHER_FOLDER = "teacher"
+SPLITS = ("labeled", "unlabeled")
+
+logger = logging.getLogger(__name__)
+
+
+class CacheWriter:
+    """The one writer of a cache; use as a context manager.
+
+    Args:
+        cache: folder of the cache, created if need be.
+        manifest: what this run wants the cache to be (incomplete, without index).
+        plans: the shard plan of each split, in the manifest's order.
+        overwrite: start the cache again, whatever its settings were.
+
+    Raises:
+        UserError: on entering, if another process writes here, the folder is something else, the
+            recorded settings or layout differ, or the cache already holds more documents.
+    """
+
+    def __init__(
+        self, cache: Path, manifest: Manifest, plans: dict[str, ShardPlan], *, overwrite: bool
+    ):
+        self.cache = cache
+        self.manifest = manifest
+        self._plans = plans
+        self._overwrite = overwrite
+        self._sidecars: dict[str, dict[int, Sidecar]] = {split: {} for split in plans}
+        self._segments: dict[str, str] = {}  # path -> sha256 of segments that are still true
+        self._stack = ExitStack()
+
+    def __enter__(self) -> CacheWriter:
+        with ExitStack() as stack:
+            stack.enter_context(writer_lock(self.cache))
+            for leftover in remove_leftovers(self.cache):
+                logger.info("removed %s, left by a run that was killed", leftover)
+            if self._overwrite:
+                self._clear()
+            if (self.cache / MANIFEST_NAME).exists():
+                self._adopt(read_manifest(self.cache))
+            else:
+                self._refuse_foreign_folder()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def begin(self, write_teacher_files: Callable[[Path], None]) -> list[tuple[str, int]]:
+        """Record teacher files and manifest, and list what is still to do.
+
+        Args:
+            write_teacher_files: fills the `teacher/` folder, atomically and deterministically.
+
+        Returns:
+            (split, shard index) of every shard that is not committed, in order; when there is
+            none the cache is left as it was.
+        """
+        todo = [
+            (split, shard_idx)
+            for split, plan in self._plans.items()
+            for shard_idx in range(len(plan))
+            if shard_idx not in self._sidecars[split]
+        ]
+        if todo or not self.manifest.complete:
+            folder = self.cache / TEACHER_FOLDER
+            write_teacher_files(folder)
+            self.manifest = replace(self.manifest.reopened(), teacher_files=hash_files(folder))
+            self._write_manifest()
+        return todo
+
+    def commit(
+        self,
+        split: str,
+        shard_idx: int,
+        fields: Fields,
+        *,
+        num_truncated: int,
+        environment: dict[str, Any],
+    ) -> Sidecar:
+        """Make one shard durable, then its sidecar, then, where it fills one, its index segment.
+
+        Raises:
+            UserError: if the fields do not fit the schema or the file system refuses.
+        """
+        data, batches = arrow.encode(self.manifest.schema, fields)
+        ids, tokens = fields["sample_id"], fields["input_ids"]
+        assert isinstance(ids, np.ndarray) and isinstance(tokens, Ragged)
+        sidecar = Sidecar(
+            split=split,
+            shard_idx=shard_idx,
+            path=shard_path(split, shard_idx, arrow.SUFFIX),
+            documents=self._plans[split].documents(shard_idx),
+            num_bytes=len(data),
+            num_samples=len(ids),
+            num_tokens=len(tokens.values),
+            num_truncated=num_truncated,
+            first_id=ids[0].tobytes().hex() if len(ids) else "",
+            last_id=ids[-1].tobytes().hex() if len(ids) else "",
+            sha256=hashlib.sha256(data).hexdigest(),
+            batches=batches,
+            fingerprint=self.manifest.fingerprint,
+            environment=environment,
+        )
+        write_bytes_atomically(self.cache / sidecar.path, data)
+        write_bytes_atomically(
+            sidecar_path(self.cache, split, shard_idx), sidecar.to_json().encode()
+        )
+        self._sidecars[split][shard_idx] = sidecar
+        segment_idx = shard_idx // SHARDS_PER_FOLDER
+        members = self._segment_members(split, segment_idx)
+        if len(members) == SHARDS_PER_FOLDER:
+            self._commit_segment(split, segment_idx, members)
+            self._write_manifest()
+        return sidecar
+
+    def finish(self) -> Manifest:
+        """Commit the remaining index segments and, last, the complete manifest.
+
+        Raises:
+            UserError: where the file system refuses.
+        """
+        summaries = dict(self.manifest.splits)
+        for split, plan in self._plans.items():
+            sidecars = self._sidecars[split]
+            assert len(sidecars) == len(plan), "finish() before every shard was committed"
+            for segment_idx in range(-(-len(plan) // SHARDS_PER_FOLDER)):
+                if segment_path(split, segment_idx) not in self._segments:
+                    members = self._segment_members(split, segment_idx)
+                    self._commit_segment(split, segment_idx, members)
+            summaries[split] = replace(
+                summaries[split],
+                num_samples=sum(sidecar.num_samples for sidecar in sidecars.values()),
+                num_tokens=sum(sidecar.num_tokens for sidecar in sidecars.values()),
+                num_truncated=sum(sidecar.num_truncated for sidecar in sidecars.values()),
+                num_bytes=sum(sidecar.num_bytes for sidecar in sidecars.values()),
+            )
+        self.manifest = self.manifest.completed(summaries)
+        self._write_manifest()
+        return self.manifest
+
+    def committed(self) -> list[Sidecar]:
+        """Every shard that is durable, in order."""
+        return [
+            sidecars[shard_idx]
+            for sidecars in self._sidecars.values()
+            for shard_idx in sorted(sidecars)
+        ]
+
+    def _segment_members(self, split: str, segment_idx: int) -> list[Sidecar]:
+        first = segment_idx * SHARDS_PER_FOLDER
+        members = range(first, min(first + SHARDS_PER_FOLDER, len(self._plans[split])))
+        found = self._sidecars[split]
+        return [found[shard_idx] for shard_idx in members if shard_idx in found]
+
+    def _commit_segment(self, split: str, segment_idx: int, members: list[Sidecar]) -> None:
+        entry = write_segment(self.cache, split, segment_idx, members)
+        self._segments[entry["path"]] = entry["sha256"]
+
+    def _write_manifest(self) -> None:
+        index = tuple({"path": p, "sha256": s} for p, s in sorted(self._segments.items()))
+        self.manifest = replace(self.manifest, index=index)
+        self.manifest.write(self.cache)
+
+    def _clear(self) -> None:
+        """Remove the cache; its manifest goes last, since only that tells a cache from a folder."""
+        if not (self.cache / MANIFEST_NAME).exists():
+            return
+        with explained(self.cache):
+            for folder in ("index", TEACHER_FOLDER, *SPLITS):
+                if (self.cache / folder).exists():
+                    shutil.rmtree(self.cache / folder)
+            (self.cache / MANIFEST_NAME).unlink()
+
+    def _refuse_foreign_folder(self) -> None:
+        known = {LOCK_NAME, TEACHER_FOLDER}
+        foreign = sorted(path.name for path in self.cache.iterdir() if path.name not in known)
+        if foreign:
+            raise UserError(
+                f"{self.cache} holds {foreign[0]!r} and no {MANIFEST_NAME}, so it is no cache: "
+                "give an --out that is new or empty"
+            )
+
+    def _adopt(self, recorded: Manifest) -> None:
+        """Go on from the recorded state: check that it is the same cache, find what is committed."""
+        wanted = self.manifest
+        refuse_changed_settings(
+            self.cache,
+            {"settings": recorded.settings, "layout": recorded.layout},
+            {"settings": wanted.settings, "layout": wanted.layout},
+        )
+        self._refuse_fewer_documents(recorded)
+        grown = any(
+            recorded.splits.get(split) is None
+            or recorded.splits[split].num_documents != summary.num_documents
+            for split, summary in wanted.splits.items()
+        )
+        for split, plan in self._plans.items():
+            self._sidecars[split] = self._find_committed(recorded, split, plan)
+        whole = all(len(self._sidecars[split]) == len(plan) for split, plan in self._plans.items())
+        if recorded.complete and whole and not grown and self._is_intact_beside_shards(recorded):
+            self.manifest = recorded
+        else:
+            self.manifest = replace(wanted, created_at=recorded.created_at)
+
+    def _is_intact_beside_shards(self, recorded: Manifest) -> bool:
+        """Whether index and teacher files still have the hashes that the manifest recorded."""
+        wanted = {entry["path"]: entry["sha256"] for entry in recorded.index}
+        wanted |= {f"{TEACHER_FOLDER}/{name}": sha for name, sha in recorded.teacher_files.items()}
+        for name, sha256 in wanted.items():
+            path = self.cache / name
+            if not path.is_file() or file_sha256(path) != sha256:
+                logger.warning("%s is missing or differs from its SHA-256: writing it anew", path)
+                return False
+        return True
+
+    def _refuse_fewer_documents(self, recorded: Manifest) -> None:
+        for split, summary in recorded.splits.items():
+            plan = self._plans.get(split)
+            if plan is None or plan.num_documents < summary.num_documents:
+                asked = 0 if plan is None else plan.num_documents
+                raise UserError(
+                    f"{self.cache} was started for {summary.num_documents:,} {split} documents, "
+                    f"this run asks for {asked:,}: raise the limit to at least that, give another "
+                    "--out for the smaller cache, or --overwrite"
+                )
+
+    def _find_committed(
+        self, recorded: Manifest, split: str, plan: ShardPlan
+    ) -> dict[int, Sidecar]:
+        """Shards of the split that are durable and true to the plan.
+
+        Sidecars are the truth while a run is on. Indexed shards are not read again, unless the
+        cache is complete: then there is nothing else to do but to look for damage.
+        """
+        found = {} if recorded.complete else self._read_segments(recorded, split, plan)
+        for shard_idx in range(len(plan)):
+            if shard_idx in found:
+                continue
+            try:
+                sidecar = read_sidecar(self.cache, split, shard_idx)
+                if sidecar is None or not self._is_current(sidecar, plan, recorded):
+                    continue
+                sidecar.verify(self.cache)
+            except BadShardError as error:
+                logger.warning("%s (rebuilding it now)", error)
+            else:
+                found[shard_idx] = sidecar
+        return found
+
+    def _read_segments(self, recorded: Manifest, split: str, plan: ShardPlan) -> dict[int, Sidecar]:
+        found: dict[int, Sidecar] = {}
+        for entry in recorded.index:
+            if not entry["path"].startswith(f"index/{split}-"):
+                continue
+            try:
+                sidecars = read_segment(self.cache, entry)
+            except BadShardError as error:
+                logger.warning("%s", error)
+                continue
+            current = [one for one in sidecars if self._is_current(one, plan, recorded)]
+            found |= {sidecar.shard_idx: sidecar for sidecar in current}
+            if len(current) == len(sidecars) == SHARDS_PER_FOLDER:
+                self._segments[entry["path"]] = entry["sha256"]
+        return found
+
+    @staticmethod
+    def _is_current(sidecar: Sidecar, plan: ShardPlan, recorded: Manifest) -> bool:
+        same_documents = sidecar.documents == plan.documents(sidecar.shard_idx)
+        return same_documents and sidecar.fingerprint == recorded.fingerprint
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
