@@ -1,0 +1,236 @@
+"""The distillation objective: what one micro-batch adds to the loss of its optimizer step.
+
+Labelled samples cost `alpha T^2 KD + (1 - alpha) CE`, unlabelled ones `unlabeled_alpha T^2 KD`.
+Each term is a mean over its own samples of the whole optimizer step, all micro-batches and ranks,
+so a micro-batch adds `sum over its samples / count of the step`, and the sum over micro-batches
+is the step's loss however the step was cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.config import StageConfig
+from teacher_cache.stages.losses.confidence import confidence_weights
+from teacher_cache.stages.losses.divergences import forward_kl
+from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution, widened
+
+
+class ObjectiveConfig(StageConfig):
+    """How the terms of the objective are weighed."""
+
+    alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the distillation term on labelled samples; the labels get the rest",
+    )
+    temperature: float = Field(
+        default=2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="softens teacher and student before they are compared",
+    )
+    conf_power: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weigh a sample's distillation term by the teacher's top probability to this "
+        "power; 0 turns it off",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability that the hard targets spread evenly over the classes; the "
+        "teacher's targets are never smoothed",
+    )
+    unlabeled_alpha: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the distillation term on unlabelled samples; 0 leaves them out, "
+        "0.3 is a good start",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """What one optimizer step holds, over all its micro-batches and ranks.
+
+    Known from the cache before the step's first backward. Totals of parts add up:
+    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the four numbers.
+
+    Attributes:
+        num_labeled: labelled samples.
+        num_unlabeled: unlabelled samples.
+        conf_weight_sum_labeled: sum of the labelled samples' raw confidence weights; unused when
+            `conf_power` is 0.
+        conf_weight_sum_unlabeled: the same for the unlabelled ones.
+    """
+
+    num_labeled: int = 0
+    num_unlabeled: int = 0
+    conf_weight_sum_labeled: float = 0.0
+    conf_weight_sum_unlabeled: float = 0.0
+
+    def __add__(self, other: StepTotals) -> StepTotals:
+        """The totals of both parts together."""
+        return StepTotals(
+            num_labeled=self.num_labeled + other.num_labeled,
+            num_unlabeled=self.num_unlabeled + other.num_unlabeled,
+            conf_weight_sum_labeled=self.conf_weight_sum_labeled + other.conf_weight_sum_labeled,
+            conf_weight_sum_unlabeled=self.conf_weight_sum_unlabeled
+            + other.conf_weight_sum_unlabeled,
+        )
+
+    @classmethod
+    def of(cls, teacher_logits: Tensor, *, labeled: bool, conf_power: float) -> StepTotals:
+        """The totals of one micro-batch.
+
+        Args:
+            teacher_logits: [B, C], before temperature.
+            labeled: which kind the batch is; all its samples are of one kind.
+            conf_power: the objective's; at 0 no weight is computed.
+        """
+        num = teacher_logits.shape[0]
+        weight_sum = 0.0
+        if conf_power:
+            # The very weights that the objective will apply, summed in float64 on the CPU, since
+            # not every device has it.
+            weight_sum = confidence_weights(teacher_logits, conf_power).cpu().double().sum().item()
+        if labeled:
+            return cls(num_labeled=num, conf_weight_sum_labeled=weight_sum)
+        return cls(num_unlabeled=num, conf_weight_sum_unlabeled=weight_sum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveTerms:
+    """One micro-batch's share of its optimizer step; sum each over the micro-batches for the step.
+
+    All are scalars over the counts of the step, not of the micro-batch. Only `loss` carries a
+    gradient; the others are for the log, and are given even where their weight is 0. On a
+    labelled batch, `loss = alpha T^2 kd + (1 - alpha) ce`.
+
+    Attributes:
+        loss: what to call backward on.
+        ce: cross-entropy to the labels, nats; None on an unlabelled batch.
+        kd: distillation term, nats, confidence-weighted when that is on, before alpha and T^2.
+        conf_w: mean raw confidence weight; None when weighting is off.
+        agreement: share of samples on which student and teacher choose the same class.
+    """
+
+    loss: Tensor
+    ce: Tensor | None
+    kd: Tensor
+    conf_w: Tensor | None
+    agreement: Tensor
+
+
+def smoothed_cross_entropy(
+    student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.1
+) -> Tensor:
+    """Cross-entropy to hard labels of which a part is spread evenly over all classes.
+
+    At T = 1, float32 or wider (Szegedy et al. 2016, section 7, arXiv:1512.00567).
+
+    Args:
+        student_logits: [B, C], before temperature.
+        labels: [B] int64 in 0..C-1.
+        label_smoothing: the part that is spread, in [0, 1).
+
+    Returns:
+        [B] nats.
+    """
+    return F.cross_entropy(
+        widened(student_logits), labels, label_smoothing=label_smoothing, reduction="none"
+    )
+
+
+def distillation_objective(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    *,
+    config: ObjectiveConfig,
+    totals: StepTotals,
+) -> ObjectiveTerms:
+    """One micro-batch's share of the optimizer step's loss.
+
+    A term whose weight is 0 is left out, not multiplied by 0: an infinite or NaN term with weight
+    0 changes neither the loss nor a gradient.
+
+    Where the maths leave a choice: confidence weights are normalised by their mean over the
+    step's samples *of the same kind*, so that turning the weighting on moves attention within the
+    labelled and within the unlabelled samples, but not between the two. They are taken at T = 1
+    and stand outside T^2. Under data parallelism, which averages gradients over ranks, the caller
+    multiplies `loss` by the number of ranks, since `totals` counts the samples of all of them.
+
+    Args:
+        student_logits: [B, C], before temperature; carry the gradient.
+        teacher_logits: [B, C], before temperature, as cached.
+        labels: [B] int64, or None for an unlabelled batch.
+        config: the weights of the terms.
+        totals: of the whole optimizer step that this micro-batch belongs to.
+
+    Raises:
+        ValueError: if shapes disagree, if `totals` does not cover this batch, or for an
+            unlabelled batch when `unlabeled_alpha` is 0, since nothing is to be learned from it.
+        UserError: if `conf_power` is so high that no sample keeps any weight.
+    """
+    labeled = labels is not None
+    num = totals.num_labeled if labeled else totals.num_unlabeled
+    if num < student_logits.shape[0]:
+        raise ValueError(f"a batch of {student_logits.shape[0]} in a step that counts {num}")
+    if not labeled and not config.unlabeled_alpha:
+        raise ValueError("an unlabelled batch has no loss when unlabeled_alpha is 0")
+
+    kd, conf_w = _distillation_term(student_logits, teacher_logits, labeled, config, totals)
+    ce = None
+    if labels is not None:
+        smoothing = config.label_smoothing
+        per_sample = smoothed_cross_entropy(student_logits, labels, label_smoothing=smoothing)
+        ce = per_sample.sum() / num
+
+    kd_weight = config.alpha if labeled else config.unlabeled_alpha
+    weighted = [(kd_weight * config.temperature**2, kd)]
+    if ce is not None:
+        weighted.append((1 - config.alpha, ce))
+    parts = [weight * term for weight, term in weighted if weight]
+    agree = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
+    return ObjectiveTerms(
+        loss=sum(parts[1:], start=parts[0]),
+        ce=None if ce is None else ce.detach(),
+        kd=kd.detach(),
+        conf_w=conf_w,
+        agreement=agree.sum() / num,
+    )
+
+
+def _distillation_term(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labeled: bool,
+    config: ObjectiveConfig,
+    totals: StepTotals,
+) -> tuple[Tensor, Tensor | None]:
+    """The batch's share of the step's mean KL, and of its mean raw weight when that is on."""
+    num = totals.num_labeled if labeled else totals.num_unlabeled
+    teacher = TeacherDistribution.from_logits(teacher_logits, config.temperature)
+    kl = forward_kl(student_logits, teacher)  # [B]
+    if not config.conf_power:
+        return kl.sum() / num, None
+    weight_sum = totals.conf_weight_sum_labeled if labeled else totals.conf_weight_sum_unlabeled
+    if not weight_sum > 0:
+        raise UserError(
+            f"conf_power {config.conf_power:g} leaves no sample of a step any weight: the "
+            "teacher's top probabilities to that power underflow; choose a lower --conf-power"
+        )
+    weights = confidence_weights(teacher_logits, config.conf_power)  # [B]
+    # sum_i (w_i / mean w) kl_i / num: the counts cancel.
+    return (weights * kl).sum() / weight_sum, weights.sum() / num

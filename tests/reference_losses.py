@@ -1,0 +1,94 @@
+"""Slow, obvious losses and metrics in float64: one sample, one class, one bin at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """Probabilities of one sample."""
+    top = max(logits)
+    weights = [math.exp((logit - top) / temperature) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def kl(teacher: Sequence[float], student: Sequence[float], temperature: float) -> float:
+    """KL of one sample from raw logits, nats."""
+    p, q = softmax(teacher, temperature), softmax(student, temperature)
+    return sum(pc * (math.log(pc) - math.log(qc)) for pc, qc in zip(p, q, strict=True) if pc > 0)
+
+
+def kl_gradient(
+    teacher: Sequence[float], student: Sequence[float], temperature: float
+) -> list[float]:
+    """d KL / d student logits of one sample: (q - p) / T."""
+    p, q = softmax(teacher, temperature), softmax(student, temperature)
+    return [(qc - pc) / temperature for pc, qc in zip(p, q, strict=True)]
+
+
+def cross_entropy(logits: Sequence[float], label: int, smoothing: float) -> float:
+    """Cross-entropy of one sample to a one-hot target mixed with the uniform one, nats."""
+    q, num_classes = softmax(logits), len(logits)
+    targets = [
+        (1 - smoothing) * (idx == label) + smoothing / num_classes for idx in range(num_classes)
+    ]
+    return -sum(target * math.log(qc) for target, qc in zip(targets, q, strict=True))
+
+
+def objective(
+    student: Sequence[Sequence[float]],
+    teacher: Sequence[Sequence[float]],
+    labels: Sequence[int | None],
+    *,
+    alpha: float,
+    temperature: float,
+    conf_power: float,
+    label_smoothing: float,
+    unlabeled_alpha: float,
+) -> float:
+    """Loss of a whole optimizer step; a sample whose label is None is unlabelled."""
+    loss = 0.0
+    for kind_is_labeled, weight in ((True, alpha), (False, unlabeled_alpha)):
+        idxs = [idx for idx, label in enumerate(labels) if (label is not None) == kind_is_labeled]
+        if not idxs:
+            continue
+        raw = [max(softmax(teacher[idx])) ** conf_power for idx in idxs]
+        mean_weight = sum(raw) / len(raw)
+        kds = [kl(teacher[idx], student[idx], temperature) for idx in idxs]
+        weighted = [w / mean_weight * kd for w, kd in zip(raw, kds, strict=True)]
+        loss += weight * temperature**2 * sum(weighted) / len(idxs)
+        if kind_is_labeled:
+            ces = [cross_entropy(student[idx], labels[idx] or 0, label_smoothing) for idx in idxs]
+            loss += (1 - alpha) * sum(ces) / len(idxs)
+    return loss
+
+
+def expected_calibration_error(
+    logits: Sequence[Sequence[float]], labels: Sequence[int], num_bins: int = 15
+) -> float:
+    """Bin by bin, (i/n, (i+1)/n]: share of samples times |accuracy - mean confidence|."""
+    total = 0.0
+    for bin_idx in range(num_bins):
+        confidences, hits = [], []
+        for sample, label in zip(logits, labels, strict=True):
+            p = softmax(sample)
+            confidence = max(p)
+            if bin_idx / num_bins < confidence <= (bin_idx + 1) / num_bins:
+                confidences.append(confidence)
+                hits.append(p.index(confidence) == label)
+        if hits:
+            gap = abs(sum(hits) / len(hits) - sum(confidences) / len(confidences))
+            total += gap * len(hits) / len(labels)
+    return total
+
+
+def macro_f1(predicted: Sequence[int], labels: Sequence[int]) -> float:
+    """Mean of 2 TP / (2 TP + FP + FN) over the classes that occur."""
+    pairs = list(zip(predicted, labels, strict=True))
+    scores = []
+    for c in sorted(set(predicted) | set(labels)):
+        hits = sum(p == c and t == c for p, t in pairs)
+        misses = sum((p == c) != (t == c) for p, t in pairs)
+        scores.append(2 * hits / (2 * hits + misses))
+    return sum(scores) / len(scores)

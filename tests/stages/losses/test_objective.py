@@ -1,0 +1,300 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.losses.divergences import forward_kl
+from teacher_cache.stages.losses.objective import (
+    ObjectiveConfig,
+    ObjectiveTerms,
+    StepTotals,
+    distillation_objective,
+    smoothed_cross_entropy,
+)
+from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from tests import reference_losses as reference
+
+
+@dataclass
+class Step:
+    """One optimizer step's samples, float64; the first `num_labeled` of them are labelled."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    num_labeled: int
+
+    def batches(self, borders: list[int]) -> list[tuple[slice, bool]]:
+        """The step cut at `borders` and where its kinds meet."""
+        edges = sorted({0, self.num_labeled, len(self.student), *borders})
+        pairs = zip(edges, edges[1:], strict=False)
+        return [(slice(start, end), end <= self.num_labeled) for start, end in pairs]
+
+
+def make_step(seed: int, num_labeled: int, num_unlabeled: int, num_classes: int = 3) -> Step:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_labeled + num_unlabeled, num_classes)
+    return Step(
+        student=2 * torch.randn(shape, generator=generator, dtype=torch.float64),
+        teacher=3 * torch.randn(shape, generator=generator, dtype=torch.float64),
+        labels=torch.randint(num_classes, shape[:1], generator=generator),
+        num_labeled=num_labeled,
+    )
+
+
+def run(
+    step: Step, config: ObjectiveConfig, borders: list[int]
+) -> tuple[list[ObjectiveTerms], Tensor]:
+    """Terms of every micro-batch, and the step's accumulated gradient."""
+    leaf = step.student.clone().requires_grad_()
+    batches = step.batches(borders)
+    totals = sum(
+        (
+            StepTotals.of(step.teacher[where], labeled=labeled, conf_power=config.conf_power)
+            for where, labeled in batches
+        ),
+        StepTotals(),
+    )
+    terms = []
+    for where, labeled in batches:
+        labels = step.labels[where] if labeled else None
+        terms.append(
+            distillation_objective(
+                leaf[where], step.teacher[where], labels, config=config, totals=totals
+            )
+        )
+        terms[-1].loss.backward()
+    assert leaf.grad is not None
+    return terms, leaf.grad
+
+
+def total(terms: list[ObjectiveTerms]) -> float:
+    return sum(term.loss.item() for term in terms)
+
+
+configs = st.builds(
+    ObjectiveConfig,
+    alpha=st.floats(0, 1),
+    temperature=st.floats(0.5, 8),
+    conf_power=st.sampled_from([0.0, 0.5, 2.0]),
+    label_smoothing=st.sampled_from([0.0, 0.1, 0.5]),
+    unlabeled_alpha=st.floats(0.01, 2),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    num_labeled=st.integers(1, 9),
+    num_unlabeled=st.integers(0, 9),
+    borders=st.lists(st.integers(1, 17), max_size=6),
+    config=configs,
+)
+def test_no_way_of_cutting_the_step_changes_it(
+    seed: int, num_labeled: int, num_unlabeled: int, borders: list[int], config: ObjectiveConfig
+) -> None:
+    step = make_step(seed, num_labeled, num_unlabeled)
+    inside = [border for border in borders if border < num_labeled + num_unlabeled]
+    whole, whole_gradient = run(step, config, [])
+    parts, gradient = run(step, config, inside)
+    assert total(parts) == pytest.approx(total(whole), rel=1e-10, abs=1e-12)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-9, atol=1e-12)
+    labeled = [term for term in parts if term.ce is not None]
+    assert sum(float(term.kd) for term in labeled) == pytest.approx(float(whole[0].kd))
+    assert sum(float(term.agreement) for term in labeled) == pytest.approx(
+        float(whole[0].agreement), abs=1e-6
+    )
+
+    labels: list[int | None] = list(step.labels[:num_labeled].tolist())
+    expected = reference.objective(
+        step.student.tolist(),
+        step.teacher.tolist(),
+        labels + [None] * num_unlabeled,
+        **config.model_dump(),
+    )
+    assert total(parts) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conf_power_0_gives_the_bits_of_no_weighting(labeled: bool, dtype: torch.dtype) -> None:
+    step = make_step(1, 7, 0)
+    config = ObjectiveConfig(alpha=0.7, conf_power=0.0, unlabeled_alpha=0.3)
+    student = step.student.to(dtype).requires_grad_()
+    teacher = step.teacher.to(dtype)
+    labels = step.labels if labeled else None
+    # Weight sums that would spoil the result if anything read them.
+    totals = StepTotals(
+        num_labeled=7,
+        num_unlabeled=7,
+        conf_weight_sum_labeled=math.nan,
+        conf_weight_sum_unlabeled=math.nan,
+    )
+    terms = distillation_objective(student, teacher, labels, config=config, totals=totals)
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+
+    kd = forward_kl(student, TeacherDistribution.from_logits(teacher, 2.0)).sum() / 7
+    plain = (0.7 if labeled else 0.3) * 2.0**2 * kd
+    if labeled:
+        ce = smoothed_cross_entropy(student, step.labels, label_smoothing=0.0).sum() / 7
+        plain = plain + (1 - 0.7) * ce
+    (plain_gradient,) = torch.autograd.grad(plain, student)
+    assert torch.equal(terms.loss, plain)
+    assert torch.equal(gradient, plain_gradient)
+    assert terms.conf_w is None
+
+
+def test_confidence_weights_touch_the_distillation_term_only() -> None:
+    step = make_step(2, 8, 0)
+    plain, _ = run(step, ObjectiveConfig(), [])
+    weighted, _ = run(step, ObjectiveConfig(conf_power=2.0), [])
+    assert plain[0].ce is not None
+    assert weighted[0].ce is not None
+    assert weighted[0].conf_w is not None
+    assert torch.equal(plain[0].ce, weighted[0].ce)
+    assert plain[0].kd != weighted[0].kd
+    raw = [max(reference.softmax(sample)) ** 2 for sample in step.teacher.tolist()]
+    assert float(weighted[0].conf_w) == pytest.approx(sum(raw) / len(raw))
+
+
+def test_equal_confidences_weigh_nothing() -> None:
+    step = make_step(3, 8, 0)
+    step.teacher = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]] * 4, dtype=torch.float64)
+    plain, _ = run(step, ObjectiveConfig(), [])
+    weighted, _ = run(step, ObjectiveConfig(conf_power=3.0), [])
+    assert total(plain) == pytest.approx(total(weighted), rel=1e-12)
+
+
+def test_weights_of_one_kind_are_not_normalised_by_the_other() -> None:
+    step = make_step(4, 5, 5)
+    config = ObjectiveConfig(conf_power=2.0, unlabeled_alpha=0.3)
+    alone, _ = run(make_step(4, 5, 5), config, [])
+    step.teacher[5:] *= 10  # far more confident unlabelled samples
+    beside, _ = run(step, config, [])
+    assert torch.equal(alone[0].loss, beside[0].loss)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.4])
+def test_label_smoothing_touches_the_cross_entropy_only(smoothing: float) -> None:
+    step = make_step(5, 6, 4)
+    plain, _ = run(step, ObjectiveConfig(unlabeled_alpha=0.3), [])
+    smooth, _ = run(step, ObjectiveConfig(unlabeled_alpha=0.3, label_smoothing=smoothing), [])
+    assert torch.equal(plain[0].kd, smooth[0].kd)
+    assert plain[0].ce is not None
+    assert smooth[0].ce is not None
+    assert plain[0].ce != smooth[0].ce
+    assert torch.equal(plain[1].loss, smooth[1].loss)
+    pairs = zip(step.student[:6].tolist(), step.labels[:6].tolist(), strict=True)
+    expected = [reference.cross_entropy(sample, label, smoothing) for sample, label in pairs]
+    assert float(smooth[0].ce) == pytest.approx(sum(expected) / 6)
+
+
+def test_unlabelled_samples_have_no_cross_entropy() -> None:
+    step = make_step(6, 0, 6)
+    terms, _ = run(step, ObjectiveConfig(unlabeled_alpha=0.3), [])
+    assert terms[0].ce is None
+    assert terms[0].loss.item() == pytest.approx(0.3 * 4 * float(terms[0].kd))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_term_of_weight_0_is_left_out_however_bad(bad: float) -> None:
+    step = make_step(7, 6, 0)
+    labels_only, labels_gradient = run(step, ObjectiveConfig(alpha=0), [])
+    teacher_only, teacher_gradient = run(step, ObjectiveConfig(alpha=1), [])
+
+    clean = step.teacher.clone()
+    step.teacher[2] = bad  # NaN log-probs
+    terms, gradient = run(step, ObjectiveConfig(alpha=0), [])
+    assert terms[0].kd.isnan()
+    assert torch.equal(terms[0].loss, labels_only[0].loss)
+    assert torch.equal(gradient, labels_gradient)
+
+    # An infinite cross-entropy on one label, where the teacher excludes the class too.
+    step.teacher = clean
+    step.student[0, step.labels[0]] = step.teacher[0, step.labels[0]] = -math.inf
+    terms, gradient = run(step, ObjectiveConfig(alpha=1), [])
+    assert terms[0].ce is not None
+    assert terms[0].ce.isinf()
+    assert terms[0].loss.isfinite()
+    assert gradient.isfinite().all()
+    assert torch.equal(gradient[1:], teacher_gradient[1:])
+    assert teacher_only[0].loss.isfinite()
+
+
+def test_agreement_counts_equal_choices() -> None:
+    step = make_step(8, 4, 0)
+    step.teacher = step.student.clone()
+    step.teacher[0] = step.student[0].roll(1)
+    terms, _ = run(step, ObjectiveConfig(), [])
+    assert float(terms[0].agreement) == 0.75
+
+
+def test_defaults_are_those_of_the_design() -> None:
+    assert ObjectiveConfig().model_dump() == {
+        "alpha": 0.5,
+        "temperature": 2.0,
+        "conf_power": 0.0,
+        "label_smoothing": 0.0,
+        "unlabeled_alpha": 0.0,
+    }
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    default = smoothed_cross_entropy(logits, labels)
+    assert torch.equal(default, smoothed_cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", math.nan),
+        ("temperature", 0.0),
+        ("temperature", math.inf),
+        ("conf_power", -1.0),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("unlabeled_alpha", -0.3),
+        ("unlabeled_alpha", math.inf),
+        ("alhpa", 0.5),
+    ],
+)
+def test_config_refuses(field: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=field):
+        ObjectiveConfig(**{field: value})
+
+
+def test_refuses_totals_that_do_not_cover_the_batch() -> None:
+    step = make_step(9, 4, 0)
+    with pytest.raises(ValueError, match="a batch of 4 in a step that counts 3"):
+        distillation_objective(
+            step.student,
+            step.teacher,
+            step.labels,
+            config=ObjectiveConfig(),
+            totals=StepTotals(num_labeled=3),
+        )
+
+
+def test_refuses_an_unlabelled_batch_that_teaches_nothing() -> None:
+    step = make_step(10, 0, 4)
+    with pytest.raises(ValueError, match="unlabeled_alpha is 0"):
+        distillation_objective(
+            step.student,
+            step.teacher,
+            None,
+            config=ObjectiveConfig(),
+            totals=StepTotals(num_unlabeled=4),
+        )
+
+
+def test_a_conf_power_that_leaves_no_weight_is_the_users_error() -> None:
+    step = make_step(11, 4, 0)
+    step.teacher = torch.zeros(4, 3, dtype=torch.float64)
+    with pytest.raises(UserError, match="lower --conf-power"):
+        run(step, ObjectiveConfig(conf_power=1e4), [])
