@@ -1,4 +1,4 @@
-"""What can go wrong, by who can mend it; the command line turns each into one sentence and an exit code."""
+"""What can go wrong and who can mend it; the command line makes each one sentence and an exit code."""
 
 from __future__ import annotations
 

@@ -36,19 +36,25 @@ def differences(
 
 
 def refuse_changed_settings(
-    cache: Path, recorded: dict[str, Any], requested: dict[str, Any]
+    folder: Path, recorded: dict[str, Any], requested: dict[str, Any], *, start_again: str
 ) -> None:
-    """Stop when a cache was made with other settings; nothing is ever mixed.
+    """Stop when a cache or a run was made with other settings; nothing is ever mixed.
+
+    Args:
+        folder: of the cache or the run.
+        recorded: its settings.
+        requested: this run's settings.
+        start_again: the option that starts it again.
 
     Raises:
         UserError: naming every field that differs, both values and the remedy.
     """
     changed = [
-        f"{field} is {old!r} in the cache and {new!r} in this run"
+        f"{field} is {old!r} there and {new!r} in this command"
         for field, old, new in differences(recorded, requested)
     ]
     if changed:
         raise UserError(
-            f"{cache} was made with other settings: {'; '.join(changed)}. Give these settings "
-            "the cache's values, another --out, or --overwrite to start the cache again"
+            f"{folder} was made with other settings: {'; '.join(changed)}. Give the recorded "
+            f"values, another --out, or {start_again} to start again"
         )

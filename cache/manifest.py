@@ -1,4 +1,4 @@
-"""The manifest: what a cache is, whether it is complete, and the hashes of everything beside shards."""
+"""The manifest: what a cache is, whether it is complete, and the hashes of all beside the shards."""
 
 from __future__ import annotations
 

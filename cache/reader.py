@@ -1,4 +1,4 @@
-"""Read a cache at random or in order, with checksums, without torch and without the command line."""
+"""Read a cache at random or in order, checksums verified, without torch and the command line."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class CacheReader:
         expected = self.manifest.splits[self.split].num_shards
         if len(sidecars) != expected:
             raise BadShardError(
-                f"the index of {self.cache} lists {len(sidecars)} {self.split} shards, the manifest "
+                f"{self.cache} lists {len(sidecars)} {self.split} shards in its index, the manifest "
                 f"{expected}: run stage one again, it rebuilds the index"
             )
         return sorted(sidecars, key=lambda sidecar: sidecar.shard_idx)

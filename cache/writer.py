@@ -1,4 +1,4 @@
-"""Write a cache shard by shard; killed at any instant, the next writer goes on from what is committed.
+"""Write a cache shard by shard; after a kill, the next writer goes on from what is committed.
 
 The order of commits is shard, sidecar, index segment, manifest: done means all four.
 """
@@ -223,12 +223,13 @@ class CacheWriter:
             )
 
     def _adopt(self, recorded: Manifest) -> None:
-        """Go on from the recorded state: check that it is the same cache, find what is committed."""
+        """Go on from the recorded state: check that it is the same cache, find what is done."""
         wanted = self.manifest
         refuse_changed_settings(
             self.cache,
             {"settings": recorded.settings, "layout": recorded.layout},
             {"settings": wanted.settings, "layout": wanted.layout},
+            start_again="--overwrite",
         )
         self._refuse_fewer_documents(recorded)
         grown = any(

@@ -1,11 +1,26 @@
-"""The base of every stage's configuration."""
+"""The base of every stage's configuration, and the settings that all stages share."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class StageConfig(BaseModel):
     """Frozen, keyword-only settings that refuse unknown keys; each stage owns its own subclass."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DeviceConfig(StageConfig):
+    """Where a stage computes, and in which number format."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device; auto is CUDA where there is one."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Number format; auto is float32 on CPU, bfloat16 on CUDA that has it, "
+        "else float16.",
+    )

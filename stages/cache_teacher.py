@@ -1,0 +1,313 @@
+"""Stage one: run the teacher once over the corpora and commit what it says, shard by shard."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from teacher_cache.cache.commit import write_json_atomically
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.fingerprint import fingerprint
+from teacher_cache.cache.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    SplitSummary,
+    read_manifest,
+    utc_now,
+)
+from teacher_cache.cache.plan import ShardPlan, documents_per_shard
+from teacher_cache.cache.schema import (
+    NO_LABEL,
+    SAMPLE_ID_BYTES,
+    Fields,
+    Ragged,
+    classification_schema,
+)
+from teacher_cache.cache.sidecar import Sidecar
+from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
+from teacher_cache.stages.data.survey import survey
+from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.device import environment
+from teacher_cache.stages.inference import OnBatch, class_logits
+from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.load import Teacher, identity, load_teacher
+
+NUM_PROBED_FOR_SIZE = 64
+VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+
+logger = logging.getLogger(__name__)
+
+
+class ShardConfig(TeacherConfig):
+    """Where the cache goes and how it is cut."""
+
+    out: Path | None = Field(
+        None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
+    )
+    overwrite: bool = Field(False, description="Start the cache again if it exists.")
+    shard_mb: int = Field(64, ge=1, description="Estimated size of a shard, in megabytes.")
+    shard_documents: int = Field(
+        1024,
+        ge=1,
+        description="At most this many documents in a shard: what a kill can lose of the work.",
+    )
+
+
+class CacheTeacherConfig(ShardConfig):
+    """Everything stage one needs, resolved: no preset, no default teacher."""
+
+    name: str = Field(description="Short name of the data; begins the cache's folder name.")
+    labeled: CorpusConfig = Field(description="The labelled corpus.")
+    unlabeled: CorpusConfig | None = Field(None, description="The unlabelled corpus, or none.")
+    fallback: tuple[CorpusConfig, ...] = Field(
+        (), description="Labelled corpora to try, in order, if the first cannot be loaded."
+    )
+    label_names: tuple[str, ...] | None = Field(
+        None, description="Names of the labels in the order of the teacher's class ids."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheTeacherResult:
+    """A complete cache.
+
+    Attributes:
+        cache: its folder.
+        manifest: as committed.
+        num_shards_run: shards that the teacher ran for in this run.
+        num_shards_kept: shards that were committed before.
+    """
+
+    cache: Path
+    manifest: Manifest
+    num_shards_run: int
+    num_shards_kept: int
+
+
+class StageOneObserver:
+    """Told what happens while the teacher runs; the base says nothing."""
+
+    def on_plan(self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar]) -> None:
+        """The shards are known, and which of them are committed already."""
+
+    def on_batch(self, num_samples: int, num_tokens: int) -> None:
+        """A forward batch is done."""
+
+    def on_shard(self, sidecar: Sidecar) -> None:
+        """A shard is durable."""
+
+
+def run(
+    config: CacheTeacherConfig, observer: StageOneObserver | None = None
+) -> CacheTeacherResult:
+    """Cache the teacher's logits over all corpora; resumes from the committed shards.
+
+    Raises:
+        UserError: for anything the user can mend: data, teacher, settings, disk.
+    """
+    observer = observer or StageOneObserver()
+    corpora = _load_corpora(config)
+    teacher = load_teacher(config)
+    corpora["labeled"] = corpora["labeled"].with_class_names(
+        teacher.id2label, explicit=config.label_names
+    )
+    max_length = teacher.max_length(config.max_length)
+    settings = _settings(teacher, corpora, max_length)
+    cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
+    plans = _plan(config, cache, corpora, teacher, max_length)
+    manifest = _manifest(config, settings, corpora, plans, teacher)
+    with CacheWriter(cache, manifest, plans, overwrite=config.overwrite) as writer:
+        todo = writer.begin(
+            lambda folder: _write_teacher_files(folder, teacher, corpora, plans, max_length)
+        )
+        kept = writer.committed()
+        observer.on_plan(cache, plans, kept)
+        for split, shard_idx in todo:
+            shard = _compute(
+                teacher,
+                corpora[split],
+                plans[split].documents(shard_idx),
+                max_length,
+                config.batch_tokens,
+                observer.on_batch,
+            )
+            observer.on_shard(writer.commit(split, shard_idx, **shard))
+        if not writer.manifest.complete:
+            writer.finish()
+        return CacheTeacherResult(
+            cache=cache,
+            manifest=writer.manifest,
+            num_shards_run=len(todo),
+            num_shards_kept=len(kept),
+        )
+
+
+def _load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
+    labeled, used = load_with_fallback(config.labeled, list(config.fallback))
+    if used != config.labeled:
+        logger.warning(
+            "the data set %s could not be loaded; the fallback %s takes its place, and the "
+            "manifest says so",
+            config.labeled.source,
+            used.source,
+        )
+    corpora = {"labeled": labeled}
+    if config.unlabeled is not None:
+        corpora["unlabeled"], _ = load_with_fallback(config.unlabeled, [])
+    return corpora
+
+
+def _settings(teacher: Teacher, corpora: dict[str, Corpus], max_length: int) -> dict[str, Any]:
+    """All that changes the cached values; limits on the number of documents do not."""
+    record = describe(teacher.tokenizer, max_length=max_length)
+    return {
+        "task": "classification",
+        "codec": "class_logits",
+        "teacher": identity(teacher, record.files_sha256),
+        "data": {split: corpus.identity for split, corpus in corpora.items()},
+        "max_length": max_length,
+        "truncation_side": record.truncation_side,
+    }
+
+
+def _plan(
+    config: CacheTeacherConfig,
+    cache: Path,
+    corpora: dict[str, Corpus],
+    teacher: Teacher,
+    max_length: int,
+) -> dict[str, ShardPlan]:
+    """Shards of a recorded size; a new cache's size comes from the first documents' tokens."""
+    if (cache / MANIFEST_NAME).exists() and not config.overwrite:
+        per_shard = read_manifest(cache).layout["documents_per_shard"]
+    else:
+        documents = corpora["labeled"].documents(
+            0, min(NUM_PROBED_FOR_SIZE, len(corpora["labeled"]))
+        )
+        samples = tokenize(documents, teacher.tokenizer, max_length=max_length)
+        if not samples:
+            raise UserError(
+                f"the first {len(documents)} documents of {config.labeled.source} are all empty: "
+                "check --text-column"
+            )
+        tokens = sum(len(sample.input_ids) for sample in samples) / len(samples)
+        logit_bytes = 4 * teacher.model.config.num_labels
+        per_shard = documents_per_shard(
+            SAMPLE_ID_BYTES + 4 * tokens + 4 + 4 + logit_bytes,
+            shard_mb=config.shard_mb,
+            max_documents=config.shard_documents,
+        )
+    return {
+        split: ShardPlan(num_documents=len(corpus), documents_per_shard=per_shard)
+        for split, corpus in corpora.items()
+    }
+
+
+def _manifest(
+    config: CacheTeacherConfig,
+    settings: dict[str, Any],
+    corpora: dict[str, Corpus],
+    plans: dict[str, ShardPlan],
+    teacher: Teacher,
+) -> Manifest:
+    return Manifest(
+        fingerprint=fingerprint(settings),
+        settings=settings,
+        layout={
+            "shard_mb": config.shard_mb,
+            "shard_documents": config.shard_documents,
+            "documents_per_shard": plans["labeled"].documents_per_shard,
+        },
+        schema=classification_schema(teacher.model.config.num_labels),
+        splits={
+            split: SplitSummary(
+                num_documents=len(corpus),
+                num_shards=len(plans[split]),
+                report=survey(corpus).model_dump(),
+            )
+            for split, corpus in corpora.items()
+        },
+        about={
+            "name": config.name,
+            "teacher": config.teacher,
+            "id2label": {str(class_id): name for class_id, name in teacher.id2label.items()},
+            "sources": {split: corpus.config.source for split, corpus in corpora.items()},
+            "fell_back_from": config.labeled.source
+            if corpora["labeled"].config != config.labeled
+            else None,
+        },
+        teacher_files={},
+        versions={name: version(name) for name in VERSIONED},
+        created_at=utc_now(),
+    )
+
+
+def _write_teacher_files(
+    folder: Path,
+    teacher: Teacher,
+    corpora: dict[str, Corpus],
+    plans: dict[str, ShardPlan],
+    max_length: int,
+) -> None:
+    """Tokenizer, id-to-string table, a probe of cached documents, the teacher's configuration."""
+    probe = []
+    for split, corpus in corpora.items():
+        documents = corpus.documents(*plans[split].documents(0))
+        samples = tokenize(documents, teacher.tokenizer, max_length=max_length)
+        by_id = {document.sample_id: document for document in documents}
+        kept = [by_id[sample.sample_id] for sample in samples]
+        probe.extend(choose_probe(kept, samples, num=32 // len(corpora)))
+    write_tokenization(folder, teacher.tokenizer, max_length=max_length, probe=probe)
+    described = teacher.model.config.to_dict()
+    described.pop("_name_or_path", None)
+    write_json_atomically(folder / "config.json", described)
+
+
+def _compute(
+    teacher: Teacher,
+    corpus: Corpus,
+    documents: tuple[int, int],
+    max_length: int,
+    batch_tokens: int,
+    on_batch: OnBatch,
+) -> dict[str, Any]:
+    """One shard's fields, and what the sidecar says of them."""
+    samples = tokenize(corpus.documents(*documents), teacher.tokenizer, max_length=max_length)
+    result = class_logits(
+        teacher.model,
+        [sample.input_ids for sample in samples],
+        pad_id=teacher.pad_id,
+        max_tokens=batch_tokens,
+        on_batch=on_batch,
+    )
+    return {
+        "fields": _fields(samples, result.logits),
+        "num_truncated": sum(sample.was_truncated for sample in samples),
+        "environment": {
+            **environment(teacher.device),
+            "batch_tokens": batch_tokens,
+            "num_halvings": result.num_halvings,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+    }
+
+
+def _fields(samples: list[Sample], logits: np.ndarray) -> Fields:
+    ids = b"".join(sample.sample_id for sample in samples)
+    labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+    return {
+        "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
+        "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
+        "label": np.array(labels, np.int32),
+        "class_logits": logits,
+    }

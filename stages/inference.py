@@ -1,0 +1,105 @@
+"""Class logits of any sequence classifier, teacher or student, over many samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
+
+logger = logging.getLogger(__name__)
+
+OnBatch = Callable[[int, int], None]  # called with samples and tokens done
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLogits:
+    """Logits in the samples' order.
+
+    Attributes:
+        logits: [N, C] float32.
+        num_halvings: how often a batch ran out of memory and was halved.
+    """
+
+    logits: np.ndarray
+    num_halvings: int
+
+
+def class_logits(
+    model: PreTrainedModel,
+    input_ids: Sequence[np.ndarray],
+    *,
+    pad_id: int,
+    max_tokens: int,
+    on_batch: OnBatch | None = None,
+) -> ClassLogits:
+    """Run a classifier over samples in length-sorted batches of at most `max_tokens` positions.
+
+    A batch that runs out of memory is halved, and that is said and counted.
+
+    Args:
+        model: in evaluation mode, on its device.
+        input_ids: token ids of each sample, [S_i], S_i > 0.
+        pad_id: fills the right end of shorter samples; masked.
+        max_tokens: padded positions in a batch; a longer sample is a batch of its own.
+        on_batch: called after each batch.
+
+    Raises:
+        UserError: if a single sample does not fit into memory.
+    """
+    logits = np.empty((len(input_ids), model.config.num_labels), np.float32)
+    num_halvings = 0
+    lengths = np.array([len(ids) for ids in input_ids], np.int64)
+    pending = list(reversed(length_sorted_batches(lengths, max_tokens=max_tokens)))
+    while pending:
+        batch = pending.pop()
+        try:
+            logits[batch] = _forward(model, [input_ids[i] for i in batch], pad_id)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            pending.extend(_halves(batch, int(lengths[batch].max())))
+            num_halvings += 1
+            continue
+        if on_batch is not None:
+            on_batch(len(batch), int(lengths[batch].sum()))
+    return ClassLogits(logits=logits, num_halvings=num_halvings)
+
+
+def _forward(model: PreTrainedModel, input_ids: list[np.ndarray], pad_id: int) -> np.ndarray:
+    padded, mask = pad_batch(input_ids, pad_id)
+    with torch.inference_mode():
+        output = model(
+            input_ids=torch.from_numpy(padded).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device, torch.int64),
+        )
+    return output.logits.float().cpu().numpy()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA has its own exception; on a CPU torch raises a RuntimeError of the allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _halves(batch: np.ndarray, longest: int) -> list[np.ndarray]:
+    if len(batch) == 1:
+        raise UserError(
+            f"one sample of {longest} tokens does not fit into the device's memory: give a "
+            "smaller --max-length, a smaller --dtype or a larger device"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    logger.warning(
+        "out of memory on a batch of %d samples of up to %d tokens: halved it; a smaller "
+        "--batch-tokens avoids this",
+        len(batch),
+        longest,
+    )
+    return [batch[middle:], batch[:middle]]

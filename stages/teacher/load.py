@@ -1,0 +1,172 @@
+"""Load a fine-tuned classifier with its tokenizer, and say exactly which one it is."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.device import resolve_device, resolve_dtype
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.tokenizers import could_not_load, load_tokenizer, require_folder
+
+DEFAULT_MAX_LENGTH = 512
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A classifier ready to run.
+
+    Attributes:
+        name: hub id or folder, as given.
+        model: in evaluation mode, on `device`, in `dtype`.
+        tokenizer: untouched, as it was saved.
+        pad_id: used to fill batches; masked.
+        weights_sha256: of all parameters and buffers at float32, by name.
+        commit: of the hub repository, None for a folder.
+        id2label: class names by id.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    pad_id: int
+    device: torch.device
+    dtype: torch.dtype
+    weights_sha256: str
+    commit: str | None
+    id2label: dict[int, str]
+
+    def max_length(self, requested: int | None) -> int:
+        """The longest sample in tokens.
+
+        Raises:
+            UserError: if more was asked for than the teacher can read.
+        """
+        limits = [
+            limit
+            for limit in (
+                self.tokenizer.model_max_length,
+                getattr(self.model.config, "max_position_embeddings", None),
+            )
+            if limit is not None
+        ]
+        limit = min(limits)
+        if requested is None:
+            return min(limit, DEFAULT_MAX_LENGTH)
+        if requested > limit:
+            raise UserError(
+                f"--max-length {requested} is more than the teacher {self.name} reads "
+                f"({limit} tokens): give at most {limit}"
+            )
+        return requested
+
+
+def load_teacher(config: TeacherConfig) -> Teacher:
+    """Load the teacher onto its device, in its number format.
+
+    Raises:
+        UserError: if it cannot be found or loaded, or has no trained classification head.
+    """
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
+    tokenizer = load_tokenizer(
+        config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
+    )
+    model = _load_model(config.teacher, config.trust_remote_code)
+    pad_id = _pad_id(config.teacher, tokenizer)
+    if model.config.pad_token_id is None:
+        # Decoders pool at the last token that is not padding, so they must know which is.
+        model.config.pad_token_id = pad_id
+    _warn_of_label_smoothing(config.teacher)
+    weights_sha256 = hash_weights(model)
+    return Teacher(
+        name=config.teacher,
+        model=model.to(device, dtype).eval(),
+        tokenizer=tokenizer,
+        pad_id=pad_id,
+        device=device,
+        dtype=dtype,
+        weights_sha256=weights_sha256,
+        commit=getattr(model.config, "_commit_hash", None),
+        id2label={int(class_id): name for class_id, name in model.config.id2label.items()},
+    )
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """SHA-256 (hex) of the state dict: names, shapes and float32 bytes, in order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(values.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
+    require_folder(name, "a fine-tuned classifier", option="--teacher")
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            could_not_load("classifier", name, error, option="--teacher")
+        ) from error
+    untrained = sorted(info["missing_keys"])
+    if untrained:
+        raise UserError(
+            f"{name} has no trained weights for {', '.join(untrained[:3])}, so its class logits "
+            "would be random: fine-tune it first with `pipe finetune-teacher`, or give a "
+            "fine-tuned classifier"
+        )
+    return model
+
+
+def _pad_id(name: str, tokenizer: Tokenizer) -> int:
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    raise UserError(
+        f"the tokenizer of {name} has neither a padding nor an end-of-text token, so samples "
+        "cannot be batched: set its pad_token"
+    )
+
+
+def _warn_of_label_smoothing(name: str) -> None:
+    """A smoothed teacher has nearly equal wrong classes: there is nothing to learn at high T."""
+    card = Path(name) / "README.md"
+    if not card.is_file():
+        return
+    found = re.search(r"label.smoothing\D{0,30}(0?\.\d+)", card.read_text(), re.IGNORECASE)
+    if found and float(found.group(1)) > 0:
+        logger.warning(
+            "the card of %s says it was trained with label smoothing %s: its logits say little "
+            "beyond the label, so a temperature above 1 will not help",
+            name,
+            found.group(1),
+        )
+
+
+def identity(teacher: Teacher, tokenizer_sha256: str) -> dict[str, Any]:
+    """What the fingerprint records of the teacher."""
+    return {
+        "weights_sha256": teacher.weights_sha256,
+        "commit": teacher.commit,
+        "architecture": type(teacher.model).__name__,
+        "tokenizer_sha256": tokenizer_sha256,
+        "dtype": str(teacher.dtype).removeprefix("torch."),
+    }

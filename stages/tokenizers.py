@@ -1,0 +1,56 @@
+"""Load a tokenizer by hub id or folder, or say in a sentence why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teacher_cache.cache.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    name: str, *, option: str, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub.
+
+    Args:
+        name: folder or hub id.
+        option: the command-line option that named it, for the error's remedy.
+        trust_remote_code: run the code that a hub repository brings.
+
+    Raises:
+        UserError: if it is not there or cannot be loaded.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    require_folder(name, "a tokenizer", option=option)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(could_not_load("tokenizer", name, error, option=option)) from error
+
+
+def require_folder(name: str, content: str, *, option: str) -> None:
+    """Refuse a name that can only be a folder, by its form, and is none.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise UserError(
+            f"{option} {name} is no folder: give a folder with {content}, or a hub id"
+        )
+
+
+def could_not_load(what: str, name: str, error: Exception, *, option: str) -> str:
+    """One sentence on a model or tokenizer that transformers could not load."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0].rstrip(".") if lines else type(error).__name__
+    return (
+        f"the {what} {name!r} could not be loaded ({reason}): give a folder that holds it with "
+        f"{option} DIR, or make the hub reachable"
+    )

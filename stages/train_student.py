@@ -1,0 +1,346 @@
+"""Stage two: train a Mamba student from the cached shards alone; no teacher in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
+from transformers import TrainingArguments
+
+from teacher_cache.cache.commit import canonical_json
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.join.compare import JoinConfig, check_position_map
+from teacher_cache.stages.join.join import Joined, join
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
+from teacher_cache.stages.student.position_map import PositionMap
+from teacher_cache.stages.training.batches import (
+    AlternatingBatches,
+    BothKinds,
+    CachedSamples,
+    Collator,
+    batches_per_epoch,
+    held_out,
+)
+from teacher_cache.stages.training.checkpoints import newest_checkpoint, require_committed
+from teacher_cache.stages.training.config import ArchitectureConfig, TrainingConfig
+from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
+from teacher_cache.stages.training.run_folder import CHECKPOINTS, RunRecord, open_run
+from teacher_cache.stages.training.trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+# Settings that say where to compute and what to print, not what the student becomes.
+_NOT_RESULTS = {"cache", "out", "device", "resume", "report_to", "log_steps"}
+
+
+class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):
+    """Everything stage two needs; `cache` must be given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStudentResult:
+    """A trained student.
+
+    Attributes:
+        run: its folder, with model, tokenizer and `run.json`.
+        record: as committed.
+        was_complete: it had been trained before, and nothing was done.
+    """
+
+    run: Path
+    record: RunRecord
+    was_complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The cache as training sees it."""
+
+    training: BothKinds
+    evaluation: CachedSamples | None
+    num_steps: int
+    steps_per_epoch: int
+    batches: AlternatingBatches
+
+
+class StageTwoObserver:
+    """Told what happens while the student trains; the base says nothing."""
+
+    def on_join(self, joined: Joined) -> None:
+        """The tokenization was compared, and training may start."""
+
+    def on_start(self, run: Path, num_steps: int, checkpoint: Path | None) -> None:
+        """Training begins, or goes on from a checkpoint."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Callbacks for the Trainer: a progress bar, say."""
+        return []
+
+
+def run(
+    config: TrainStudentConfig, observer: StageTwoObserver | None = None
+) -> TrainStudentResult:
+    """Train a student from a cache; resumes from the newest committed checkpoint.
+
+    Raises:
+        UserError: for anything the user can mend.
+        TokenizationMismatch: if the student would read the cached ids as other tokens.
+        BadShardError: if a shard is damaged.
+    """
+    observer = observer or StageTwoObserver()
+    if config.cache is None:
+        raise UserError("no cache was named: give --cache DIR")
+    _refuse_several_processes()
+    labeled = CacheReader(config.cache, "labeled")
+    readers = [labeled]
+    if config.unlabeled_alpha:
+        readers.append(CacheReader(config.cache, "unlabeled"))
+    longest_sample = max(int(reader.lengths().max()) for reader in readers)
+    joined = join(config.cache, config, longest_sample=longest_sample)
+    observer.on_join(joined)
+    position_map = PositionMap.choose(joined.tokenizer, config.pooling)
+    for reader in readers:
+        check_position_map(position_map, np.unique(reader.lengths()).tolist())
+
+    record = _record(config, labeled, joined)
+    folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
+    record = open_run(folder, record, start_again=config.resume == "never")
+    if record.complete:
+        return TrainStudentResult(run=folder, record=record, was_complete=True)
+    data = _training_data(config, readers)
+    checkpoint = _checkpoint(config, folder)
+    observer.on_start(folder, data.num_steps, checkpoint)
+    student = build_student(
+        _student_config(config, labeled, joined, position_map), seed=config.seed
+    )
+    trainer = _trainer(config, folder, student, data, joined, observer)
+    started = time.monotonic()
+    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    record = replace(
+        record,
+        complete=True,
+        result={
+            "num_steps": output.global_step,
+            "seconds": round(time.monotonic() - started, 1),
+            "evaluation": trainer.evaluate() if data.evaluation else None,
+            "best_checkpoint": _best_step(trainer),
+            "log": trainer.state.log_history,
+        },
+    )
+    _save(folder, trainer, joined, record)
+    return TrainStudentResult(run=folder, record=record, was_complete=False)
+
+
+def _refuse_several_processes() -> None:
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        raise UserError(
+            f"train-student was started in {num_processes} processes and runs in one: start it "
+            "without torchrun"
+        )
+
+
+def _record(config: TrainStudentConfig, reader: CacheReader, joined: Joined) -> RunRecord:
+    settings = config.model_dump(mode="json", exclude=_NOT_RESULTS)
+    settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
+    differences = [difference.name for difference in joined.report.differences]
+    return RunRecord(
+        settings=settings,
+        cache=str(reader.cache),
+        cache_fingerprint=reader.manifest.fingerprint,
+        teacher=reader.manifest.about["teacher"],
+        tokenization=differences or "verified",
+        max_length=joined.max_length,
+    )
+
+
+def _settings_hash(record: RunRecord) -> str:
+    return hashlib.sha256(canonical_json(record.settings).encode()).hexdigest()[:8]
+
+
+def _training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:
+    labeled = readers[0]
+    is_held_out = held_out(labeled, config.eval_fraction)
+    _require_two_classes(labeled, ~is_held_out)
+    training = BothKinds(
+        CachedSamples(labeled, np.flatnonzero(~is_held_out), labeled=True),
+        *(CachedSamples(reader, np.arange(len(reader)), labeled=False) for reader in readers[1:]),
+    )
+    evaluation = CachedSamples(labeled, _by_length(labeled, is_held_out), labeled=True)
+    per_epoch = batches_per_epoch(
+        len(training.labeled),
+        batch_size=config.batch_size,
+        unlabeled_ratio=config.unlabeled_ratio if training.unlabeled else 0.0,
+    )
+    steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
+    num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    return TrainingData(
+        training=training,
+        evaluation=evaluation if len(evaluation) else None,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        batches=AlternatingBatches(
+            training,
+            batch_size=config.batch_size,
+            num_batches=num_steps * config.gradient_accumulation,
+            unlabeled_ratio=config.unlabeled_ratio,
+            seed=config.seed,
+        ),
+    )
+
+
+def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:
+    sample_idxs = np.flatnonzero(chosen)
+    return sample_idxs[np.argsort(reader.lengths()[sample_idxs], kind="stable")]
+
+
+def _require_two_classes(reader: CacheReader, chosen: np.ndarray) -> None:
+    classes = np.unique(reader.column("label")[chosen])
+    if len(classes) < 2:
+        raise UserError(
+            f"the {int(chosen.sum())} labelled samples of {reader.cache} to train on are all of "
+            f"class {classes.tolist()}: cache more of the data (--max-samples), or hold out less "
+            "(--eval-fraction)"
+        )
+
+
+def _checkpoint(config: TrainStudentConfig, folder: Path) -> Path | None:
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return newest_checkpoint(folder / CHECKPOINTS)
+    return require_committed(Path(config.resume))
+
+
+def _student_config(
+    config: TrainStudentConfig, reader: CacheReader, joined: Joined, position_map: PositionMap
+) -> MambaStudentConfig:
+    id2label = {int(i): name for i, name in reader.manifest.about["id2label"].items()}
+    return MambaStudentConfig(
+        vocab_size=max(joined.tokenizer.get_vocab().values()) + 1,
+        **config.model_dump(include=set(ArchitectureConfig.model_fields)),
+        position_map=position_map.to_dict(),
+        pad_token_id=_pad_id(joined),
+        id2label=id2label,
+        label2id={name: class_id for class_id, name in id2label.items()},
+    )
+
+
+def _pad_id(joined: Joined) -> int:
+    """Any id will do: padded positions are masked."""
+    pad_id = joined.tokenizer.pad_token_id
+    return 0 if pad_id is None else int(pad_id)
+
+
+def _trainer(
+    config: TrainStudentConfig,
+    folder: Path,
+    student: MambaForSequenceClassification,
+    data: TrainingData,
+    joined: Joined,
+    observer: StageTwoObserver,
+) -> DistillationTrainer:
+    callbacks = observer.callbacks()
+    if config.early_stopping is not None:
+        if data.evaluation is None:
+            raise UserError(
+                "--early-stopping needs an evaluation, and --eval-fraction holds out no sample: "
+                "raise it"
+            )
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.early_stopping))
+    trainer = DistillationTrainer(
+        model=student,
+        args=_arguments(config, folder, data),
+        objective=config,
+        batches=data.batches,
+        train_dataset=data.training,
+        eval_dataset=data.evaluation,
+        data_collator=Collator(_pad_id(joined)),
+        compute_metrics=_metrics,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(
+    config: TrainStudentConfig, folder: Path, data: TrainingData
+) -> TrainingArguments:
+    device = resolve_device(config)
+    dtype = dtype_name(resolve_dtype(config, device))
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(
+            f"--report-to {config.report_to} needs the package {config.report_to}, which is not "
+            f"installed: pip install {config.report_to}"
+        )
+    checkpoint_steps = config.checkpoint_steps or data.steps_per_epoch
+    return TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        # The order of batches covers the whole training, so to the Trainer it is one epoch.
+        num_train_epochs=1,
+        max_steps=data.num_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=4 * config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup * data.num_steps),
+        use_cpu=device.type == "cpu",
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        seed=config.seed,
+        eval_strategy="steps" if data.evaluation else "no",
+        eval_steps=checkpoint_steps,
+        save_strategy="steps",
+        save_steps=checkpoint_steps,
+        load_best_model_at_end=config.early_stopping is not None,
+        metric_for_best_model="accuracy" if config.early_stopping is not None else None,
+        greater_is_better=True,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        label_names=["labels", "teacher_logits"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to=[] if config.report_to == "none" else [config.report_to],
+    )
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    logits = np.asarray(prediction.predictions)
+    labels, teacher_logits = prediction.label_ids
+    return {
+        **classification_metrics(logits, labels),
+        **agreement_metrics(logits, teacher_logits),
+    }
+
+
+def _best_step(trainer: DistillationTrainer) -> int | None:
+    return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+
+
+def _save(
+    folder: Path, trainer: DistillationTrainer, joined: Joined, record: RunRecord
+) -> None:
+    """Model and tokenizer, then `run.json`, which makes them the result."""
+    trainer.model.save_pretrained(folder)
+    tokenizer = joined.tokenizer
+    # The student reads ids and mask alone.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.model_max_length = joined.max_length
+    tokenizer.save_pretrained(folder)
+    record.write(folder)

@@ -1,0 +1,160 @@
+"""What the student trains on: cached samples, labelled and unlabelled, in a fixed order of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from teacher_cache.cache.order import ShuffledBatches
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.data.collation import pad_batch
+
+Batch = dict[str, torch.Tensor]
+
+
+class CachedSamples(Dataset[dict[str, np.ndarray]]):
+    """Samples of one split by position in `sample_idxs`.
+
+    Args:
+        reader: of the split.
+        sample_idxs: [N] which of its samples, in this order.
+        labeled: whether a sample's label counts.
+    """
+
+    def __init__(self, reader: CacheReader, sample_idxs: np.ndarray, *, labeled: bool):
+        self._reader = reader
+        self._sample_idxs = sample_idxs
+        self.labeled = labeled
+        self.lengths = reader.lengths()[sample_idxs]
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self._sample_idxs)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        sample = self._reader.sample(int(self._sample_idxs[position]))
+        return sample if self.labeled else {k: v for k, v in sample.items() if k != "label"}
+
+
+class BothKinds(Dataset[dict[str, np.ndarray]]):
+    """Labelled samples first, unlabelled ones behind them, under one range of positions."""
+
+    def __init__(self, labeled: CachedSamples, unlabeled: CachedSamples | None):
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+
+    def __len__(self) -> int:
+        """The number of samples of both kinds."""
+        return len(self.labeled) + (len(self.unlabeled) if self.unlabeled else 0)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        if position < len(self.labeled):
+            return self.labeled[position]
+        assert self.unlabeled is not None
+        return self.unlabeled[position - len(self.labeled)]
+
+
+class AlternatingBatches(Sampler[list[int]]):
+    """Every batch of a training, in order; a function of the data's lengths and the seed alone.
+
+    After labelled batch i come `floor((i + 1) r) - floor(i r)` unlabelled ones, r being the ratio:
+    one each at 1, an unlabelled one after every second at 0.5. Each kind is shuffled anew every
+    time it is used up. So the place to resume from is the number of batches done.
+
+    Args:
+        dataset: both kinds.
+        batch_size: samples in a batch.
+        num_batches: of the whole training.
+        unlabeled_ratio: unlabelled batches for each labelled one.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        dataset: BothKinds,
+        *,
+        batch_size: int,
+        num_batches: int,
+        unlabeled_ratio: float,
+        seed: int,
+    ):
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._num_batches = num_batches
+        self._ratio = unlabeled_ratio if dataset.unlabeled is not None else 0.0
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        labeled = self._shuffled(self._dataset.labeled)
+        unlabeled = self._shuffled(self._dataset.unlabeled) if self._dataset.unlabeled else None
+        offset = len(self._dataset.labeled)
+        for kind_is_labeled in alternate(self._num_batches, self._ratio):
+            if kind_is_labeled:
+                yield next(labeled).tolist()
+            else:
+                assert unlabeled is not None
+                yield (next(unlabeled) + offset).tolist()
+
+    def _shuffled(self, samples: CachedSamples) -> Iterator[np.ndarray]:
+        return iter(ShuffledBatches(samples.lengths, batch_size=self._batch_size, seed=self._seed))
+
+
+def alternate(num_batches: int, unlabeled_ratio: float) -> Iterator[bool]:
+    """True for a labelled batch, False for an unlabelled one, `num_batches` times."""
+    done = labeled = 0
+    while done < num_batches:
+        yield True
+        done += 1
+        owed = math.floor((labeled + 1) * unlabeled_ratio) - math.floor(labeled * unlabeled_ratio)
+        labeled += 1
+        for _ in range(min(owed, num_batches - done)):
+            yield False
+            done += 1
+
+
+def batches_per_epoch(num_labeled: int, *, batch_size: int, unlabeled_ratio: float) -> int:
+    """Batches until every labelled sample was seen once, unlabelled batches between included."""
+    labeled_batches = math.ceil(num_labeled / batch_size)
+    return labeled_batches + math.floor(labeled_batches * unlabeled_ratio)
+
+
+class Collator:
+    """Stack samples of one kind into a batch.
+
+    Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `teacher_logits` [B, C]
+    float32 and, for labelled samples, `labels` [B] int64.
+    """
+
+    def __init__(self, pad_id: int):
+        self._pad_id = pad_id
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        """Collate the samples."""
+        input_ids, mask = pad_batch([sample["input_ids"] for sample in samples], self._pad_id)
+        logits = np.stack([sample["class_logits"] for sample in samples])
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "teacher_logits": torch.from_numpy(logits),
+        }
+        if "label" in samples[0]:
+            labels = np.array([sample["label"] for sample in samples], np.int64)
+            batch["labels"] = torch.from_numpy(labels)
+        return batch
+
+
+def held_out(reader: CacheReader, fraction: float) -> np.ndarray:
+    """Which samples are held out for evaluation, [N] bool: a stable share by sample id."""
+    ids = np.frombuffer(b"".join(reader.sample_ids()), np.uint8).reshape(-1, 16)
+    # Ids are hashes: their first 8 bytes are a uniform number.
+    place = ids[:, :8].copy().view(">u8").reshape(-1) / 2.0**64
+    return place < fraction

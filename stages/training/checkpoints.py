@@ -1,0 +1,93 @@
+"""Checkpoints that are committed: complete with hashes, or skipped by name when a run resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from teacher_cache.cache.commit import explained, fsync_folder, write_json_atomically
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.writer import hash_files
+
+MARKER_NAME = "committed.json"
+NUM_KEPT = 2
+
+logger = logging.getLogger(__name__)
+
+
+def commit_checkpoint(checkpoint: Path) -> None:
+    """Make a checkpoint's files durable, then write the marker with their hashes.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
+    with explained(checkpoint):
+        for path in sorted(checkpoint.rglob("*")):
+            if path.is_file():
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        fsync_folder(checkpoint)
+    write_json_atomically(checkpoint / MARKER_NAME, hash_files(checkpoint))
+    fsync_folder(checkpoint.parent)
+
+
+def is_committed(checkpoint: Path) -> bool:
+    """Whether the marker is there and every file has the hash it names."""
+    marker = checkpoint / MARKER_NAME
+    if not marker.is_file():
+        return False
+    try:
+        recorded = json.loads(marker.read_text())
+    except ValueError:
+        return False
+    found = hash_files(checkpoint)
+    return all(found.get(name) == sha256 for name, sha256 in recorded.items())
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest committed checkpoint of a run; names each newer one that it skips."""
+    for checkpoint in reversed(_checkpoints(folder)):
+        if is_committed(checkpoint):
+            return checkpoint
+        logger.warning("skipped %s: it is not complete or was changed", checkpoint)
+    return None
+
+
+def require_committed(checkpoint: Path) -> Path:
+    """A checkpoint that was named by hand.
+
+    Raises:
+        UserError: if it is missing, incomplete or changed.
+    """
+    if not is_committed(checkpoint):
+        raise UserError(
+            f"{checkpoint} is no complete checkpoint (its {MARKER_NAME} is missing or a file "
+            "differs from its hash): give another, or --resume auto for the newest complete one"
+        )
+    return checkpoint
+
+
+def remove_old_checkpoints(folder: Path, *, keep: Path | None) -> None:
+    """Keep the newest two committed checkpoints, `keep`, and nothing else that is older."""
+    committed = [one for one in _checkpoints(folder) if (one / MARKER_NAME).is_file()]
+    for old in committed[:-NUM_KEPT]:
+        if keep is None or old.resolve() != keep.resolve():
+            # Without its marker first: a kill in between must not leave half a checkpoint.
+            (old / MARKER_NAME).unlink()
+            shutil.rmtree(old)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [
+        (int(match.group(1)), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]

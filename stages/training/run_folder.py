@@ -1,0 +1,103 @@
+"""The folder of a training run: its settings, its state, and what it ended with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.cache.commit import write_json_atomically
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.fingerprint import refuse_changed_settings
+
+RUN_NAME = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """`run.json`.
+
+    Attributes:
+        settings: the resolved configuration, without device and paths.
+        cache: folder of the cache.
+        cache_fingerprint: of the cache.
+        teacher: id or folder of the teacher, as the cache names it.
+        tokenization: `verified`, or the names of the differences that `--on-mismatch warn` passed.
+        max_length: tokens at which documents are cut.
+        complete: whether the model in the folder is the result.
+        result: steps, metrics and times of the finished run.
+    """
+
+    settings: dict[str, Any]
+    cache: str
+    cache_fingerprint: str
+    teacher: str
+    tokenization: str | list[str]
+    max_length: int
+    complete: bool = False
+    result: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Commit it atomically.
+
+        Raises:
+            UserError: where the file system refuses.
+        """
+        write_json_atomically(folder / RUN_NAME, asdict(self))
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run's record.
+
+    Raises:
+        UserError: if the folder is no run.
+    """
+    path = folder / RUN_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is no run (it has no {RUN_NAME}): give a folder that `pipe train-student` "
+            "wrote"
+        )
+    try:
+        return RunRecord(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): train again with --resume never"
+        ) from error
+
+
+def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord:
+    """Create the run's folder, or find it again with the same settings.
+
+    Args:
+        folder: of the run.
+        record: what this command asks for.
+        start_again: remove what is there.
+
+    Returns:
+        The recorded state: complete, if an earlier command finished the run.
+
+    Raises:
+        UserError: if the folder holds something else, or a run with other settings.
+    """
+    if (folder / RUN_NAME).exists() and start_again:
+        (folder / RUN_NAME).unlink()
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    elif (folder / RUN_NAME).exists():
+        recorded = read_run(folder)
+        refuse_changed_settings(
+            folder,
+            recorded.settings | {"cache_fingerprint": recorded.cache_fingerprint},
+            record.settings | {"cache_fingerprint": record.cache_fingerprint},
+            start_again="--resume never",
+        )
+        return recorded
+    elif folder.exists() and any(folder.iterdir()) and not start_again:
+        raise UserError(
+            f"{folder} is not empty and holds no {RUN_NAME}, so it is no run: give another --out"
+        )
+    record.write(folder)
+    return record

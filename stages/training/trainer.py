@@ -1,0 +1,136 @@
+"""transformers' Trainer with the distillation objective, counted over whole optimizer steps."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from teacher_cache.stages.losses.objective import (
+    ObjectiveConfig,
+    ObjectiveTerms,
+    StepTotals,
+    distillation_objective,
+)
+from teacher_cache.stages.training.batches import AlternatingBatches
+from teacher_cache.stages.training.checkpoints import commit_checkpoint, remove_old_checkpoints
+
+
+class CommittingTrainer(Trainer):
+    """A Trainer whose checkpoints are committed; it removes old ones only behind a new one."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial))
+        commit_checkpoint(folder / f"checkpoint-{self.state.global_step}")
+        best = self.state.best_model_checkpoint
+        remove_old_checkpoints(folder, keep=Path(best) if best else None)
+
+
+class DistillationTrainer(CommittingTrainer):
+    """Train a student from cached teacher logits.
+
+    Args:
+        objective: weights of the terms.
+        batches: the order of all training batches.
+        **kwargs: transformers' Trainer arguments.
+    """
+
+    def __init__(self, *, objective: ObjectiveConfig, batches: AlternatingBatches, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._objective = objective
+        self._batches = batches
+        self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
+        self._num_steps: Counter[bool] = Counter()  # by whether they are unlabelled
+        # compute_loss divides by the counts of the whole step; Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One pass over `batches`, which is the whole training."""
+        loader = DataLoader(
+            self.train_dataset,  # pyright: ignore[reportArgumentType]  (any map-style dataset)
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of the next optimizer step, with the step's totals."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        totals = sum((self._totals(batch) for batch in batches), StepTotals())
+        self._num_steps[False] += totals.num_labeled > 0
+        self._num_steps[True] += totals.num_unlabeled > 0
+        return batches, totals
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss; in evaluation the batch is the step."""
+        labels, teacher_logits = inputs.get("labels"), inputs["teacher_logits"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        terms = distillation_objective(
+            outputs.logits,
+            teacher_logits,
+            labels,
+            config=self._objective,
+            totals=num_items_in_batch or self._totals(inputs),
+        )
+        if model.training:
+            self._remember(terms)
+        return (terms.loss, {"logits": outputs.logits}) if return_outputs else terms.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms' means since the last line."""
+        if "loss" in logs:
+            logs |= self._means()
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """No weight decay on the state-space parameters, as in mamba_ssm."""
+        names = super().get_decay_parameter_names(model)
+        kept_out = {
+            name
+            for name, parameter in model.named_parameters()
+            if getattr(parameter, "_no_weight_decay", False)
+        }
+        return [name for name in names if name not in kept_out]
+
+    def _totals(self, batch: dict[str, torch.Tensor]) -> StepTotals:
+        return StepTotals.of(
+            batch["teacher_logits"],
+            labeled="labels" in batch,
+            conf_power=self._objective.conf_power,
+        )
+
+    def _remember(self, terms: ObjectiveTerms) -> None:
+        """Add a micro-batch's shares; on the device, so that nothing waits for it."""
+        if terms.ce is None:
+            self._sums["kd_unlabeled"] += terms.kd
+            return
+        self._sums["ce"] += terms.ce
+        self._sums["kd"] += terms.kd
+        self._sums["agreement"] += terms.agreement
+        if terms.conf_w is not None:
+            self._sums["conf_w"] += terms.conf_w
+
+    def _means(self) -> dict[str, float]:
+        """Each term's mean over the steps since the last line that held its kind of sample."""
+        means = {
+            name: float(total) / self._num_steps[name == "kd_unlabeled"]
+            for name, total in self._sums.items()
+        }
+        self._sums.clear()
+        self._num_steps.clear()
+        return means
