@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before anything imports a hub client: a test never waits for a network that it does not need.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Arrow copies of the tests' files go where they can be thrown away, not to the user's own cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="teacher-cache-tests-")
 os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "assets"))
 
 import pytest
 from teacher_cache.stages.data.packages import assets_folder, fetch
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,244 @@
+"""A corpus: the documents of one split, in an order of their own, with labels or without.
+
+>>> corpus = load_corpus(CorpusConfig(source="stanfordnlp/imdb", split="train", max_samples=100))
+>>> documents = corpus.documents(0, 64)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from pydantic import Field
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.config import StageConfig
+from teacher_cache.stages.data.columns import find_label_column, find_text_column
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.errors import SourceUnavailable
+from teacher_cache.stages.data.label_mapping import map_labels
+from teacher_cache.stages.data.labels import Labels, read_labels
+from teacher_cache.stages.data.sources import open_source
+
+logger = logging.getLogger(__name__)
+
+
+class CorpusConfig(StageConfig):
+    """What to read, and how much of it."""
+
+    source: str = Field(
+        ..., description="'reviews', a file, a folder (aclImdb's layout too) or a hub id"
+    )
+    split: str | None = Field(
+        None, description="the split to read; without one 'train', or the only one there is"
+    )
+    text_column: str | None = Field(
+        None, description="the column with the texts; without one the usual names are tried"
+    )
+    label_column: str | None = Field(
+        None, description="the column with the labels; without one the usual names are tried"
+    )
+    labeled: bool = Field(True, description="whether labels are read; without them none is needed")
+    label_names: tuple[str, ...] | None = Field(
+        None, description="the label names in the order of the teacher's classes"
+    )
+    max_samples: int | None = Field(
+        None, gt=0, description="at most so many documents, the first ones of the shuffled order"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="of the order of the documents; raising max_samples keeps it"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Documents with random access; made by `load_corpus`.
+
+    Attributes:
+        config: what was asked for.
+        identity: what was read, for the fingerprint: kind, name and revision or content hash,
+            split, columns, seed and class ids; never a path, nor the limit.
+    """
+
+    config: CorpusConfig
+    identity: dict[str, object]
+    _texts: datasets.Dataset
+    _text_column: str
+    _source: str
+    _split: str
+    _labels: Labels | None
+    _order: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of documents, the limit applied."""
+        return len(self._order)
+
+    @property
+    def num_available(self) -> int:
+        """Number of documents of the split, without the limit."""
+        return len(self._texts)
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The class names in id order, None when the source has none or no labels are read."""
+        return self._labels.names if self._labels is not None else None
+
+    def documents(self, start: int, stop: int) -> list[Document]:
+        """Documents `start` to `stop` (not included) of the corpus's order.
+
+        Raises:
+            IndexError: if the range reaches outside the corpus.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"documents {start} to {stop} of a corpus of {len(self)}")
+        positions = self._order[start:stop]
+        texts = self._texts[positions.tolist()][self._text_column] if len(positions) else []
+        labels = self._labels.ids[positions].tolist() if self._labels is not None else None
+        return [
+            Document(
+                # A null text is an empty one: it is counted as such, and never tokenised.
+                text=text or "",
+                source=self._source,
+                split=self._split,
+                position=position,
+                label=labels[idx] if labels is not None else None,
+            )
+            for idx, (text, position) in enumerate(zip(texts, positions.tolist(), strict=True))
+        ]
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names for every class id, to fine-tune a new teacher with.
+
+        Raises:
+            UserError: if the corpus has no labels, or negative ones.
+        """
+        labels = self._labels
+        if labels is None:
+            raise UserError("the corpus is read without labels: a teacher needs labelled text")
+        if labels.names is not None:
+            return labels.names
+        if labels.ids.min() < 0:
+            raise UserError(
+                f"the corpus has the label {labels.ids.min()}, expected integers from 0: name "
+                f"another --label-column"
+            )
+        # The placeholders of transformers, so that integers stay integers for such a teacher.
+        return tuple(f"LABEL_{class_id}" for class_id in range(int(labels.ids.max()) + 1))
+
+    def label_counts(self) -> dict[str, int] | None:
+        """Number of documents per class name (or integer), the limit applied."""
+        if self._labels is None:
+            return None
+        return dataclasses.replace(self._labels, ids=self._labels.ids[self._order]).counts()
+
+    def with_class_names(self, teacher_id2label: Mapping[int, str]) -> Corpus:
+        """The same corpus with the teacher's class ids for labels.
+
+        Args:
+            teacher_id2label: the teacher's class names by id.
+
+        Raises:
+            UserError: if a label is none of the teacher's classes, or nothing tells which it is.
+        """
+        labels = self._labels
+        if labels is None:
+            return self
+        values: Sequence[str] | Sequence[int]
+        values = labels.names if labels.names is not None else np.unique(labels.ids).tolist()
+        class_ids = map_labels(
+            values,
+            teacher_id2label,
+            self.config.label_names if labels.names is not None else None,
+            names_are_ordered=labels.names_are_ordered,
+        )
+        ids = labels.ids
+        if labels.names is not None:
+            ids = np.array([class_ids[name] for name in labels.names], dtype=np.int64)[ids]
+        names = tuple(teacher_id2label[class_id] for class_id in range(len(teacher_id2label)))
+        return dataclasses.replace(
+            self,
+            identity={**self.identity, "class_ids": {str(k): v for k, v in class_ids.items()}},
+            _labels=Labels(ids, names, names_are_ordered=True),
+        )
+
+
+def load_corpus(config: CorpusConfig) -> Corpus:
+    """Read a corpus.
+
+    The documents come in a random order that depends on the seed and on how many there are, for
+    data sets sorted by label are common; a limit takes the first ones of that order, so a higher
+    limit only appends.
+
+    Args:
+        config: what to read.
+
+    Raises:
+        SourceUnavailable: if the source is not there, cannot be reached or holds nothing.
+        UserError: if a split or column is not there, or the labels cannot be learned from.
+    """
+    source = open_source(config.source, config.split)
+    table = source.table
+    if len(table) == 0:
+        raise SourceUnavailable(
+            f"the split {source.split!r} of {config.source!r} holds no documents: give another"
+        )
+    text_column = find_text_column(table.features, config.text_column)
+    label_column = (
+        find_label_column(table.features, config.label_column) if config.labeled else None
+    )
+    labels = None
+    if label_column is not None:
+        labels = read_labels(table.data.table, table.features, label_column, config.label_names)
+    # RandomState's streams never change between numpy versions, unlike Generator's.
+    order = np.random.RandomState(config.seed).permutation(len(table))
+    return Corpus(
+        config=config,
+        identity={
+            **source.identity,
+            "text_column": text_column,
+            "label_column": label_column,
+            "seed": config.seed,
+        },
+        _texts=table.select_columns([text_column]),
+        _text_column=text_column,
+        _source=source.label,
+        _split=source.split,
+        _labels=labels,
+        _order=order[: config.max_samples],
+    )
+
+
+def load_with_fallback(
+    config: CorpusConfig, fallbacks: Sequence[CorpusConfig]
+) -> tuple[Corpus, CorpusConfig]:
+    """Read the first corpus that is there; only what the user listed is ever tried.
+
+    Args:
+        config: what is wanted.
+        fallbacks: what may stand in for it, in this order.
+
+    Returns:
+        The corpus, and which of the configurations it is from.
+
+    Raises:
+        SourceUnavailable: if none is there.
+        UserError: if one is there and cannot be read as asked.
+    """
+    candidates = [config, *fallbacks]
+    reasons: list[str] = []
+    for candidate in candidates:
+        try:
+            corpus = load_corpus(candidate)
+        except SourceUnavailable as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            logger.warning("falling back to %s: %s", candidate.source, reasons[0])
+        return corpus, candidate
+    raise SourceUnavailable(
+        reasons[0] if len(reasons) == 1 else f"no source could be loaded; {'; '.join(reasons)}"
+    )

@@ -1,0 +1,97 @@
+"""Data sets of the hub, read through `datasets`; no code of theirs is ever run."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import datasets
+import pyarrow as pa
+from datasets import config as datasets_config
+from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] -- httpx's or httpx2's, as the hub uses
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from teacher_cache.stages.data.errors import SourceUnavailable
+from teacher_cache.stages.data.local_files import root_cause
+from teacher_cache.stages.data.quiet import quiet_datasets
+from teacher_cache.stages.data.splits import choose_split
+
+PROBE_TIMEOUT_S = 10.0
+
+
+def read_hub(name: str, split: str | None) -> tuple[datasets.Dataset, str, str]:
+    """Read one split of a hub data set, from the `datasets` cache where there is no network.
+
+    Args:
+        name: the data set's id, with its owner.
+        split: the split, None for `train` or the only one.
+
+    Returns:
+        The table, the name of its split and the revision that it is of.
+
+    Raises:
+        SourceUnavailable: if the hub cannot be reached, or has no such data set.
+        UserError: if there is no such split, or `datasets` cannot read it.
+    """
+    with quiet_datasets():
+        try:
+            builder = _builder(name)
+            chosen = split
+            if builder.info.splits:
+                chosen = choose_split(list(builder.info.splits), split, name)
+            builder.download_and_prepare()
+            chosen = choose_split(list(builder.info.splits or ()), chosen, name)
+            table = cast(datasets.Dataset, builder.as_dataset(split=chosen))
+        except (
+            HTTPError,
+            OSError,
+            ValueError,
+            RuntimeError,
+            DatasetsError,
+            pa.ArrowException,
+        ) as error:
+            raise SourceUnavailable(
+                f"{name!r} could not be loaded from the hub ({root_cause(error)}): "
+                f"{local_alternative()}"
+            ) from error
+    return table, chosen, str(builder.hash)
+
+
+def local_alternative() -> str:
+    """The way out where there is no hub."""
+    return "give a local folder or file instead, for example --data /path/to/aclImdb"
+
+
+def _builder(name: str) -> datasets.DatasetBuilder:
+    """The data set's builder: the hub's, or where it cannot be reached the one cached last.
+
+    One question with one time limit decides whether there is a hub; asking `datasets` first would
+    retry with growing pauses before it says that there is none.
+    """
+    try:
+        if datasets_config.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        HfApi().dataset_info(name, timeout=PROBE_TIMEOUT_S)
+    except RepositoryNotFoundError as error:
+        raise SourceUnavailable(
+            f"the hub has no data set {name!r} that can be read without signing in, and there is "
+            f"no such file or folder: check the name, or {local_alternative()}"
+        ) from error
+    except (HTTPError, OSError) as error:
+        return _cached_builder(name, error)
+    return datasets.load_dataset_builder(name)
+
+
+def _cached_builder(name: str, reason: Exception) -> datasets.DatasetBuilder:
+    try:
+        return Cache(dataset_name=name.split("/")[-1], repo_id=name, version="auto", hash="auto")
+    except ValueError as error:
+        raise SourceUnavailable(
+            f"{name!r} is no file or folder here, and the hub could not be reached "
+            f"({root_cause(reason)}): {local_alternative()}"
+        ) from error

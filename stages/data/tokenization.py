@@ -1,0 +1,106 @@
+"""From documents to samples: the token ids that a teacher sees, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.documents import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH_DOCUMENTS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The unit of caching.
+
+    Attributes:
+        sample_id: 16 bytes, the document's.
+        input_ids: uint32 [S], special tokens included, no padding.
+        label: the class id, None in an unlabelled corpus.
+        was_truncated: whether the document had more tokens.
+    """
+
+    sample_id: bytes
+    input_ids: np.ndarray
+    label: int | None
+    was_truncated: bool
+
+
+def tokenize(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[Sample]:
+    """Tokenise documents with special tokens, cutting those that are too long.
+
+    Whitespace-only documents are left out, and those of which the tokenizer leaves nothing.
+
+    Args:
+        documents: in any number; batched here.
+        tokenizer: the teacher's; its own settings for padding and truncation do not matter but
+            for the side on which it truncates.
+        max_length: the most tokens a sample may have, special tokens included.
+
+    Returns:
+        The samples in the order of their documents.
+
+    Raises:
+        UserError: if `max_length` leaves no room for a token of the text.
+    """
+    num_special = tokenizer.num_special_tokens_to_add(pair=False)
+    if max_length <= num_special:
+        raise UserError(
+            f"--max-length {max_length} leaves no room for text: the tokenizer adds {num_special} "
+            f"special tokens, so give at least {num_special + 1}"
+        )
+    texts = [document for document in documents if document.text.strip()]
+    samples: list[Sample] = []
+    for start in range(0, len(texts), _BATCH_DOCUMENTS):
+        samples += _tokenize_batch(texts[start : start + _BATCH_DOCUMENTS], tokenizer, max_length)
+    return samples
+
+
+def _tokenize_batch(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Sample]:
+    ids = _token_ids([document.text for document in documents], tokenizer, max_length=None)
+    # The tokenizer itself cuts the long ones: only it knows its special tokens and its side.
+    long_idx = [idx for idx, tokens in enumerate(ids) if len(tokens) > max_length]
+    if long_idx:
+        texts = [documents[idx].text for idx in long_idx]
+        cut = _token_ids(texts, tokenizer, max_length=max_length)
+        for idx, tokens in zip(long_idx, cut, strict=True):
+            ids[idx] = tokens
+    truncated = set(long_idx)
+    return [
+        Sample(
+            sample_id=document.sample_id,
+            input_ids=np.asarray(tokens, dtype=np.uint32),
+            label=document.label,
+            was_truncated=idx in truncated,
+        )
+        for idx, (document, tokens) in enumerate(zip(documents, ids, strict=True))
+        if tokens
+    ]
+
+
+def _token_ids(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> list[list[int]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=True,
+        padding=False,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return list(encoded["input_ids"])
