@@ -1,0 +1,1 @@
+"""The join: is a cached token id the same token to the student?"""

@@ -1,0 +1,1 @@
+"""What the student is trained on: divergences, confidence weights and the objective."""

@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.divergences import forward_kl
 from teacher_cache.stages.losses.objective import (
-    ObjectiveConfig,
     ObjectiveTerms,
     StepTotals,
     distillation_objective,
@@ -33,8 +34,7 @@ class Step:
     def batches(self, borders: list[int]) -> list[tuple[slice, bool]]:
         """The step cut at `borders` and where its kinds meet."""
         edges = sorted({0, self.num_labeled, len(self.student), *borders})
-        pairs = zip(edges, edges[1:], strict=False)
-        return [(slice(start, end), end <= self.num_labeled) for start, end in pairs]
+        return [(slice(start, end), end <= self.num_labeled) for start, end in pairwise(edges)]
 
 
 def make_step(seed: int, num_labeled: int, num_unlabeled: int, num_classes: int = 3) -> Step:
