@@ -16,8 +16,9 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="teacher-cache-tests-"
 os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "assets"))
 
 import pytest
-from teacher_cache.stages.data.packages import assets_folder, fetch
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+
+from teacher_cache.stages.data.packages import assets_folder, fetch
 
 
 def pytest_unconfigure() -> None:

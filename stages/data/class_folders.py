@@ -31,16 +31,17 @@ class ClassFolder:
 def find_class_folders(folder: Path) -> dict[str, list[ClassFolder]]:
     """The splits of a folder in this layout, empty if it is in another.
 
-    Class folders directly inside `folder` make the split `train`. Unlabelled folders of any split
-    make the split `unsupervised`.
+    Without folders for splits, the class folders make the split `train`. Unlabelled folders of any
+    split make the split `unsupervised`.
     """
     splits: dict[str, list[ClassFolder]] = {}
     for inner in _sub_folders(folder):
-        if _holds_texts(inner):
-            _add(splits, "train", inner)
-        for class_folder in _sub_folders(inner):
-            if _holds_texts(class_folder):
-                _add(splits, inner.name, class_folder)
+        for class_folder in filter(_holds_texts, _sub_folders(inner)):
+            _add(splits, inner.name, class_folder)
+    if not splits:
+        # Only now: aclImdb's `train` has lists of addresses beside its class folders.
+        for class_folder in filter(_holds_texts, _sub_folders(folder)):
+            _add(splits, "train", class_folder)
     return splits
 
 

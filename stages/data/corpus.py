@@ -34,23 +34,23 @@ class CorpusConfig(StageConfig):
         ..., description="'reviews', a file, a folder (aclImdb's layout too) or a hub id"
     )
     split: str | None = Field(
-        None, description="the split to read; without one 'train', or the only one there is"
+        default=None, description="the split to read; by default 'train', or the only one there is"
     )
     text_column: str | None = Field(
-        None, description="the column with the texts; without one the usual names are tried"
+        default=None, description="the column with the texts; by default one of the usual names"
     )
     label_column: str | None = Field(
-        None, description="the column with the labels; without one the usual names are tried"
+        default=None, description="the column with the labels; by default one of the usual names"
     )
-    labeled: bool = Field(True, description="whether labels are read; without them none is needed")
+    labeled: bool = Field(default=True, description="whether to read labels")
     label_names: tuple[str, ...] | None = Field(
-        None, description="the label names in the order of the teacher's classes"
+        default=None, description="the label names in the order of the teacher's classes"
     )
     max_samples: int | None = Field(
-        None, gt=0, description="at most so many documents, the first ones of the shuffled order"
+        default=None, gt=0, description="at most so many documents, the first of the shuffled order"
     )
     seed: int = Field(
-        0, ge=0, lt=2**32, description="of the order of the documents; raising max_samples keeps it"
+        default=0, ge=0, lt=2**32, description="of the documents' order, whatever the limit"
     )
 
 

@@ -57,10 +57,15 @@ def open_source(source: str, split: str | None) -> Source:
     if source == reviews.NAME:
         return _open_reviews(split)
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_folder(path, split)
-    if path.is_file():
-        return _open_file(path, split)
+    try:
+        if path.is_dir():
+            return _open_folder(path, split)
+        if path.is_file():
+            return _open_file(path, split)
+    except OSError as error:
+        raise UserError(
+            f"{source!r} cannot be read ({error.strerror or error}): check its permissions"
+        ) from error
     if not _HUB_ID.fullmatch(source) or file_kind(path) is not None:
         raise SourceUnavailable(
             f"there is no file or folder {source!r}: check the path, or give a data set of the hub"

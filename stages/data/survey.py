@@ -21,7 +21,7 @@ class CorpusReport(StageConfig):
         ..., description="not empty, and the text of an earlier document: kept"
     )
     label_counts: dict[str, int] | None = Field(
-        None, description="documents by class name or integer, None without labels"
+        default=None, description="documents by class name or integer, None without labels"
     )
 
     def describe(self) -> str:

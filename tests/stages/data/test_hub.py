@@ -1,0 +1,145 @@
+"""Hub data sets without a hub: what is said, what the cache still gives, what a hub would."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import config as datasets_config
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] -- httpx's or httpx2's
+    RepositoryNotFoundError,
+)
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data import hub
+from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
+from teacher_cache.stages.data.errors import SourceUnavailable
+from tests.stand_ins import write_hub_parquet
+
+REVISION = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
+
+
+def _load(**settings: object) -> Corpus:
+    settings = {"source": "stanfordnlp/imdb", **settings}
+    return load_corpus(CorpusConfig.model_validate(settings))
+
+
+def _builder(folder: Path, cache: Path) -> datasets.DatasetBuilder:
+    """What `datasets` makes of the hub's parquet files."""
+    files = {
+        split: str(folder / "plain_text" / f"{split}-00000-of-00001.parquet")
+        for split in ("train", "test", "unsupervised")
+    }
+    return datasets.load_dataset_builder(
+        "parquet", "plain_text", data_files=files, cache_dir=str(cache)
+    )
+
+
+@pytest.fixture
+def reachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that has the stand-in."""
+    builder = _builder(write_hub_parquet(tmp_path / "hub"), tmp_path / "cache")
+    builder.hash = REVISION
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
+
+
+def test_unreachable_is_one_sentence_with_the_way_out():
+    start = time.perf_counter()
+    with pytest.raises(SourceUnavailable, match="--data /path/to/aclImdb") as raised:
+        _load()
+    assert time.perf_counter() - start < 5
+    message = str(raised.value)
+    assert "'stanfordnlp/imdb'" in message
+    assert "could not be reached" in message
+    assert "\n" not in message
+
+
+def test_no_connection_is_found_out_with_one_question(monkeypatch):
+    questions: list[float] = []
+
+    def refuse(self: HfApi, name: str, *, timeout: float) -> None:
+        questions.append(timeout)
+        raise HTTPError("no route to host")
+
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    with pytest.raises(SourceUnavailable, match=r"could not be reached \(no route to host\)"):
+        _load()
+    assert questions == [hub.PROBE_TIMEOUT_S]
+
+
+def test_a_data_set_that_the_hub_does_not_have(monkeypatch):
+    def refuse(self: HfApi, name: str, *, timeout: float) -> None:
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    with pytest.raises(SourceUnavailable, match="the hub has no data set 'stanfordnlp/imbd'"):
+        _load(source="stanfordnlp/imbd")
+
+
+def test_a_reachable_hub(reachable_hub):
+    train = _load()
+    assert (len(train), train.label_names) == (60, ("neg", "pos"))
+    assert train.identity == {
+        "kind": "hub",
+        "name": "stanfordnlp/imdb",
+        "revision": REVISION,
+        "split": "train",
+        "text_column": "text",
+        "label_column": "label",
+        "seed": 0,
+    }
+    assert train.documents(0, 1)[0].source == f"stanfordnlp/imdb@{REVISION}"
+    assert len(_load(split="unsupervised", labeled=False)) == 30
+
+
+def test_a_published_order_of_classes_stands(reachable_hub):
+    train = _load()
+    mapped = train.with_class_names({0: "LABEL_0", 1: "LABEL_1"})
+    assert mapped.documents(0, 60) == train.documents(0, 60)
+
+
+def test_a_missing_split_is_named_with_those_there_are(reachable_hub):
+    with pytest.raises(UserError, match=r"no split 'tests' \(it has train, test, unsupervised\)"):
+        _load(split="tests")
+
+
+def test_a_data_set_that_datasets_cannot_read(monkeypatch):
+    def refuse(name: str) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
+    with pytest.raises(SourceUnavailable, match=r"from the hub \(Dataset scripts are no longer"):
+        _load(source="someone/old")
+
+
+def test_what_was_loaded_once_needs_no_hub(tmp_path, monkeypatch):
+    builder = _builder(write_hub_parquet(tmp_path / "hub"), tmp_path / "scratch")
+    builder.dataset_name = "imdb"
+    cached = tmp_path / "cache" / "stanfordnlp___imdb" / "plain_text" / "0.0.0" / REVISION
+    builder.download_and_prepare(str(cached))
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    train = _load()
+    assert len(train) == 60
+    assert train.identity["revision"] == REVISION
+
+
+def test_loading_prints_and_logs_nothing(tmp_path, capfd, caplog):
+    folder = write_hub_parquet(tmp_path / "hub")
+    datasets.enable_progress_bars()
+    capfd.readouterr()
+    with caplog.at_level(logging.DEBUG):
+        load_corpus(CorpusConfig(source=str(folder)))
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not datasets.are_progress_bars_disabled()

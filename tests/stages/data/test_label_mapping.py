@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.label_mapping import is_generic, map_labels
+
+NAMED = {0: "NEGATIVE", 1: "POSITIVE"}
+GENERIC = {0: "LABEL_0", 1: "LABEL_1"}
+
+
+@pytest.mark.parametrize("teacher", [NAMED, GENERIC])
+def test_integers_are_class_ids(teacher):
+    assert map_labels([0, 1], teacher) == {0: 0, 1: 1}
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2], [-2, 0, 1]])
+def test_integers_outside_the_teachers_classes_are_named(values):
+    outside = str(next(value for value in values if value not in NAMED))
+    with pytest.raises(UserError, match=rf"label {outside}, .* 2 classes \(0 NEGATIVE, 1 POS"):
+        map_labels(values, NAMED)
+
+
+def test_names_match_whatever_their_case():
+    assert map_labels(["Positive", "negative"], NAMED) == {"Positive": 1, "negative": 0}
+
+
+def test_names_need_an_order_when_the_teacher_has_none():
+    with pytest.raises(UserError, match=r"have no names .* --label-names neg,pos"):
+        map_labels(["neg", "pos"], GENERIC)
+    assert map_labels(["neg", "pos"], GENERIC, ("pos", "neg")) == {"neg": 1, "pos": 0}
+
+
+def test_names_that_the_teacher_does_not_have_are_named():
+    with pytest.raises(UserError, match="the labels neg, pos of the corpus are none of the"):
+        map_labels(["neg", "pos"], NAMED)
+    with pytest.raises(UserError, match="the label neutral of the corpus is none of the"):
+        map_labels(["negative", "neutral", "positive"], NAMED)
+
+
+def test_explicit_names_bridge_other_words_for_the_same_classes():
+    assert map_labels(["neg", "pos"], NAMED, ("neg", "pos")) == {"neg": 0, "pos": 1}
+
+
+def test_explicit_names_must_cover_the_corpus():
+    with pytest.raises(UserError, match="gives neg, pos: add neutral"):
+        map_labels(["neg", "neutral", "pos"], GENERIC, ("neg", "pos"))
+
+
+def test_explicit_names_must_be_different():
+    with pytest.raises(UserError, match="gives a name twice"):
+        map_labels(["neg"], GENERIC, ("neg", "NEG"))
+
+
+def test_explicit_names_must_fit_the_teacher():
+    with pytest.raises(UserError, match="label 2, and the teacher has 2 classes"):
+        map_labels(["neg", "pos"], GENERIC, ("neg", "pos", "neutral"))
+
+
+def test_explicit_names_may_not_contradict_the_teacher():
+    assert map_labels(["positive"], NAMED, ("negative", "positive")) == {"positive": 1}
+    with pytest.raises(UserError, match="give the teacher's order"):
+        map_labels(["negative", "positive"], NAMED, ("positive", "negative"))
+
+
+def test_a_published_order_stands_where_the_names_say_nothing():
+    for teacher in (NAMED, GENERIC):
+        mapped = map_labels(["neg", "pos"], teacher, names_are_ordered=True)
+        assert mapped == {"neg": 0, "pos": 1}
+
+
+def test_names_win_over_a_published_order():
+    mapped = map_labels(["positive", "negative"], NAMED, names_are_ordered=True)
+    assert mapped == {"positive": 1, "negative": 0}
+
+
+def test_a_published_order_of_too_many_classes_is_refused():
+    with pytest.raises(UserError, match="label 2, and the teacher has 2"):
+        map_labels(["a", "b", "c"], NAMED, names_are_ordered=True)
+
+
+def test_placeholders_are_told_from_names():
+    assert is_generic(GENERIC)
+    assert not is_generic(NAMED)
+    assert not is_generic({0: "LABEL_0", 1: "spam"})

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.labels import Labels, read_labels
+
+
+def _read(
+    values: list[object], names: tuple[str, ...] | None = None, feature: object = None
+) -> Labels:
+    features = datasets.Features({"label": feature}) if feature is not None else None
+    table = datasets.Dataset.from_dict({"label": values}, features=features)
+    return read_labels(table.data.table, table.features, "label", names)
+
+
+@pytest.mark.parametrize("values", [[1, 0, 2], [1.0, 0.0, 2.0], ["1", "0", "2"], [" 1", "0 ", "2"]])
+def test_integers_however_they_are_written(values):
+    labels = _read(values)
+    assert labels.ids.tolist() == [1, 0, 2]
+    assert labels.ids.dtype == np.int64
+    assert labels.names is None
+    assert labels.counts() == {"0": 1, "1": 1, "2": 1}
+
+
+def test_booleans():
+    assert _read([True, False]).ids.tolist() == [1, 0]
+
+
+def test_names_are_sorted_without_an_order_given():
+    labels = _read(["pos", "neg", " pos "])
+    assert (labels.names, labels.names_are_ordered) == (("neg", "pos"), False)
+    assert labels.ids.tolist() == [1, 0, 1]
+    assert labels.counts() == {"neg": 1, "pos": 2}
+
+
+def test_names_take_the_order_given():
+    labels = _read(["pos", "neg"], ("pos", "neg", "neutral"))
+    assert (labels.names, labels.names_are_ordered) == (("pos", "neg", "neutral"), True)
+    assert labels.ids.tolist() == [0, 1]
+
+
+def test_a_class_feature_brings_names_and_order():
+    labels = _read([1, 0, 1], feature=datasets.ClassLabel(names=["neg", "pos"]))
+    assert (labels.names, labels.names_are_ordered) == (("neg", "pos"), True)
+    assert labels.ids.tolist() == [1, 0, 1]
+
+
+def test_a_class_feature_takes_another_order():
+    feature = datasets.ClassLabel(names=["neg", "pos"])
+    assert _read([1, 0], ("pos", "neg"), feature).ids.tolist() == [0, 1]
+    with pytest.raises(UserError, match="given are bad, good, and the data set's are neg, pos"):
+        _read([1, 0], ("bad", "good"), feature)
+
+
+def test_integers_take_names():
+    assert _read([1, 0], ("bad", "good")).counts() == {"bad": 1, "good": 1}
+    with pytest.raises(UserError, match="integers 0 to 2, and 2 label names were given"):
+        _read([0, 2], ("bad", "good"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, None, 0, -1], [1.0, None, 0.0, None], ["a", None, "b", " "], ["1", "", "0", "-1"]],
+)
+def test_missing_labels_are_counted(values):
+    with pytest.raises(UserError, match=r"2 of 4 documents have no label .* --unlabeled"):
+        _read(values)
+
+
+def test_missing_labels_of_a_class_feature_are_counted():
+    with pytest.raises(UserError, match="1 of 2 documents have no label"):
+        _read([-1, 1], feature=datasets.ClassLabel(names=["neg", "pos"]))
+
+
+def test_a_column_of_nothing():
+    with pytest.raises(UserError, match="2 of 2 documents have no label"):
+        _read([None, None])
+
+
+@pytest.mark.parametrize(("values", "name"), [([1, 1, 1], "1"), (["pos"] * 3, "pos")])
+def test_one_class_only_is_named_with_its_count(values, name):
+    with pytest.raises(UserError, match=f"all 3 documents have the label '{name}'"):
+        _read(values)
+
+
+def test_a_name_outside_those_given_is_named():
+    with pytest.raises(UserError, match=r"label 'pso' .* \(neg, pos\): did you mean 'pos'"):
+        _read(["neg", "pso"], ("neg", "pos"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [([0.5, 1.0], "fractions such as 0.5"), ([[0], [1]], "holds list<")]
+)
+def test_columns_that_are_no_labels(values, message):
+    with pytest.raises(UserError, match=message):
+        _read(values)
+
+
+def test_a_column_in_several_chunks():
+    table = pa.table({"label": pa.chunked_array([["b", "a"], ["c", "a"]])})
+    features = datasets.Features({"label": datasets.Value("string")})
+    labels = read_labels(table, features, "label", None)
+    assert labels.ids.tolist() == [1, 0, 2, 0]

@@ -1,0 +1,68 @@
+"""Stand-ins for data sets that only the hub has: real reviews in IMDb's layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+
+from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.documents import Document
+
+CLASS_NAMES = ("neg", "pos")
+
+
+def write_acl_imdb(
+    folder: Path, *, num_train: int = 60, num_test: int = 40, num_unsupervised: int = 30
+) -> Path:
+    """Write reviews as `folder/{train,test}/{neg,pos}/*.txt` and `folder/train/unsup/*.txt`.
+
+    The files that the real archive has beside them are there too. Returns `folder`.
+    """
+    for split, num_documents in (("train", num_train), ("test", num_test)):
+        for document in _reviews(split, num_documents):
+            _write_text(folder / split / CLASS_NAMES[document.label or 0], document)
+        (folder / split / "urls_neg.txt").write_text("(one address a line)\n")
+        (folder / split / "labeledBow.feat").write_text("9 0:9 1:1\n")
+    for document in _reviews("unlabeled", num_unsupervised):
+        _write_text(folder / "train" / "unsup", document)
+    (folder / "imdb.vocab").write_text("the\nand\n")
+    (folder / "README").write_text("Large Movie Review Dataset\n")
+    return folder
+
+
+def write_hub_parquet(
+    folder: Path, *, num_train: int = 60, num_test: int = 40, num_unsupervised: int = 30
+) -> Path:
+    """Write reviews as the hub's `folder/plain_text/<split>-00000-of-00001.parquet`.
+
+    As there, the labelled splits are sorted by label and the unlabelled one has -1 for a label.
+    Returns `folder`.
+    """
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(CLASS_NAMES))}
+    )
+    (folder / "plain_text").mkdir(parents=True)
+    for split, source_split, num_documents in (
+        ("train", "train", num_train),
+        ("test", "test", num_test),
+        ("unsupervised", "unlabeled", num_unsupervised),
+    ):
+        documents = _reviews(source_split, num_documents)
+        labels = [-1 if document.label is None else document.label for document in documents]
+        rows = sorted(zip(labels, [document.text for document in documents], strict=True))
+        columns = {"text": [text for _, text in rows], "label": [label for label, _ in rows]}
+        table = datasets.Dataset.from_dict(columns, features=features)
+        table.to_parquet(folder / "plain_text" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def _reviews(split: str, num_documents: int) -> list[Document]:
+    labeled = split != "unlabeled"
+    config = CorpusConfig(source="reviews", split=split, labeled=labeled, max_samples=num_documents)
+    return load_corpus(config).documents(0, num_documents)
+
+
+def _write_text(folder: Path, document: Document) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{document.position}_{7 if document.label else 2}.txt").write_text(document.text)
