@@ -38,28 +38,13 @@ from teacher_cache.stages.device import environment
 from teacher_cache.stages.inference import OnBatch, class_logits
 from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
-from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.load import Teacher, identity, load_teacher
 
 NUM_PROBED_FOR_SIZE = 64
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
 logger = logging.getLogger(__name__)
-
-
-class ShardConfig(TeacherConfig):
-    """Where the cache goes and how it is cut."""
-
-    out: Path | None = Field(
-        None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
-    )
-    overwrite: bool = Field(False, description="Start the cache again if it exists.")
-    shard_mb: int = Field(64, ge=1, description="Estimated size of a shard, in megabytes.")
-    shard_documents: int = Field(
-        1024,
-        ge=1,
-        description="At most this many documents in a shard: what a kill can lose of the work.",
-    )
 
 
 class CacheTeacherConfig(ShardConfig):
@@ -70,9 +55,6 @@ class CacheTeacherConfig(ShardConfig):
     unlabeled: CorpusConfig | None = Field(None, description="The unlabelled corpus, or none.")
     fallback: tuple[CorpusConfig, ...] = Field(
         (), description="Labelled corpora to try, in order, if the first cannot be loaded."
-    )
-    label_names: tuple[str, ...] | None = Field(
-        None, description="Names of the labels in the order of the teacher's class ids."
     )
 
 
@@ -117,9 +99,7 @@ def run(
     observer = observer or StageOneObserver()
     corpora = _load_corpora(config)
     teacher = load_teacher(config)
-    corpora["labeled"] = corpora["labeled"].with_class_names(
-        teacher.id2label, explicit=config.label_names
-    )
+    corpora["labeled"] = corpora["labeled"].with_class_names(teacher.id2label)
     max_length = teacher.max_length(config.max_length)
     settings = _settings(teacher, corpora, max_length)
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"

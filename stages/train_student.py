@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
-from transformers import TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    TrainerCallback,
+)
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
@@ -25,7 +26,8 @@ from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
-from teacher_cache.stages.student.position_map import PositionMap
+from teacher_cache.stages.student.position_map import PositionMap, choose
+from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
@@ -34,16 +36,12 @@ from teacher_cache.stages.training.batches import (
     batches_per_epoch,
     held_out,
 )
-from teacher_cache.stages.training.checkpoints import newest_checkpoint, require_committed
-from teacher_cache.stages.training.config import ArchitectureConfig, TrainingConfig
+from teacher_cache.stages.training.config import NOT_RESULTS, ArchitectureConfig, TrainingConfig
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
-from teacher_cache.stages.training.run_folder import CHECKPOINTS, RunRecord, open_run
+from teacher_cache.stages.training.run_folder import RunRecord, open_run
 from teacher_cache.stages.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
-
-# Settings that say where to compute and what to print, not what the student becomes.
-_NOT_RESULTS = {"cache", "out", "device", "resume", "report_to", "log_steps"}
 
 
 class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):
@@ -103,7 +101,6 @@ def run(
     observer = observer or StageTwoObserver()
     if config.cache is None:
         raise UserError("no cache was named: give --cache DIR")
-    _refuse_several_processes()
     labeled = CacheReader(config.cache, "labeled")
     readers = [labeled]
     if config.unlabeled_alpha:
@@ -111,7 +108,7 @@ def run(
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
     joined = join(config.cache, config, longest_sample=longest_sample)
     observer.on_join(joined)
-    position_map = PositionMap.choose(joined.tokenizer, config.pooling)
+    position_map = choose(joined.tokenizer, config.pooling)
     for reader in readers:
         check_position_map(position_map, np.unique(reader.lengths()).tolist())
 
@@ -121,7 +118,7 @@ def run(
     if record.complete:
         return TrainStudentResult(run=folder, record=record, was_complete=True)
     data = _training_data(config, readers)
-    checkpoint = _checkpoint(config, folder)
+    checkpoint = checkpoint_to_resume(config, folder)
     observer.on_start(folder, data.num_steps, checkpoint)
     student = build_student(
         _student_config(config, labeled, joined, position_map), seed=config.seed
@@ -144,26 +141,19 @@ def run(
     return TrainStudentResult(run=folder, record=record, was_complete=False)
 
 
-def _refuse_several_processes() -> None:
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes > 1:
-        raise UserError(
-            f"train-student was started in {num_processes} processes and runs in one: start it "
-            "without torchrun"
-        )
-
-
 def _record(config: TrainStudentConfig, reader: CacheReader, joined: Joined) -> RunRecord:
-    settings = config.model_dump(mode="json", exclude=_NOT_RESULTS)
+    settings = config.model_dump(mode="json", exclude={"cache", *NOT_RESULTS})
     settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
+    settings["cache_fingerprint"] = reader.manifest.fingerprint
     differences = [difference.name for difference in joined.report.differences]
     return RunRecord(
         settings=settings,
-        cache=str(reader.cache),
-        cache_fingerprint=reader.manifest.fingerprint,
-        teacher=reader.manifest.about["teacher"],
-        tokenization=differences or "verified",
-        max_length=joined.max_length,
+        about={
+            "cache": str(reader.cache),
+            "teacher": reader.manifest.about["teacher"],
+            "tokenization": differences or "verified",
+            "max_length": joined.max_length,
+        },
     )
 
 
@@ -173,7 +163,7 @@ def _settings_hash(record: RunRecord) -> str:
 
 def _training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:
     labeled = readers[0]
-    is_held_out = held_out(labeled, config.eval_fraction)
+    is_held_out = held_out(labeled.sample_ids(), config.eval_fraction)
     _require_two_classes(labeled, ~is_held_out)
     training = BothKinds(
         CachedSamples(labeled, np.flatnonzero(~is_held_out), labeled=True),
@@ -217,14 +207,6 @@ def _require_two_classes(reader: CacheReader, chosen: np.ndarray) -> None:
         )
 
 
-def _checkpoint(config: TrainStudentConfig, folder: Path) -> Path | None:
-    if config.resume == "never":
-        return None
-    if config.resume == "auto":
-        return newest_checkpoint(folder / CHECKPOINTS)
-    return require_committed(Path(config.resume))
-
-
 def _student_config(
     config: TrainStudentConfig, reader: CacheReader, joined: Joined, position_map: PositionMap
 ) -> MambaStudentConfig:
@@ -261,9 +243,17 @@ def _trainer(
                 "raise it"
             )
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.early_stopping))
-    trainer = DistillationTrainer(
+    return DistillationTrainer(
         model=student,
-        args=_arguments(config, folder, data),
+        args=training_arguments(
+            config,
+            folder,
+            num_steps=data.num_steps,
+            steps_per_epoch=data.steps_per_epoch,
+            evaluates=data.evaluation is not None,
+            keeps_best=config.early_stopping is not None,
+            label_names=["labels", "teacher_logits"],
+        ),
         objective=config,
         batches=data.batches,
         train_dataset=data.training,
@@ -271,52 +261,6 @@ def _trainer(
         data_collator=Collator(_pad_id(joined)),
         compute_metrics=_metrics,
         callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _arguments(
-    config: TrainStudentConfig, folder: Path, data: TrainingData
-) -> TrainingArguments:
-    device = resolve_device(config)
-    dtype = dtype_name(resolve_dtype(config, device))
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise UserError(
-            f"--report-to {config.report_to} needs the package {config.report_to}, which is not "
-            f"installed: pip install {config.report_to}"
-        )
-    checkpoint_steps = config.checkpoint_steps or data.steps_per_epoch
-    return TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
-        # The order of batches covers the whole training, so to the Trainer it is one epoch.
-        num_train_epochs=1,
-        max_steps=data.num_steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=4 * config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.lr,
-        weight_decay=config.weight_decay,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=round(config.warmup * data.num_steps),
-        use_cpu=device.type == "cpu",
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        seed=config.seed,
-        eval_strategy="steps" if data.evaluation else "no",
-        eval_steps=checkpoint_steps,
-        save_strategy="steps",
-        save_steps=checkpoint_steps,
-        load_best_model_at_end=config.early_stopping is not None,
-        metric_for_best_model="accuracy" if config.early_stopping is not None else None,
-        greater_is_better=True,
-        logging_steps=config.log_steps,
-        logging_nan_inf_filter=False,
-        label_names=["labels", "teacher_logits"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        disable_tqdm=True,
-        report_to=[] if config.report_to == "none" else [config.report_to],
     )
 
 

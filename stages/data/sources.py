@@ -43,6 +43,16 @@ class Source:
     identity: dict[str, str]
 
 
+def offered_splits(source: str) -> tuple[str, ...] | None:
+    """The splits of packaged reviews or of a folder; None where only reading would tell."""
+    if source == reviews.NAME:
+        return tuple(reviews.SPLITS)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return tuple(find_split_files(path) or find_class_folders(path))
+    return None
+
+
 def open_source(source: str, split: str | None) -> Source:
     """Find and read one split of a source.
 

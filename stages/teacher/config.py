@@ -1,6 +1,8 @@
-"""Settings of the teacher's forward pass."""
+"""Settings of the teacher's forward pass and of the cache it fills."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from pydantic import Field
 
@@ -22,4 +24,19 @@ class TeacherConfig(DeviceConfig):
     )
     trust_remote_code: bool = Field(
         False, description="Run the model code that a hub repository brings."
+    )
+
+
+class ShardConfig(TeacherConfig):
+    """Where the cache goes and how it is cut."""
+
+    out: Path | None = Field(
+        None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
+    )
+    overwrite: bool = Field(False, description="Start the cache again if it exists.")
+    shard_mb: int = Field(64, ge=1, description="Estimated size of a shard, in megabytes.")
+    shard_documents: int = Field(
+        1024,
+        ge=1,
+        description="At most this many documents in a shard: what a kill can lose of the work.",
     )

@@ -84,7 +84,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
     )
     model = _load_model(config.teacher, config.trust_remote_code)
-    pad_id = _pad_id(config.teacher, tokenizer)
+    pad_id = pad_id_of(config.teacher, tokenizer)
     if model.config.pad_token_id is None:
         # Decoders pool at the last token that is not padding, so they must know which is.
         model.config.pad_token_id = pad_id
@@ -136,7 +136,12 @@ def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def _pad_id(name: str, tokenizer: Tokenizer) -> int:
+def pad_id_of(name: str, tokenizer: Tokenizer) -> int:
+    """The id that fills batches: the padding token, else the end-of-text token.
+
+    Raises:
+        UserError: if the tokenizer has neither.
+    """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)

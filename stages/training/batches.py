@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,10 +41,20 @@ class CachedSamples(Dataset[dict[str, np.ndarray]]):
         return sample if self.labeled else {k: v for k, v in sample.items() if k != "label"}
 
 
+class Samples(Protocol):
+    """Samples of one kind, by position, with the number of tokens of each."""
+
+    lengths: np.ndarray  # [N]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> dict[str, np.ndarray]: ...
+
+
 class BothKinds(Dataset[dict[str, np.ndarray]]):
     """Labelled samples first, unlabelled ones behind them, under one range of positions."""
 
-    def __init__(self, labeled: CachedSamples, unlabeled: CachedSamples | None):
+    def __init__(self, labeled: Samples, unlabeled: Samples | None = None):
         self.labeled = labeled
         self.unlabeled = unlabeled
 
@@ -104,7 +114,7 @@ class AlternatingBatches(Sampler[list[int]]):
                 assert unlabeled is not None
                 yield (next(unlabeled) + offset).tolist()
 
-    def _shuffled(self, samples: CachedSamples) -> Iterator[np.ndarray]:
+    def _shuffled(self, samples: Samples) -> Iterator[np.ndarray]:
         return iter(ShuffledBatches(samples.lengths, batch_size=self._batch_size, seed=self._seed))
 
 
@@ -130,8 +140,8 @@ def batches_per_epoch(num_labeled: int, *, batch_size: int, unlabeled_ratio: flo
 class Collator:
     """Stack samples of one kind into a batch.
 
-    Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `teacher_logits` [B, C]
-    float32 and, for labelled samples, `labels` [B] int64.
+    Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64 and, where the samples have
+    them, `teacher_logits` [B, C] float32 and `labels` [B] int64.
     """
 
     def __init__(self, pad_id: int):
@@ -140,21 +150,26 @@ class Collator:
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """Collate the samples."""
         input_ids, mask = pad_batch([sample["input_ids"] for sample in samples], self._pad_id)
-        logits = np.stack([sample["class_logits"] for sample in samples])
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "teacher_logits": torch.from_numpy(logits),
         }
+        if "class_logits" in samples[0]:
+            logits = np.stack([sample["class_logits"] for sample in samples])
+            batch["teacher_logits"] = torch.from_numpy(logits)
         if "label" in samples[0]:
             labels = np.array([sample["label"] for sample in samples], np.int64)
             batch["labels"] = torch.from_numpy(labels)
         return batch
 
 
-def held_out(reader: CacheReader, fraction: float) -> np.ndarray:
-    """Which samples are held out for evaluation, [N] bool: a stable share by sample id."""
-    ids = np.frombuffer(b"".join(reader.sample_ids()), np.uint8).reshape(-1, 16)
-    # Ids are hashes: their first 8 bytes are a uniform number.
+def held_out(sample_ids: Iterable[bytes], fraction: float) -> np.ndarray:
+    """Which samples are held out for evaluation, [N] bool: a share that no limit or order moves.
+
+    Args:
+        sample_ids: 16 bytes each; they are hashes, so their first 8 bytes are a uniform number.
+        fraction: the share, 0 to 1.
+    """
+    ids = np.frombuffer(b"".join(sample_ids), np.uint8).reshape(-1, 16)
     place = ids[:, :8].copy().view(">u8").reshape(-1) / 2.0**64
     return place < fraction

@@ -28,15 +28,10 @@ class ArchitectureConfig(StageConfig):
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout in the classification head.")
 
 
-class TrainingConfig(DeviceConfig):
-    """How the student is trained."""
+class OptimizationConfig(DeviceConfig):
+    """How a model is trained: shared by student and teacher."""
 
-    cache: Path | None = Field(
-        None, description="Folder of the cache. Default: the newest complete one in ./caches."
-    )
-    out: Path | None = Field(
-        None, description="Folder of the run. Default: ./runs/<cache>-<hash of the settings>."
-    )
+    out: Path | None = Field(None, description="Folder of the run.")
     epochs: float = Field(3, gt=0, description="Passes over the labelled samples.")
     max_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; replaces --epochs when given."
@@ -48,9 +43,6 @@ class TrainingConfig(DeviceConfig):
     warmup: float = Field(0.06, ge=0, le=1, description="Share of the steps that warm up.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning rate after the warm-up."
-    )
-    unlabeled_ratio: float = Field(
-        1.0, gt=0, description="Unlabelled batches for each labelled one (with --unlabeled-alpha)."
     )
     eval_fraction: float = Field(
         0.05,
@@ -64,11 +56,6 @@ class TrainingConfig(DeviceConfig):
         ge=1,
         description="Evaluate and save a checkpoint every so many steps. Default: an epoch.",
     )
-    early_stopping: int | None = Field(
-        None,
-        ge=1,
-        description="Stop after so many evaluations without a better accuracy, and keep the best.",
-    )
     log_steps: int = Field(10, ge=1, description="Steps between two lines of the log.")
     seed: int = Field(0, ge=0, description="Seed of weights, order and dropout.")
     resume: str = Field(
@@ -78,4 +65,44 @@ class TrainingConfig(DeviceConfig):
     )
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="Where the log goes besides the run's own."
+    )
+
+
+# Settings that say where to compute and what to print, not what the model becomes.
+NOT_RESULTS = frozenset({"out", "device", "resume", "report_to", "log_steps"})
+
+
+class TrainingConfig(OptimizationConfig):
+    """How the student is trained."""
+
+    cache: Path | None = Field(
+        None, description="Folder of the cache. Default: the newest complete one in ./caches."
+    )
+    out: Path | None = Field(
+        None, description="Folder of the run. Default: ./runs/<cache>-<hash of the settings>."
+    )
+    unlabeled_ratio: float = Field(
+        1.0, gt=0, description="Unlabelled batches for each labelled one (with --unlabeled-alpha)."
+    )
+    early_stopping: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many evaluations without a better accuracy, and keep the best.",
+    )
+
+
+class FinetuneOptions(OptimizationConfig):
+    """The base model and how it becomes a teacher."""
+
+    model: str = Field(description="Base model: hub id or folder of an encoder or decoder.")
+    out: Path | None = Field(
+        None, description="Folder of the teacher. Default: ./teachers/<data>-<model>."
+    )
+    max_length: int = Field(
+        512, ge=2, description="Longest sample in tokens; longer documents are cut."
+    )
+    epochs: float = Field(2, gt=0, description="Passes over the labelled samples.")
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate (AdamW).")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        "linear", description="Learning rate after the warm-up."
     )

@@ -18,25 +18,17 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """`run.json`.
+    """`run.json`: of a student's training, or of a teacher's fine-tuning.
 
     Attributes:
-        settings: the resolved configuration, without device and paths.
-        cache: folder of the cache.
-        cache_fingerprint: of the cache.
-        teacher: id or folder of the teacher, as the cache names it.
-        tokenization: `verified`, or the names of the differences that `--on-mismatch warn` passed.
-        max_length: tokens at which documents are cut.
+        settings: all that changes the result; no paths, no device.
+        about: facts that a reader wants: where the cache and the teacher lie, say.
         complete: whether the model in the folder is the result.
         result: steps, metrics and times of the finished run.
     """
 
     settings: dict[str, Any]
-    cache: str
-    cache_fingerprint: str
-    teacher: str
-    tokenization: str | list[str]
-    max_length: int
+    about: dict[str, Any]
     complete: bool = False
     result: dict[str, Any] | None = None
 
@@ -59,7 +51,7 @@ def read_run(folder: Path) -> RunRecord:
     if not path.is_file():
         raise UserError(
             f"{folder} is no run (it has no {RUN_NAME}): give a folder that `pipe train-student` "
-            "wrote"
+            "or `pipe finetune-teacher` wrote"
         )
     try:
         return RunRecord(**json.loads(path.read_text()))
@@ -90,8 +82,8 @@ def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord
         recorded = read_run(folder)
         refuse_changed_settings(
             folder,
-            recorded.settings | {"cache_fingerprint": recorded.cache_fingerprint},
-            record.settings | {"cache_fingerprint": record.cache_fingerprint},
+            recorded.settings,
+            record.settings,
             start_again="--resume never",
         )
         return recorded

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
 
+from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.objective import (
-    ObjectiveConfig,
     ObjectiveTerms,
     StepTotals,
     distillation_objective,
@@ -21,8 +21,28 @@ from teacher_cache.stages.training.batches import AlternatingBatches
 from teacher_cache.stages.training.checkpoints import commit_checkpoint, remove_old_checkpoints
 
 
-class CommittingTrainer(Trainer):
-    """A Trainer whose checkpoints are committed; it removes old ones only behind a new one."""
+class OrderedTrainer(Trainer):
+    """A Trainer over a fixed order of batches, whose checkpoints are committed.
+
+    Args:
+        batches: the order of all training batches, which to the Trainer is one epoch.
+        **kwargs: transformers' Trainer arguments.
+    """
+
+    def __init__(self, *, batches: AlternatingBatches, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._batches = batches
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One pass over `batches`."""
+        loader = DataLoader(
+            self.train_dataset,  # pyright: ignore[reportArgumentType]  (any map-style dataset)
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -32,33 +52,21 @@ class CommittingTrainer(Trainer):
         remove_old_checkpoints(folder, keep=Path(best) if best else None)
 
 
-class DistillationTrainer(CommittingTrainer):
+class DistillationTrainer(OrderedTrainer):
     """Train a student from cached teacher logits.
 
     Args:
         objective: weights of the terms.
-        batches: the order of all training batches.
-        **kwargs: transformers' Trainer arguments.
+        **kwargs: of `OrderedTrainer`.
     """
 
-    def __init__(self, *, objective: ObjectiveConfig, batches: AlternatingBatches, **kwargs: Any):
+    def __init__(self, *, objective: ObjectiveConfig, **kwargs: Any):
         super().__init__(**kwargs)
         self._objective = objective
-        self._batches = batches
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._num_steps: Counter[bool] = Counter()  # by whether they are unlabelled
         # compute_loss divides by the counts of the whole step; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """One pass over `batches`, which is the whole training."""
-        loader = DataLoader(
-            self.train_dataset,  # pyright: ignore[reportArgumentType]  (any map-style dataset)
-            batch_sampler=self._batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

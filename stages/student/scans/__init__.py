@@ -1,0 +1,1 @@
+"""The recurrences: what the mixers run along the sequence."""

@@ -1,0 +1,177 @@
+"""After stage two: students and their teacher side by side on documents that neither has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
+from teacher_cache.stages.evaluation.classifier import (
+    Classifier,
+    load_student,
+    load_teacher_classifier,
+)
+from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.evaluation.latency import measure_latency
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
+from teacher_cache.stages.training.run_folder import read_run
+
+class EvaluateConfig(EvaluateOptions):
+    """Everything the evaluation needs, resolved: no preset."""
+
+    runs: tuple[Path, ...] = Field(min_length=1, description="Folders of trained students.")
+    corpus: CorpusConfig = Field(description="Labelled documents to evaluate on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One row of the comparison; None where a column does not apply.
+
+    Attributes:
+        name: `majority`, `teacher`, or the run's folder name.
+        accuracy: share of documents.
+        f1: macro average.
+        ece: expected calibration error.
+        nll: mean negative log-likelihood of the labels, nats.
+        agreement: share of documents on which it chooses the teacher's class.
+        kl: mean KL from the teacher's distribution, nats.
+        num_parameters: embeddings included.
+        megabytes: of the parameters, 10**6 bytes.
+        latency_ms: milliseconds of one forward pass of one document, by length in tokens.
+    """
+
+    name: str
+    accuracy: float
+    f1: float
+    ece: float | None = None
+    nll: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    num_parameters: int | None = None
+    megabytes: float | None = None
+    latency_ms: dict[int, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """The table.
+
+    Attributes:
+        num_documents: that were not empty.
+        rows: majority, teacher (unless there is none), then the runs as given.
+        marks: by row, what a reader must know: a join that was let pass, say.
+    """
+
+    num_documents: int
+    rows: tuple[Evaluation, ...]
+    marks: dict[str, str]
+
+
+def run(
+    config: EvaluateConfig, on_step: Callable[[str], None] | None = None
+) -> EvaluateResult:
+    """Evaluate students, and their teacher where it can be had.
+
+    Args:
+        config: runs and documents.
+        on_step: told what is being done.
+
+    Raises:
+        UserError: for anything the user can mend: runs, documents, teacher.
+    """
+    say = on_step or (lambda _: None)
+    students = [load_student(folder, config) for folder in config.runs]
+    teacher = _teacher(config)
+    classifiers = [*([teacher] if teacher else []), *students]
+    corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
+    labels = _labels(corpus)
+    teacher_logits = None
+    rows = [_majority(labels)]
+    for classifier in classifiers:
+        say(f"classifying {len(labels):,} documents with {classifier.name}")
+        _require_same_classes(classifier, students[0])
+        samples = classifier.tokenize(corpus.documents(0, len(corpus)))
+        logits = classifier.logits(samples, batch_tokens=config.batch_tokens)
+        if classifier is teacher:
+            teacher_logits = logits
+        rows.append(_row(classifier, logits, labels, teacher_logits))
+    say("timing one document at a time")
+    latency = measure_latency(classifiers, config.latency_lengths)
+    timed = [_with_latency(row, latency.get(row.name)) for row in rows]
+    return EvaluateResult(num_documents=len(labels), rows=tuple(timed), marks=_marks(config.runs))
+
+
+def _teacher(config: EvaluateConfig) -> Classifier | None:
+    if config.teacher == "none":
+        return None
+    names = {read_run(folder).about["teacher"] for folder in config.runs}
+    if config.teacher is None and len(names) > 1:
+        raise UserError(
+            f"the runs have different teachers ({', '.join(sorted(names))}): name one with "
+            "--teacher, or evaluate them apart"
+        )
+    return load_teacher_classifier(
+        TeacherConfig(
+            teacher=config.teacher or names.pop(),
+            device=config.device,
+            dtype=config.dtype,
+            batch_tokens=config.batch_tokens,
+        )
+    )
+
+
+def _labels(corpus: Corpus) -> np.ndarray:
+    documents = corpus.documents(0, len(corpus))
+    return np.array([one.label for one in documents if one.text.strip()], np.int64)
+
+
+def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
+    if classifier.id2label != student.id2label:
+        raise UserError(
+            f"{classifier.name} has the classes {list(classifier.id2label.values())}, "
+            f"{student.name} has {list(student.id2label.values())}: compare models of one task"
+        )
+
+
+def _majority(labels: np.ndarray) -> Evaluation:
+    """Always the class that is the most frequent in these very documents."""
+    counts = np.bincount(labels)
+    logits = np.tile(np.where(np.arange(len(counts)) == counts.argmax(), 1.0, 0.0), (len(labels), 1))
+    metrics = classification_metrics(logits, labels)
+    return Evaluation(name="majority", accuracy=metrics["accuracy"], f1=metrics["f1"])
+
+
+def _row(
+    classifier: Classifier,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    teacher_logits: np.ndarray | None,
+) -> Evaluation:
+    metrics = classification_metrics(logits, labels)
+    if teacher_logits is not None:
+        metrics |= agreement_metrics(logits, teacher_logits)
+    return Evaluation(
+        name=classifier.name,
+        num_parameters=classifier.num_parameters,
+        megabytes=classifier.megabytes,
+        **metrics,
+    )
+
+
+def _with_latency(row: Evaluation, latency_ms: dict[int, float] | None) -> Evaluation:
+    return Evaluation(**{**row.__dict__, "latency_ms": latency_ms})
+
+
+def _marks(runs: tuple[Path, ...]) -> dict[str, str]:
+    tokenizations = {folder.name: read_run(folder).about["tokenization"] for folder in runs}
+    return {
+        name: f"trained although {', '.join(differences)} differed from the cache's"
+        for name, differences in tokenizations.items()
+        if differences != "verified"
+    }

@@ -1,0 +1,1 @@
+"""Students and teachers on documents that they have not seen: quality, size, latency."""

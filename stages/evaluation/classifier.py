@@ -1,0 +1,113 @@
+"""A sequence classifier ready to classify text: a teacher's folder or a student's run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import teacher_cache.stages.student  # noqa: F401  (registers the student with the AutoClasses)
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.device import resolve_device, resolve_dtype
+from teacher_cache.stages.inference import class_logits
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.load import Teacher, load_teacher, pad_id_of
+from teacher_cache.stages.tokenizers import load_tokenizer
+from teacher_cache.stages.training.run_folder import read_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A model with all it needs to read text.
+
+    Attributes:
+        name: what a table calls it.
+        model: in evaluation mode, on its device.
+        tokenizer: its own.
+        pad_id: fills batches; masked.
+        max_length: tokens at which documents are cut.
+        id2label: class names by id.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    pad_id: int
+    max_length: int
+    id2label: dict[int, str]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, embeddings included, each counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def megabytes(self) -> float:
+        """Memory of the parameters in their number format, in 10**6 bytes."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters()) / 1e6
+
+    def tokenize(self, documents: list[Document]) -> list[Sample]:
+        """Samples of the documents that are not empty, in their order."""
+        return tokenize(documents, self.tokenizer, max_length=self.max_length)
+
+    def logits(self, samples: list[Sample], *, batch_tokens: int) -> np.ndarray:
+        """Class logits [N, C] float32, in the samples' order."""
+        return class_logits(
+            self.model,
+            [sample.input_ids for sample in samples],
+            pad_id=self.pad_id,
+            max_tokens=batch_tokens,
+        ).logits
+
+
+def load_student(run: Path, config: DeviceConfig) -> Classifier:
+    """Load a finished run's student.
+
+    Raises:
+        UserError: if the folder is no run, or its training has not ended.
+    """
+    record = read_run(run)
+    if not record.complete:
+        raise UserError(
+            f"{run} is not finished: run its `pipe train-student` again, it resumes"
+        )
+    device = resolve_device(config)
+    model = AutoModelForSequenceClassification.from_pretrained(str(run.resolve()))
+    tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
+    return Classifier(
+        name=run.name,
+        model=model.to(device, resolve_dtype(config, device)).eval(),
+        tokenizer=tokenizer,
+        pad_id=model.config.pad_token_id or 0,
+        max_length=record.about["max_length"],
+        id2label=_id2label(model),
+    )
+
+
+def load_teacher_classifier(config: TeacherConfig) -> Classifier:
+    """Load a teacher as a classifier among others.
+
+    Raises:
+        UserError: as `load_teacher`.
+    """
+    teacher: Teacher = load_teacher(config)
+    return Classifier(
+        name="teacher",
+        model=teacher.model,
+        tokenizer=teacher.tokenizer,
+        pad_id=pad_id_of(teacher.name, teacher.tokenizer),
+        max_length=teacher.max_length(config.max_length),
+        id2label=teacher.id2label,
+    )
+
+
+def _id2label(model: torch.nn.Module) -> dict[int, str]:
+    assert isinstance(model, PreTrainedModel)
+    return {int(class_id): name for class_id, name in model.config.id2label.items()}

@@ -1,0 +1,53 @@
+"""How long one document takes, by length."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import numpy as np
+import torch
+
+from teacher_cache.stages.evaluation.classifier import Classifier
+
+NUM_REPEATS = 9
+
+
+def measure_latency(
+    classifiers: list[Classifier], lengths: tuple[int, ...]
+) -> dict[str, dict[int, float]]:
+    """Milliseconds of one forward pass of one document; medians of interleaved repeats.
+
+    Args:
+        classifiers: with distinct names.
+        lengths: in tokens; a length beyond a classifier's maximum is left out for it.
+
+    Returns:
+        By name, by length.
+    """
+    generator = np.random.default_rng(0)
+    found: dict[str, dict[int, float]] = {classifier.name: {} for classifier in classifiers}
+    for length in lengths:
+        timed = [one for one in classifiers if length <= one.max_length or one.name != "teacher"]
+        durations: dict[str, list[float]] = {one.name: [] for one in timed}
+        for repeat in range(NUM_REPEATS + 1):
+            for classifier in timed:
+                ids = generator.integers(0, classifier.model.config.vocab_size, (1, length))
+                duration = _time_forward(classifier, torch.from_numpy(ids))
+                if repeat > 0:  # the first pass allocates
+                    durations[classifier.name].append(1000 * duration)
+        for name, values in durations.items():
+            found[name][length] = median(values)
+    return found
+
+
+def _time_forward(classifier: Classifier, input_ids: torch.Tensor) -> float:
+    device = classifier.model.device
+    input_ids = input_ids.to(device)
+    with torch.inference_mode():
+        started = time.perf_counter()
+        logits = classifier.model(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids)
+        ).logits
+        logits.cpu()  # waits for the device
+        return time.perf_counter() - started

@@ -1,0 +1,228 @@
+"""Before stage one: fine-tune a base encoder or decoder into a classification teacher."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from transformers import (
+    AutoModelForSequenceClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
+from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.teacher.load import hash_weights, pad_id_of
+from teacher_cache.stages.tokenizers import could_not_load, load_tokenizer, require_folder
+from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
+from teacher_cache.stages.training.batches import (
+    AlternatingBatches,
+    BothKinds,
+    Collator,
+    batches_per_epoch,
+    held_out,
+)
+from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
+from teacher_cache.stages.training.metrics import classification_metrics
+from teacher_cache.stages.training.run_folder import RunRecord, open_run
+from teacher_cache.stages.training.trainer import OrderedTrainer
+
+
+class FinetuneTeacherConfig(FinetuneOptions):
+    """Everything fine-tuning needs, resolved: no preset."""
+
+    name: str = Field(description="Short name of the data; begins the teacher's folder name.")
+    labeled: CorpusConfig = Field(description="The labelled corpus to train on.")
+    validation: CorpusConfig | None = Field(
+        None, description="The labelled corpus to evaluate on; else a share is held out."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTeacherResult:
+    """A fine-tuned teacher.
+
+    Attributes:
+        teacher: its folder, with model, tokenizer and `run.json`.
+        record: as committed.
+        was_complete: it had been fine-tuned before, and nothing was done.
+    """
+
+    teacher: Path
+    record: RunRecord
+    was_complete: bool
+
+
+class TokenizedSamples:
+    """Samples in memory, as training reads them."""
+
+    def __init__(self, samples: list[Sample]):
+        self._samples = samples
+        self.lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self._samples)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """`input_ids` and `label`."""
+        sample = self._samples[position]
+        return {"input_ids": sample.input_ids, "label": sample.label}
+
+
+class FinetuneObserver:
+    """Told what happens while the teacher is fine-tuned; the base says nothing."""
+
+    def on_start(self, run: Path, num_steps: int, checkpoint: Path | None) -> None:
+        """Training begins, or goes on from a checkpoint."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Callbacks for the Trainer: a progress bar, say."""
+        return []
+
+
+def run(
+    config: FinetuneTeacherConfig, observer: FinetuneObserver | None = None
+) -> FinetuneTeacherResult:
+    """Fine-tune a teacher and keep the best of its evaluations; resumes from its checkpoints.
+
+    Raises:
+        UserError: for anything the user can mend: data, model, settings, disk.
+    """
+    observer = observer or FinetuneObserver()
+    corpus = load_corpus(config.labeled)
+    validation = load_corpus(config.validation) if config.validation else None
+    tokenizer = load_tokenizer(config.model, option="--model")
+    set_seed(config.seed)  # the new head is drawn
+    model = _load_base(config.model, corpus.class_names())
+    folder = config.out or Path("teachers") / f"{config.name}-{Path(config.model).name}"
+    record = _record(config, model, corpus, validation)
+    record = open_run(folder, record, start_again=config.resume == "never")
+    if record.complete:
+        return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
+
+    training, evaluation = _split(config, tokenizer, corpus, validation)
+    per_epoch = batches_per_epoch(
+        len(training), batch_size=config.batch_size, unlabeled_ratio=0.0
+    )
+    steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
+    num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    checkpoint = checkpoint_to_resume(config, folder)
+    observer.on_start(folder, num_steps, checkpoint)
+    pad_id = pad_id_of(config.model, tokenizer)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id
+    data = BothKinds(training)
+    trainer = OrderedTrainer(
+        model=model,
+        args=training_arguments(
+            config,
+            folder,
+            num_steps=num_steps,
+            steps_per_epoch=steps_per_epoch,
+            evaluates=evaluation is not None,
+            keeps_best=evaluation is not None,
+            label_names=["labels"],
+        ),
+        batches=AlternatingBatches(
+            data,
+            batch_size=config.batch_size,
+            num_batches=num_steps * config.gradient_accumulation,
+            unlabeled_ratio=0.0,
+            seed=config.seed,
+        ),
+        train_dataset=data,
+        eval_dataset=evaluation,
+        data_collator=Collator(pad_id),
+        compute_metrics=_metrics,
+        callbacks=observer.callbacks(),
+    )
+    started = time.monotonic()
+    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    record = replace(
+        record,
+        complete=True,
+        result={
+            "num_steps": output.global_step,
+            "seconds": round(time.monotonic() - started, 1),
+            "evaluation": trainer.evaluate() if evaluation else None,
+            "best_step": trainer.state.best_global_step if evaluation else None,
+            "log": trainer.state.log_history,
+        },
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record.write(folder)
+    return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
+
+
+def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
+    require_folder(name, "a base model", option="--model")
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=torch.float32,
+            num_labels=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            label2id={name: class_id for class_id, name in enumerate(class_names)},
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(could_not_load("base model", name, error, option="--model")) from error
+
+
+def _record(
+    config: FinetuneTeacherConfig,
+    model: PreTrainedModel,
+    corpus: Corpus,
+    validation: Corpus | None,
+) -> RunRecord:
+    left_out = {"model", "labeled", "validation", "name", *NOT_RESULTS}
+    settings = config.model_dump(mode="json", exclude=left_out)
+    settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
+    settings["model_sha256"] = hash_weights(model)
+    settings["data"] = {"train": corpus.identity, "num_documents": len(corpus)}
+    if validation is not None:
+        settings["data"]["validation"] = validation.identity
+    return RunRecord(
+        settings=settings,
+        about={"model": config.model, "class_names": list(corpus.class_names())},
+    )
+
+
+def _split(
+    config: FinetuneTeacherConfig,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    validation: Corpus | None,
+) -> tuple[TokenizedSamples, TokenizedSamples | None]:
+    """Samples to train on and, if there are any, to evaluate on."""
+    samples = _tokenized(corpus, tokenizer, config.max_length)
+    if validation is not None:
+        names = dict(enumerate(corpus.class_names()))
+        held = _tokenized(validation.with_class_names(names), tokenizer, config.max_length)
+        return TokenizedSamples(samples), TokenizedSamples(held)
+    is_out = held_out((sample.sample_id for sample in samples), config.eval_fraction)
+    kept = [sample for sample, out in zip(samples, is_out, strict=True) if not out]
+    held = [sample for sample, out in zip(samples, is_out, strict=True) if out]
+    return TokenizedSamples(kept), TokenizedSamples(held) if held else None
+
+
+def _tokenized(corpus: Corpus, tokenizer: Tokenizer, max_length: int) -> list[Sample]:
+    return tokenize(corpus.documents(0, len(corpus)), tokenizer, max_length=max_length)
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    labels = prediction.label_ids
+    assert isinstance(labels, np.ndarray)
+    return classification_metrics(np.asarray(prediction.predictions), labels)

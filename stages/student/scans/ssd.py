@@ -1,0 +1,287 @@
+"""Mamba-2's scan (state space duality, SSD) as chunked matrix products in PyTorch.
+
+Per head, with state h [P, N], one position does
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
+
+Within a chunk of L positions that is a product with the lower-triangular matrix
+`M_ij = (C_i . B_j) exp(sum of dt A over (j, i])`; between chunks one state per chunk is carried.
+Time and memory are linear in the length. Source: Dao and Gu 2024, "Transformers are SSMs",
+section 6, arXiv:2405.21060.
+
+Precision: sums of `dt A` are taken and subtracted in float64 before they are rounded, so that a
+large sum early in a chunk costs nothing later. Exponents are masked before `exp`: none is ever
+positive. A decay below the square of the machine epsilon (1e-14 in float32) counts as 0, or
+products of decays and gradients would become subnormal (below 1e-38), and a CPU needs 100 times
+as long for those.
+
+Letters in shape comments: B batch, S sequence, H heads, P head width, G groups of heads that share
+B and C, N state, L chunk length, K chunks per sequence, Q chunks of the whole batch (B times K).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int = 64,
+) -> Tensor:
+    """Scan a batch of sequences with Mamba-2's recurrence.
+
+    Computes in float32 whatever the inputs' dtype and autocast say (float64 stays float64).
+
+    Args:
+        x: [B, S, H, P] inputs.
+        dt: [B, S, H] step sizes, not negative (after softplus).
+        A: [H] decay rates, not positive.
+        B: [B, S, G, N] input maps; G divides H.
+        C: [B, S, G, N] output maps.
+        D: [H] weight of the direct path from input to output, or none.
+        seq_idx: [B, S] integers; the state is reset wherever the value changes along S.
+        chunk_size: most positions per chunk; a shorter sequence is one chunk.
+
+    Returns:
+        [B, S, H, P] float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: if shapes disagree or `chunk_size` is not positive.
+    """
+    _check_shapes(x, dt, A, B, C, D, seq_idx, chunk_size)
+    batch, length = x.shape[:2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
+    D = torch.zeros_like(A) if D is None else D.to(dtype)
+
+    # Equal chunks need less padding than full chunks and a short rest.
+    num_chunks = math.ceil(length / chunk_size)
+    chunk_length = math.ceil(length / num_chunks)
+    padding = num_chunks * chunk_length - length
+    segment = None
+    if seq_idx is not None:  # counts the resets, so that a value that returns is a new segment
+        segment = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, padding)).cumsum(dim=1)
+        segment = segment.view(-1, chunk_length)  # [Q, L]
+    if padding:  # dt = 0: padding neither decays nor writes the state
+        x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, padding))
+    x, dt, B, C = (t.reshape(-1, chunk_length, *t.shape[2:]) for t in (x, dt, B, C))  # [Q, L, ...]
+
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        log_decay = (dt.double() * A.double()).cumsum(dim=1)  # [Q, L, H], from the chunk's start
+        y = _WithinChunks.apply(x, dt, log_decay, B, C, D, segment)
+        if num_chunks > 1:
+            y = _add_between_chunks(y, x, dt, log_decay, B, C, segment, num_chunks)
+    y = y.reshape(batch, num_chunks * chunk_length, *x.shape[2:])
+    return y[:, :length] if padding else y
+
+
+class _WithinChunks(torch.autograd.Function):
+    """What a chunk's positions pass to each other, and the direct path `D x`: [Q, L, H, P].
+
+    The backward is by hand: autograd's would keep and pass over twice as many [L, L] matrices.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        log_decay: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        segment: Tensor | None,
+    ) -> Tensor:
+        steps = _by_head(x, dt)  # [Q, H, L, P]
+        decay = _decay_matrix(log_decay, segment, x.dtype)  # [Q, H, L, L]
+        scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)  # [Q, G, L, L]
+        y = _times_scores(decay, scores) @ steps  # [Q, H, L, P]
+        ctx.save_for_backward(x, dt, B, C, D, steps, decay, scores)
+        return torch.addcmul(y.transpose(1, 2), x, D[:, None], out=torch.empty_like(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, B, C, D, steps, decay, scores = ctx.saved_tensors
+        (grad,) = grads
+        grad_y = grad.transpose(1, 2).contiguous()  # [Q, H, L, P]
+        grad_steps = _times_scores(decay, scores).transpose(2, 3) @ grad_y
+        flow = grad_y @ steps.transpose(2, 3)  # [Q, H, L, L], gradient of decay * scores
+        flow *= decay
+        grad_scores = flow.unflatten(1, (scores.shape[1], -1)).sum(2)  # [Q, G, L, L]
+        flow = _times_scores(flow, scores)  # gradient of the exponents
+        # An exponent on the diagonal is constantly 0; its terms would cancel below, but not
+        # exactly, and where all decays are strong they are all there is.
+        flow.diagonal(dim1=2, dim2=3).zero_()
+        grad_log_decay = flow.sum(3, dtype=torch.float64) - flow.sum(2, dtype=torch.float64)
+
+        grad_steps = grad_steps.transpose(1, 2)  # [Q, L, H, P]
+        products = grad * x
+        grad_D = products.sum((0, 1, 3))
+        grad_dt = torch.mul(grad_steps, x, out=products).sum(3)
+        grad_x = torch.mul(grad_steps, dt[..., None], out=products).addcmul_(grad, D[:, None])
+        grad_B = (grad_scores.transpose(2, 3) @ C.transpose(1, 2)).transpose(1, 2)
+        grad_C = (grad_scores @ B.transpose(1, 2)).transpose(1, 2)
+        return grad_x, grad_dt, grad_log_decay.transpose(1, 2), grad_B, grad_C, grad_D, None
+
+
+def _by_head(x: Tensor, dt: Tensor) -> Tensor:
+    """`x dt` laid out [Q, H, L, P] for a product per head, in one pass over x [Q, L, H, P]."""
+    num, length, heads, width = x.shape
+    out = x.new_empty(num, heads, length, width)
+    return torch.mul(x.transpose(1, 2), dt.transpose(1, 2)[..., None], out=out)
+
+
+def _times_scores(matrix: Tensor, scores: Tensor) -> Tensor:
+    """A matrix per head [Q, H, L, L] times its group's scores [Q, G, L, L]."""
+    return (matrix.unflatten(1, (scores.shape[1], -1)) * scores[:, :, None]).flatten(1, 2)
+
+
+def _decay_matrix(log_decay: Tensor, segment: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The exp of the sum of `dt A` over (j, i] for i >= j in one segment, else 0: [Q, H, L, L]."""
+    num, length, heads = log_decay.shape
+    sums = log_decay.transpose(1, 2)
+    exponent = torch.empty(num, heads, length, length, dtype=dtype, device=sums.device)
+    torch.sub(sums[..., :, None], sums[..., None, :], out=exponent)
+    seen = torch.ones(length, length, dtype=torch.bool, device=sums.device).tril()
+    if segment is not None:
+        seen = seen & (segment[:, :, None] == segment[:, None, :])[:, None]  # [Q, 1, L, L]
+    return _exp_(exponent).mul_(seen)
+
+
+def _exp_(exponent: Tensor) -> Tensor:
+    """The exp, overwriting its input; exactly 0 where it would be below the epsilon's square."""
+    lowest = 2 * math.log(torch.finfo(exponent.dtype).eps)
+    in_place = not exponent.requires_grad  # autograd keeps exp's result
+    decay = exponent.clamp_(lowest, 0).exp_()
+    return F.threshold(decay, 1.001 * math.exp(lowest), 0.0, inplace=in_place)
+
+
+def _add_between_chunks(
+    y: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    segment: Tensor | None,
+    num_chunks: int,
+) -> Tensor:
+    """Add to y [Q, L, H, P] what reaches each chunk from the chunks before it."""
+    num, length, heads, width = x.shape
+    groups, num_states = B.shape[2:]
+    per_group = heads // groups * width
+    to_end, through, from_start = _edge_decays(log_decay, segment, num_chunks, x.dtype)
+
+    # What each chunk leaves behind; the heads of a group share one product.
+    steps = (x * (dt * to_end)[..., None]).view(num, length, groups, per_group)
+    states = steps.permute(0, 2, 3, 1) @ B.transpose(1, 2)  # [Q, G, H/G P, N]
+    states = states.view(-1, num_chunks, heads, width, num_states)
+    carried = _Carry.apply(states, through).view(num, groups, per_group, num_states)
+    arriving = (C.transpose(1, 2) @ carried.transpose(2, 3)).transpose(1, 2)  # [Q, L, G, H/G P]
+    return torch.addcmul(y, arriving.reshape(x.shape), from_start[..., None])
+
+
+class _Carry(torch.autograd.Function):
+    """From what each chunk leaves behind to the state that each chunk starts with.
+
+    The backward sets gradients to 0 that the decays of further chunks would make subnormal.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, through: Tensor) -> Tensor:
+        entering = torch.empty_like(states)  # [B, K, H, P, N]
+        entering[:, 0] = 0
+        for chunk in range(1, states.shape[1]):
+            before = chunk - 1
+            decay = through[:, before, :, None, None]
+            torch.addcmul(states[:, before], entering[:, before], decay, out=entering[:, chunk])
+        ctx.save_for_backward(entering, through)
+        return entering
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        entering, through = ctx.saved_tensors
+        (grad,) = grads
+        smallest = torch.finfo(grad.dtype).tiny / torch.finfo(grad.dtype).eps ** 2
+        grad_states = torch.empty_like(entering)
+        grad_states[:, -1] = 0
+        for chunk in range(entering.shape[1] - 2, -1, -1):
+            after = chunk + 1
+            decay = through[:, after, :, None, None]
+            total = torch.addcmul(grad[:, after], grad_states[:, after], decay)
+            grad_states[:, chunk] = F.hardshrink(total, smallest)
+        return grad_states, (grad_states * entering).sum((3, 4))
+
+
+def _edge_decays(
+    log_decay: Tensor, segment: Tensor | None, num_chunks: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decay from each position to its chunk's end, through the chunk, and from its start.
+
+    Args:
+        log_decay: [Q, L, H] float64, sums from each chunk's start.
+        segment: [Q, L] number of resets so far, or none.
+        num_chunks: K.
+        dtype: of the result.
+
+    Returns:
+        [Q, L, H], [B, K, H] and [Q, L, H]; 0 across a reset.
+    """
+    last = log_decay[:, -1:]
+    to_end = _exp_((last - log_decay).to(dtype))
+    from_start = _exp_(log_decay.to(dtype, copy=True))
+    if segment is not None:
+        end = segment[:, -1:].view(-1, num_chunks)
+        before = F.pad(end[:, :-1], (1, 0))  # the segment that the chunk before ended in
+        to_end = to_end * (segment == end.view(-1, 1))[..., None]
+        from_start = from_start * (segment == before.view(-1, 1))[..., None]
+    return to_end, from_start[:, -1].unflatten(0, (-1, num_chunks)), from_start
+
+
+def _check_shapes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    if x.ndim != 4 or B.ndim != 4 or x.numel() == 0:
+        raise ValueError(
+            f"x {list(x.shape)} and B {list(B.shape)} must be [B, S, H, P], [B, S, G, N]"
+        )
+    batch, length, heads, _ = x.shape
+    groups, num_states = B.shape[2:]
+    expected = {
+        "dt": (dt, (batch, length, heads)),
+        "A": (A, (heads,)),
+        "B": (B, (batch, length, groups, num_states)),
+        "C": (C, (batch, length, groups, num_states)),
+        "D": (D, (heads,)),
+        "seq_idx": (seq_idx, (batch, length)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)} beside x")
+    if heads % groups:
+        raise ValueError(f"{heads} heads do not divide into {groups} groups")
