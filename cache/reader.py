@@ -82,23 +82,10 @@ class CacheReader:
             for spec in self.manifest.schema
         }
 
-    def find(self, sample_id: str) -> int:
-        """The index of the sample with this hex id (or the start of one).
-
-        Raises:
-            UserError: if no sample, or more than one, has it.
-        """
-        matches = [
-            sample_idx
-            for sample_idx, found in enumerate(self.sample_ids())
-            if found.hex().startswith(sample_id.lower())
-        ]
-        if len(matches) != 1:
-            raise UserError(
-                f"{len(matches)} samples of {self.cache} ({self.split}) have an id that starts "
-                f"with {sample_id!r}: give the whole id, as `pipe inspect` prints it"
-            )
-        return matches[0]
+    def find(self, sample_id: str) -> list[int]:
+        """Indices of the samples whose hex id starts with `sample_id`."""
+        wanted = sample_id.lower()
+        return [i for i, found in enumerate(self.sample_ids()) if found.hex().startswith(wanted)]
 
     def sample_ids(self) -> Iterator[bytes]:
         """Every sample's 16-byte id, in cache order."""

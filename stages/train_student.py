@@ -21,9 +21,8 @@ from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
-from teacher_cache.stages.join.compare import JoinConfig, check_position_map
+from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined, join
-from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
 from teacher_cache.stages.student.position_map import PositionMap, choose
@@ -36,16 +35,16 @@ from teacher_cache.stages.training.batches import (
     batches_per_epoch,
     held_out,
 )
-from teacher_cache.stages.training.config import NOT_RESULTS, ArchitectureConfig, TrainingConfig
+from teacher_cache.stages.training.config import (
+    NOT_RESULTS,
+    ArchitectureConfig,
+    TrainStudentConfig,
+)
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.run_folder import RunRecord, open_run
 from teacher_cache.stages.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):
-    """Everything stage two needs; `cache` must be given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from teacher_cache.stages.config import DeviceConfig, StageConfig
+from teacher_cache.stages.join.compare import JoinConfig
+from teacher_cache.stages.losses.config import ObjectiveConfig
 
 
 class ArchitectureConfig(StageConfig):
@@ -89,6 +91,10 @@ class TrainingConfig(OptimizationConfig):
         ge=1,
         description="Stop after so many evaluations without a better accuracy, and keep the best.",
     )
+
+
+class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):
+    """Everything stage two needs; the command line finds the newest cache if none is named."""
 
 
 class FinetuneOptions(OptimizationConfig):

@@ -81,7 +81,9 @@ def ssd_scan(
     x, dt, B, C = (t.reshape(-1, chunk_length, *t.shape[2:]) for t in (x, dt, B, C))  # [Q, L, ...]
 
     with torch.autocast(device_type=x.device.type, enabled=False):
-        log_decay = (dt.double() * A.double()).cumsum(dim=1)  # [Q, L, H], from the chunk's start
+        # [Q, L, H] from the chunk's start. A step below -100 decays to 0 whatever its size, and a
+        # huge one would swallow the later steps of the sum.
+        log_decay = (dt.double() * A.double()).clamp(min=-100).cumsum(dim=1)
         y = _WithinChunks.apply(x, dt, log_decay, B, C, D, segment)
         if num_chunks > 1:
             y = _add_between_chunks(y, x, dt, log_decay, B, C, segment, num_chunks)

@@ -1,0 +1,176 @@
+"""The command line: each command resolves its configuration and calls one function.
+
+Whatever is slow to import (torch, transformers, datasets) is imported inside a command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from teacher_cache.pipeline.model_options import argument, switch, value, with_options
+from teacher_cache.pipeline.options import (
+    CacheTeacherOptions,
+    CheckOptions,
+    EvaluateCommandOptions,
+    FinetuneTeacherOptions,
+    PredictOptions,
+)
+from teacher_cache.pipeline.reporting import console, quiet_libraries, reported
+from teacher_cache.pipeline.settings import Model, resolve
+from teacher_cache.stages.training.config import TrainStudentConfig
+
+SECTIONS = ("finetune_teacher", "cache_teacher", "train_student", "students", "evaluate")
+
+app = typer.Typer(
+    help="Run a transformer teacher once, cache its logits, distil Mamba students from the cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of `pipe`."""
+    app()
+
+
+def _resolve(model: type[Model], section: str, given: dict[str, Any]) -> Model:
+    return resolve(model, section=section, sections=SECTIONS, **given)
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return app.command(name)
+
+
+@_command("finetune-teacher")
+@with_options(FinetuneTeacherOptions)
+def finetune_teacher(**given: Any) -> None:
+    """Fine-tune a base encoder or decoder into a classification teacher."""
+    with reported():
+        options = _resolve(FinetuneTeacherOptions, "finetune_teacher", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.finetune_teacher(options)
+
+
+@_command("cache-teacher")
+@with_options(
+    CacheTeacherOptions,
+    leading=[switch("dry_run", "Print what would run, resolved, and stop; needs no network.")],
+)
+def cache_teacher(*, dry_run: bool, **given: Any) -> None:
+    """Stage one: run the teacher once and cache its logits; resumes where it was killed."""
+    with reported():
+        options = _resolve(CacheTeacherOptions, "cache_teacher", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.cache_teacher(options, dry_run=dry_run)
+
+
+@_command("train-student")
+@with_options(TrainStudentConfig)
+def train_student(**given: Any) -> None:
+    """Stage two: train a Mamba student from the cache alone; resumes where it was killed."""
+    with reported():
+        config = _resolve(TrainStudentConfig, "train_student", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.train_student(config)
+
+
+@_command("check")
+@with_options(CheckOptions)
+def check(**given: Any) -> None:
+    """Compare a cache's tokenization with a student's; exit 1 on a mismatch."""
+    with reported():
+        options = _resolve(CheckOptions, "train_student", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.check(options)
+
+
+@_command("inspect")
+def inspect(
+    cache: Path = typer.Argument(help="Folder of the cache."),
+    sample: str = typer.Option(None, help="Id of a sample to show (or the start of one)."),
+    as_json: bool = typer.Option(False, "--json", help="Print the manifest as JSON."),
+) -> None:
+    """Show what a cache holds: settings, sizes, bytes a sample, one decoded sample."""
+    with reported():
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.inspect(cache, sample=sample, as_json=as_json)
+
+
+@_command("verify")
+def verify(
+    cache: Path = typer.Argument(help="Folder of the cache."),
+    deep: int = typer.Option(0, min=0, help="Also run the teacher again on so many samples."),
+    teacher: str = typer.Option(None, help="Where the teacher lies now, for --deep."),
+) -> None:
+    """Check every byte of a cache against its checksums; exit 1 on damage."""
+    with reported():
+        from teacher_cache.pipeline import commands
+
+        commands.verify(cache, deep=deep, teacher=teacher)
+
+
+@_command("evaluate")
+@with_options(
+    EvaluateCommandOptions,
+    leading=[
+        argument("runs", list[Path], "Folders of trained students."),
+        value("json", Path, "Also write the figures to this file."),
+    ],
+)
+def evaluate(*, runs: list[Path], json: Path | None, **given: Any) -> None:
+    """Compare students with their teacher on documents that neither has seen."""
+    with reported():
+        options = _resolve(EvaluateCommandOptions, "evaluate", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.evaluate(options, runs, json_file=json)
+
+
+@_command("predict")
+@with_options(
+    PredictOptions,
+    leading=[
+        argument("run", Path, "Folder of a trained student."),
+        argument("text", str, "Text to classify; - reads one text a line.", "-"),
+    ],
+)
+def predict(*, run: Path, text: str, **given: Any) -> None:
+    """Classify text with a trained student."""
+    with reported():
+        options = _resolve(PredictOptions, "evaluate", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.predict(options, run, text)
+
+
+@_command("run")
+def run(
+    config: str = typer.Option(..., help="YAML file, or the name of one of the package's: demo."),
+    settings: list[str] = typer.Option(
+        None, "--set", help="Set one key, as in --set train_student.alpha=0.9."
+    ),
+) -> None:
+    """Run a whole configuration: teacher, cache, students, evaluation; resumes where it stopped."""
+    with reported():
+        from teacher_cache.pipeline.whole_run import run_all
+
+        quiet_libraries()
+        run_all(config, settings or [], sections=SECTIONS, console=console)

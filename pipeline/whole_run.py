@@ -1,0 +1,99 @@
+"""`pipe run`: teacher, cache, one or more students, evaluation, from one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.pipeline import commands
+from teacher_cache.pipeline.options import (
+    CacheTeacherOptions,
+    EvaluateCommandOptions,
+    FinetuneTeacherOptions,
+)
+from teacher_cache.pipeline.settings import (
+    apply_settings,
+    read_config_file,
+    refuse_unknown_sections,
+    validate,
+)
+from teacher_cache.stages.training.config import TrainStudentConfig
+
+
+def run_all(
+    config: str, settings: Sequence[str], *, sections: Sequence[str], console: Console
+) -> None:
+    """Run every section that the file has; each stage resumes where an earlier run stopped.
+
+    Args:
+        config: YAML file, or the name of one of the package's.
+        settings: of `--set`, each `section.key=value`.
+        sections: the sections that a file may have.
+        console: where to print.
+
+    Raises:
+        UserError: for an unknown section or key, or anything that a stage refuses.
+    """
+    content = read_config_file(config)
+    apply_settings(content, settings)
+    refuse_unknown_sections(content, sections, f"--config {config}")
+    if "cache_teacher" not in content:
+        raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
+    stages = _validated(content)
+
+    teacher = stages.get("finetune_teacher")
+    cache_options = stages["cache_teacher"]
+    if teacher is not None:
+        _heading(console, "fine-tuning the teacher")
+        folder = commands.finetune_teacher(teacher)
+        cache_options = cache_options.model_copy(
+            update={"teacher": cache_options.teacher or str(folder)}
+        )
+    _heading(console, "stage one: caching the teacher")
+    cache = commands.cache_teacher(cache_options)
+    assert cache is not None
+    runs: dict[str, Path] = {}
+    for name, student in stages["students"].items():
+        _heading(console, f"stage two: {name}")
+        out = student.out or Path("runs") / f"{cache.name}-{_slug(name)}"
+        update = {"cache": cache, "out": out}
+        runs[name] = commands.train_student(student.model_copy(update=update), name=name)
+    if "evaluate" in stages and runs:
+        _heading(console, "evaluation")
+        commands.evaluate(
+            stages["evaluate"],
+            list(runs.values()),
+            json_file=next(iter(runs.values())).parent / f"{cache.name}-evaluation.json",
+            names={folder.name: name for name, folder in runs.items()},
+        )
+
+
+def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Every section's configuration, all checked before anything runs."""
+    stages: dict[str, Any] = {}
+    for section, model in (
+        ("finetune_teacher", FinetuneTeacherOptions),
+        ("cache_teacher", CacheTeacherOptions),
+        ("evaluate", EvaluateCommandOptions),
+    ):
+        if section in content:
+            stages[section] = validate(model, content[section] or {}, where=section)
+    shared = content.get("train_student") or {}
+    named = content.get("students") or {"student": {}}
+    stages["students"] = {
+        name: validate(TrainStudentConfig, shared | (own or {}), where=f"students.{name}")
+        for name, own in named.items()
+    }
+    return stages
+
+
+def _heading(console: Console, text: str) -> None:
+    console.rule(f"[bold]{text}", align="left")
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

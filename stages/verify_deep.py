@@ -1,0 +1,64 @@
+"""`pipe verify --deep`: run the teacher again on a few cached samples and compare the logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from teacher_cache.cache.errors import CheckFailed
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.inference import class_logits
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.load import load_teacher
+
+# Batches of other shapes round otherwise: a few units in the last place of the format, amplified
+# by the depth of the model.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+
+
+def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) -> float:
+    """Compare cached logits with the teacher's, on samples evenly spaced over all splits.
+
+    Args:
+        cache: the cache's folder.
+        num_samples: how many, at most, of each split.
+        teacher: where the teacher lies now, if not where the manifest says.
+
+    Returns:
+        The largest absolute difference of a logit.
+
+    Raises:
+        CheckFailed: if the teacher's weights are others, or a logit differs by more than the
+            number format explains.
+        UserError: if the teacher cannot be loaded.
+    """
+    manifest = CacheReader(cache).manifest
+    recorded = manifest.settings["teacher"]
+    loaded = load_teacher(
+        TeacherConfig(teacher=teacher or manifest.about["teacher"], dtype=recorded["dtype"])
+    )
+    if loaded.weights_sha256 != recorded["weights_sha256"]:
+        raise CheckFailed(
+            f"the teacher {loaded.name} has other weights than the one that made {cache}: name "
+            "the right one with --teacher"
+        )
+    worst = 0.0
+    for split in manifest.splits:
+        reader = CacheReader(cache, split)
+        chosen = np.unique(np.linspace(0, len(reader) - 1, num_samples).astype(int))
+        samples = [reader.sample(int(sample_idx)) for sample_idx in chosen]
+        again = class_logits(
+            loaded.model,
+            [sample["input_ids"] for sample in samples],
+            pad_id=loaded.pad_id,
+            max_tokens=8192,
+        ).logits
+        cached = np.stack([sample["class_logits"] for sample in samples])
+        worst = max(worst, float(np.abs(again - cached).max()))
+    if not worst <= TOLERANCE[recorded["dtype"]]:
+        raise CheckFailed(
+            f"the teacher's logits differ by up to {worst:.2g} from those in {cache}, expected at "
+            f"most {TOLERANCE[recorded['dtype']]}: make the cache again with --overwrite"
+        )
+    return worst
