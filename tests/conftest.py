@@ -19,6 +19,8 @@ import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from teacher_cache.stages.data.packages import assets_folder, fetch
+from tests.stand_ins import write_acl_imdb
+from tests.tiny_models import write_tiny_bert, write_tiny_gpt2
 
 
 def pytest_unconfigure() -> None:
@@ -49,3 +51,26 @@ def bert_tokenizer(minilm_dir: Path) -> PreTrainedTokenizerBase:
 def gpt2_tokenizer() -> PreTrainedTokenizerBase:
     """GPT-2's tokenizer: byte-level BPE, 50,257 ids, no padding token."""
     return GPT2Tokenizer.from_pretrained(fetch("gpt2-tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(
+    tmp_path_factory: pytest.TempPathFactory, bert_tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Folder of a tiny random BERT classifier (neg, pos) with MiniLM's tokenizer."""
+    return write_tiny_bert(tmp_path_factory.mktemp("tiny-bert"), bert_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(
+    tmp_path_factory: pytest.TempPathFactory, gpt2_tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Folder of a tiny random GPT-2 classifier (LABEL_0, LABEL_1) with GPT-2's tokenizer."""
+    return write_tiny_gpt2(tmp_path_factory.mktemp("tiny-gpt2"), gpt2_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def acl_imdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real reviews in IMDb's folder layout: 120 to train on, 40 to test, 60 unlabelled."""
+    folder = tmp_path_factory.mktemp("aclImdb")
+    return write_acl_imdb(folder, num_train=120, num_test=40, num_unsupervised=60)

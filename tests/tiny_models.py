@@ -1,0 +1,53 @@
+"""Tiny classifiers, randomly initialised, with real tokenizers: teachers for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+
+CLASS_NAMES = {0: "neg", 1: "pos"}
+
+
+def write_tiny_bert(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> Path:
+    """A 2-layer BERT classifier of width 32 for the classes neg and pos; returns its folder."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        id2label=CLASS_NAMES,
+        label2id={name: class_id for class_id, name in CLASS_NAMES.items()},
+    )
+    return _save(folder, BertForSequenceClassification(config), tokenizer)
+
+
+def write_tiny_gpt2(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> Path:
+    """A 2-layer GPT-2 classifier of width 32, as the imdb preset's teacher; returns its folder."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512, num_labels=2
+    )
+    return _save(folder, GPT2ForSequenceClassification(config), tokenizer)
+
+
+def _save(
+    folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    # Wider logits than a fresh head's, so that classes and confidences differ between documents.
+    for name, parameter in model.named_parameters():
+        if name.startswith(("classifier", "score")):
+            parameter.data *= 20
+    model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    tokenizer.save_pretrained(folder)
+    return folder
