@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,8 @@ from teacher_cache.pipeline.settings import Model, resolve
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 SECTIONS = ("finetune_teacher", "cache_teacher", "train_student", "students", "evaluate")
+
+CacheFolder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 
 app = typer.Typer(
     help="Run a transformer teacher once, cache its logits, distil Mamba students from the cache.",
@@ -91,18 +93,20 @@ def train_student(**given: Any) -> None:
 def check(**given: Any) -> None:
     """Compare a cache's tokenization with a student's; exit 1 on a mismatch."""
     with reported():
-        options = _resolve(CheckOptions, "train_student", given)
+        config = _resolve(TrainStudentConfig, "train_student", given)
         from teacher_cache.pipeline import commands
 
         quiet_libraries()
-        commands.check(options)
+        commands.check(config.cache, config)
 
 
 @_command("inspect")
 def inspect(
-    cache: Path = typer.Argument(help="Folder of the cache."),
-    sample: str = typer.Option(None, help="Id of a sample to show (or the start of one)."),
-    as_json: bool = typer.Option(False, "--json", help="Print the manifest as JSON."),
+    cache: CacheFolder,
+    sample: Annotated[
+        str | None, typer.Option(help="Id of a sample to show (or the start of one).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Show what a cache holds: settings, sizes, bytes a sample, one decoded sample."""
     with reported():
@@ -114,14 +118,19 @@ def inspect(
 
 @_command("verify")
 def verify(
-    cache: Path = typer.Argument(help="Folder of the cache."),
-    deep: int = typer.Option(0, min=0, help="Also run the teacher again on so many samples."),
-    teacher: str = typer.Option(None, help="Where the teacher lies now, for --deep."),
+    cache: CacheFolder,
+    deep: Annotated[
+        int, typer.Option(min=0, help="Also run the teacher again on so many samples.")
+    ] = 0,
+    teacher: Annotated[
+        str | None, typer.Option(help="Where the teacher lies now, for --deep.")
+    ] = None,
 ) -> None:
     """Check every byte of a cache against its checksums; exit 1 on damage."""
     with reported():
         from teacher_cache.pipeline import commands
 
+        quiet_libraries()
         commands.verify(cache, deep=deep, teacher=teacher)
 
 
@@ -154,7 +163,7 @@ def evaluate(*, runs: list[Path], json: Path | None, **given: Any) -> None:
 def predict(*, run: Path, text: str, **given: Any) -> None:
     """Classify text with a trained student."""
     with reported():
-        options = _resolve(PredictOptions, "evaluate", given)
+        options = _resolve(EvaluateCommandOptions, "evaluate", given)
         from teacher_cache.pipeline import commands
 
         quiet_libraries()
@@ -163,10 +172,13 @@ def predict(*, run: Path, text: str, **given: Any) -> None:
 
 @_command("run")
 def run(
-    config: str = typer.Option(..., help="YAML file, or the name of one of the package's: demo."),
-    settings: list[str] = typer.Option(
-        None, "--set", help="Set one key, as in --set train_student.alpha=0.9."
-    ),
+    config: Annotated[
+        str, typer.Option(help="YAML file, or the name of one of the package's: demo.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Set one key, as in --set train_student.alpha=0.9."),
+    ] = None,
 ) -> None:
     """Run a whole configuration: teacher, cache, students, evaluation; resumes where it stopped."""
     with reported():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,8 @@ from teacher_cache.cache.verify import verify as verify_cache
 from teacher_cache.pipeline.newest import newest_cache
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
-    CheckOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
-    PredictOptions,
 )
 from teacher_cache.pipeline.presets import (
     held_out_corpus,
@@ -31,17 +30,20 @@ from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress, 
 from teacher_cache.pipeline.reporting import console
 from teacher_cache.pipeline.sample_view import print_sample
 from teacher_cache.pipeline.tables import (
-    evaluation_table,
+    cost_table,
     join_table,
     manifest_table,
+    quality_table,
     settings_table,
 )
 from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages import evaluate as evaluation
 from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
+from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.evaluation.classifier import load_student
+from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
 from teacher_cache.stages.join.report import verified_line
 from teacher_cache.stages.training.config import TrainStudentConfig
@@ -92,14 +94,14 @@ def train_student(config: TrainStudentConfig, *, name: str = "student") -> Path:
     return result.run
 
 
-def check(options: CheckOptions) -> Joined:
-    """Run the join alone."""
-    cache = options.cache or newest_cache()
+def check(cache: Path | None, config: JoinConfig) -> Joined:
+    """Run the join alone, on the newest cache if none is named."""
+    cache = cache or newest_cache()
     console.print(f"cache {cache}")
     splits = read_manifest(cache).splits
     longest = max(int(CacheReader(cache, split).lengths().max(initial=0)) for split in splits)
     try:
-        joined = join(cache, options, longest_sample=longest)
+        joined = join(cache, config, longest_sample=longest)
     except TokenizationMismatch as mismatch:
         console.print(join_table(mismatch.report))
         raise
@@ -127,8 +129,8 @@ def inspect(cache: Path, *, sample: str | None, as_json: bool) -> None:
     console.print("fields of a sample: " + ", ".join(shapes), markup=False)
     if manifest.complete:
         for split in manifest.splits:
-            ids = [sample_id.hex() for _, sample_id in zip(range(3), CacheReader(cache, split).sample_ids(), strict=False)]
-            console.print(f"first {split} samples: {', '.join(ids)}")
+            ids = islice(CacheReader(cache, split).sample_ids(), 3)
+            console.print(f"first {split} samples: {', '.join(one.hex() for one in ids)}")
 
 
 def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
@@ -166,7 +168,12 @@ def evaluate(
         **options.model_dump(include=set(evaluation.EvaluateOptions.model_fields)),
     )
     result = evaluation.run(config, on_step=lambda text: console.print(text, style="dim"))
-    console.print(evaluation_table(result, names))
+    console.print(quality_table(result, names))
+    console.print(
+        "agrees: the teacher's class is chosen; KL: from the teacher's distribution, mean nats",
+        style="dim",
+    )
+    console.print(cost_table(result, names))
     for name, mark in result.marks.items():
         console.print(f"! {name}: {mark}", style="yellow")
     if json_file is not None:
@@ -174,10 +181,10 @@ def evaluate(
     return result
 
 
-def predict(options: PredictOptions, run: Path, text: str) -> None:
+def predict(config: DeviceConfig, run: Path, text: str) -> None:
     """Print a label and its probability for each text."""
     texts = [line.rstrip("\n") for line in sys.stdin] if text == "-" else [text]
-    classifier = load_student(run, options)
+    classifier = load_student(run, config)
     documents = [
         Document(text=one, source="prompt", split="prompt", position=i)
         for i, one in enumerate(texts)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from teacher_cache.stages.config import DeviceConfig, StageConfig
 from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.join.compare import JoinConfig
+from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.training.config import FinetuneOptions
 

@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from teacher_cache.cache.errors import UserError, did_you_mean
@@ -31,7 +30,12 @@ def read_config_file(name: str) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"--config {name} is no file: check the path")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--config {name} cannot be read ({error}): expected UTF-8 text that you may read"
+            ) from error
     elif name in config_names():
         text = (files("teacher_cache.configs") / f"{name}.yaml").read_text()
     else:
@@ -39,32 +43,54 @@ def read_config_file(name: str) -> dict[str, Any]:
             f"--config {name} is neither a YAML file nor a configuration of the package: "
             f"{did_you_mean(name, config_names())}"
         )
-    try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {name} is no YAML: {' '.join(str(error).split())}") from error
+    content = _parse(text, f"--config {name}") or {}
     if not isinstance(content, dict):
         raise UserError(f"--config {name} holds a {type(content).__name__}, expected sections")
     return content
 
 
-def apply_settings(content: dict[str, Any], settings: Sequence[str]) -> None:
-    """Apply `--set a.b=value` to nested mappings, in place; values are YAML.
+def apply_settings(
+    content: dict[str, Any], settings: Sequence[str], *, section: str | None = None
+) -> None:
+    """Apply `--set section.key=value` to nested mappings, in place; values are YAML.
+
+    Args:
+        content: of a configuration, by section.
+        settings: what `--set` was given.
+        section: where a key without a section belongs; none does if this is None.
 
     Raises:
         UserError: if one is not of that form, or goes through a value that is no mapping.
     """
     for setting in settings:
         path, equals, value = setting.partition("=")
-        if not equals or not path:
-            raise UserError(f"--set {setting} is not of the form key=value or section.key=value")
         *parents, last = path.strip().split(".")
+        if section is not None and not parents:
+            parents = [section]
+        if not equals or not last or not all(parents) or not parents:
+            raise UserError(
+                f"--set {setting} is not of the form section.key=value"
+                + (f" or key=value, which is of {section}" if section else "")
+            )
         target = content
         for parent in parents:
-            target = target.setdefault(parent, {})
+            if target.get(parent) is None:  # not there, or a heading with nothing below it
+                target[parent] = {}
+            target = target[parent]
             if not isinstance(target, dict):
                 raise UserError(f"--set {setting}: {parent!r} is a value, not a section")
-        target[last] = yaml.safe_load(value)
+        target[last] = _parse(value, f"--set {setting}")
+
+
+def _parse(text: str, where: str) -> Any:
+    import yaml  # slow to import, and most commands read no YAML
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem, mark = getattr(error, "problem", error), getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where} is no YAML: {problem}{line}") from error
 
 
 def resolve(
@@ -90,25 +116,35 @@ def resolve(
         UserError: for an unknown section or key (the nearest name suggested) or a bad value.
     """
     content = read_config_file(config_file) if config_file else {}
-    refuse_unknown_sections(content, sections, config_file or "")
-    own = [one if one.split(".")[0] in sections else f"{section}.{one}" for one in settings]
-    apply_settings(content, own)
-    refuse_unknown_sections(content, sections, "--set")
+    check_sections(content, sections, f"--config {config_file}")
+    apply_settings(content, settings, section=section)
+    check_sections(content, sections, "--set")
     values = dict(content.get(section) or {}) | dict(flags)
     return validate(model, values, where=section)
 
 
-def refuse_unknown_sections(
-    content: Mapping[str, Any], sections: Sequence[str], where: str
-) -> None:
-    """Refuse a section that no command reads.
+def check_sections(content: Mapping[str, Any], sections: Sequence[str], where: str) -> None:
+    """Refuse a section that no command reads, or that holds no settings.
 
     Raises:
         UserError: suggesting the nearest name.
     """
-    for name in content:
+    for name, section in content.items():
         if name not in sections:
-            raise UserError(f"{where} has no section {name!r}: {did_you_mean(name, sections)}")
+            raise UserError(
+                f"{where}: there is no section {name!r}: {did_you_mean(str(name), sections)}"
+            )
+        require_settings(section, f"{where}: the section {name}")
+
+
+def require_settings(section: Any, where: str) -> None:
+    """Refuse a section that is neither empty nor a mapping of keys to values.
+
+    Raises:
+        UserError: saying what it holds.
+    """
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{where} holds {section!r}, expected keys with values, as in `alpha: 0.9`")
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
@@ -118,7 +154,7 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
         UserError: one sentence that names each key that is unknown or has a bad value.
     """
     try:
-        return model(**values)
+        return model.model_validate(dict(values))
     except ValidationError as error:
         raise UserError("; ".join(_explain(model, one, where) for one in error.errors())) from error
 

@@ -17,8 +17,9 @@ from teacher_cache.pipeline.options import (
 )
 from teacher_cache.pipeline.settings import (
     apply_settings,
+    check_sections,
     read_config_file,
-    refuse_unknown_sections,
+    require_settings,
     validate,
 )
 from teacher_cache.stages.training.config import TrainStudentConfig
@@ -40,7 +41,7 @@ def run_all(
     """
     content = read_config_file(config)
     apply_settings(content, settings)
-    refuse_unknown_sections(content, sections, f"--config {config}")
+    check_sections(content, sections, f"--config {config}")
     if "cache_teacher" not in content:
         raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
     stages = _validated(content)
@@ -84,6 +85,8 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
             stages[section] = validate(model, content[section] or {}, where=section)
     shared = content.get("train_student") or {}
     named = content.get("students") or {"student": {}}
+    for name, own in named.items():
+        require_settings(own, f"the student {name!r}")
     stages["students"] = {
         name: validate(TrainStudentConfig, shared | (own or {}), where=f"students.{name}")
         for name, own in named.items()

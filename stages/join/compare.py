@@ -10,35 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from pydantic import Field
-
 from teacher_cache.cache.errors import CheckFailed
-from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import tokenize
+from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.record import TokenizationRecord, describe, id_to_string
-from teacher_cache.stages.join.report import Difference, JoinReport, OnMismatch
+from teacher_cache.stages.join.report import Difference, JoinReport
 from teacher_cache.stages.join.tables import TableComparison, compare_tables, string_at
 from teacher_cache.stages.join.teacher_folder import CachedTokenization, ProbeDocument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class JoinConfig(StageConfig):
-    """What the student uses in place of the cache's own, and how strict the join is."""
-
-    student_tokenizer: str | None = Field(
-        default=None, description="hub id or folder; the cache's own when not given"
-    )
-    max_length: int | None = Field(
-        default=None, ge=1, description="tokens the student truncates at; the cache's by default"
-    )
-    on_mismatch: OnMismatch = Field(
-        default="error",
-        description="warn lets differences of files, normaliser, lengths and sides pass; ids that "
-        "mean other strings are always refused",
-    )
 
 
 class PositionMapLike(Protocol):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.cache.writer import TEACHER_FOLDER
-from teacher_cache.stages.join.compare import JoinConfig, check
+from teacher_cache.stages.join.compare import check
+from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import JoinReport, ways_out
 from teacher_cache.stages.join.teacher_folder import read_tokenization
 from teacher_cache.stages.tokenizers import load_tokenizer

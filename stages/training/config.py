@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from teacher_cache.stages.config import DeviceConfig, StageConfig
-from teacher_cache.stages.join.compare import JoinConfig
+from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.losses.config import ObjectiveConfig
 
 

@@ -10,7 +10,8 @@ from tokenizers.normalizers import BertNormalizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import CheckFailed, UserError
-from teacher_cache.stages.join.compare import JoinConfig, check, check_position_map
+from teacher_cache.stages.join.compare import check, check_position_map
+from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import JoinReport, verified_line, ways_out
 from teacher_cache.stages.join.teacher_folder import CachedTokenization
 from teacher_cache.stages.student.position_map import PositionMap
