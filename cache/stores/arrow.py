@@ -37,16 +37,18 @@ def encode(schema: Schema, fields: Fields) -> tuple[bytes, list[BatchRange]]:
         UserError: if the fields do not fit the schema.
     """
     num_samples = check_fields(schema, fields)
-    arrow_schema = pa.schema([_arrow_field(spec) for spec in schema])
+    arrow_schema = _arrow_schema(schema)
     sink = pa.BufferOutputStream()
     spans: list[tuple[int, int, int]] = []
     with pa.ipc.new_file(sink, arrow_schema) as writer:
         for start in range(0, num_samples, SAMPLES_PER_BATCH):
             stop = min(start + SAMPLES_PER_BATCH, num_samples)
             columns = [_to_arrow(spec, fields[spec.name], start, stop) for spec in schema]
-            begin = sink.tell()
-            writer.write_batch(pa.record_batch(columns, schema=arrow_schema))
-            spans.append((begin, sink.tell() - begin, stop - start))
+            batch = pa.record_batch(columns, schema=arrow_schema)
+            writer.write_batch(batch)
+            # Counted from the end: the file's own header comes with the first batch.
+            num_bytes = pa.ipc.get_record_batch_size(batch)
+            spans.append((sink.tell() - num_bytes, num_bytes, stop - start))
     data = sink.getvalue().to_pybytes()
     batches = [
         BatchRange(
@@ -70,8 +72,10 @@ def _arrow_type(spec: FieldSpec) -> pa.DataType:
     return value
 
 
-def _arrow_field(spec: FieldSpec) -> pa.Field:
-    return pa.field(spec.name, _arrow_type(spec), nullable=spec.nullable)
+def _arrow_schema(schema: Schema) -> pa.Schema:
+    return pa.schema(
+        [pa.field(spec.name, _arrow_type(spec), nullable=spec.nullable) for spec in schema]
+    )
 
 
 def _to_arrow(spec: FieldSpec, column: np.ndarray | Ragged, start: int, stop: int) -> pa.Array:
@@ -96,13 +100,17 @@ def _to_arrow(spec: FieldSpec, column: np.ndarray | Ragged, start: int, stop: in
 class ArrowShard:
     """A memory-mapped shard; each record batch is checked against its CRC32C when first touched.
 
+    Batches are found by the sidecar's ranges and parsed with the manifest's schema, never by the
+    file's own footer: no checksum covers that, and Arrow can crash on a damaged one.
+
     Raises:
-        BadShardError: if the file is missing, of another size, or no Arrow file.
+        BadShardError: if the file is missing or of another size.
     """
 
     def __init__(self, path: Path, schema: Schema, batches: list[BatchRange], num_bytes: int):
         self.path = path
         self._schema = schema
+        self._arrow_schema = _arrow_schema(schema)
         self._ranges = batches
         self._starts = np.cumsum([0, *(batch.num_samples for batch in batches)])
         self._checked: dict[int, Fields] = {}
@@ -114,13 +122,6 @@ class ArrowShard:
                 f"{num_bytes}: run stage one again, it rebuilds just this shard"
             )
         self._map = pa.memory_map(str(path))
-        try:
-            self._file = pa.ipc.open_file(self._map)
-        except pa.ArrowInvalid as error:
-            raise BadShardError(
-                f"{path} is no readable Arrow file ({error}): run stage one again, it rebuilds "
-                "just this shard"
-            ) from error
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -137,40 +138,58 @@ class ArrowShard:
         return {name: column[row] for name, column in self._batch(batch_idx).items()}
 
     def lengths(self) -> np.ndarray:
-        """Positions of each sample, [N] int64, read from the list offsets alone (no checksum)."""
+        """Positions of each sample, [N] int64, read from the list offsets alone (no checksum).
+
+        Raises:
+            BadShardError: if a record batch cannot be parsed.
+        """
         parts = [
-            np.diff(np.asarray(self._column(batch_idx, "input_ids").offsets))
+            np.diff(
+                np.asarray(self._parsed(batch_idx, self._bytes(batch_idx))["input_ids"].offsets)
+            )
             for batch_idx in range(len(self._ranges))
         ]
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
     def batches(self) -> Iterator[Fields]:
-        """Every record batch's fields, checked, in order."""
+        """Every record batch's fields, checked, in order.
+
+        Raises:
+            BadShardError: if a record batch's bytes differ from their checksum.
+        """
         for batch_idx in range(len(self._ranges)):
             yield self._batch(batch_idx)
 
-    def _column(self, batch_idx: int, name: str) -> pa.Array:
-        return self._file.get_batch(batch_idx).column(name)
-
     def _batch(self, batch_idx: int) -> Fields:
         if batch_idx not in self._checked:
-            self._check(batch_idx)
-            batch = self._file.get_batch(batch_idx)
+            data = self._bytes(batch_idx)
+            if google_crc32c.value(data) != self._ranges[batch_idx].crc32c:
+                raise self._damaged(batch_idx, "differs from its checksum")
+            batch = self._parsed(batch_idx, data)
             self._checked[batch_idx] = {
-                spec.name: _from_arrow(spec, batch.column(spec.name)) for spec in self._schema
+                spec.name: _from_arrow(spec, batch[spec.name]) for spec in self._schema
             }
         return self._checked[batch_idx]
 
-    def _check(self, batch_idx: int) -> None:
+    def _bytes(self, batch_idx: int) -> pa.Buffer:
+        self._map.seek(self._ranges[batch_idx].offset)
+        return self._map.read_buffer(self._ranges[batch_idx].num_bytes)
+
+    def _parsed(self, batch_idx: int, data: pa.Buffer) -> pa.RecordBatch:
+        try:
+            batch = pa.ipc.read_record_batch(data, self._arrow_schema)
+            batch.validate()  # buffers as long as they must be, so that no read leaves the mapping
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(batch_idx, f"cannot be parsed ({error})") from error
+        return batch
+
+    def _damaged(self, batch_idx: int, found: str) -> BadShardError:
         extent = self._ranges[batch_idx]
-        self._map.seek(extent.offset)
-        found = google_crc32c.value(self._map.read(extent.num_bytes))
-        if found != extent.crc32c:
-            raise BadShardError(
-                f"{self.path}: record batch {batch_idx} (bytes {extent.offset} to "
-                f"{extent.offset + extent.num_bytes}) differs from its checksum: run stage one "
-                "again, it rebuilds just this shard"
-            )
+        return BadShardError(
+            f"{self.path}: record batch {batch_idx} (bytes {extent.offset} to "
+            f"{extent.offset + extent.num_bytes}) {found}: run stage one again, it rebuilds just "
+            "this shard"
+        )
 
 
 def _from_arrow(spec: FieldSpec, array: pa.Array) -> np.ndarray | Ragged:
