@@ -24,6 +24,8 @@ _REASONS = {
     errno.EROFS: ("the file system is read-only", "choose another --out"),
     errno.EACCES: ("permission was denied", "choose an --out that you may write to"),
     errno.EPERM: ("permission was denied", "choose an --out that you may write to"),
+    errno.EEXIST: ("a file stands where a folder must be", "choose another --out"),
+    errno.ENOTDIR: ("a file stands where a folder must be", "choose another --out"),
 }
 
 
@@ -32,7 +34,8 @@ def explained(path: Path) -> Iterator[None]:
     """Turn the file system's refusals into one sentence with a remedy.
 
     Raises:
-        UserError: for a full disk, a read-only file system or a missing permission.
+        UserError: for a full disk, a read-only file system, a missing permission, or a file in a
+            folder's place.
     """
     try:
         yield
@@ -56,13 +59,21 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder and its parents.
+    """Create the folder and its parents, each entry durable.
 
     Raises:
         UserError: where the file system refuses.
     """
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+            fsync_folder(one.parent)
+
+
+def temporary_name(name: str) -> str:
+    """Name of the file beside `name` in which its next content is written."""
+    return f".{name}{TEMP_SUFFIX}"
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
@@ -72,7 +83,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
         UserError: for a full disk, a read-only file system or a missing permission.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}{TEMP_SUFFIX}")
+    temporary = path.with_name(temporary_name(path.name))
     with explained(path):
         try:
             with open(temporary, "wb") as file:
@@ -105,7 +116,7 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete the temporary files that a killed run left below `folder`; return their paths."""
-    leftovers = sorted(folder.rglob(f".*{TEMP_SUFFIX}"))
+    leftovers = sorted(folder.rglob(temporary_name("*")))
     with explained(folder):
         for leftover in leftovers:
             leftover.unlink()
