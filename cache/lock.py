@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from teacher_cache.cache.commit import explained, make_folder
@@ -34,7 +34,9 @@ def writer_lock(cache: Path) -> Iterator[None]:
         yield
     finally:
         # Unlinked while it is held, so a waiting process sees that its file is no longer the lock.
-        path.unlink(missing_ok=True)
+        # Where that is refused (a disk gone read-only) the file stays, and locks nothing.
+        with suppress(OSError):
+            path.unlink()
         os.close(descriptor)
 
 
