@@ -44,9 +44,14 @@ class ShuffledBatches:
         lengths: [N] positions of each sample, N > 0.
         batch_size: samples in a batch.
         seed: of the run.
+
+    Raises:
+        ValueError: if there are no samples: such a stream would never yield.
     """
 
     def __init__(self, lengths: np.ndarray, *, batch_size: int, seed: int):
+        if not len(lengths):
+            raise ValueError("there are no samples to shuffle")
         self._lengths = lengths
         self._batch_size = batch_size
         self._state = {"seed": seed, "epoch": 0, "batch_idx": 0}
