@@ -1,4 +1,4 @@
-"""What can go wrong and who can mend it; the command line makes each one sentence and an exit code."""
+"""What can go wrong and who can mend it; each is one sentence and an exit code to a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest: what a cache is, whether it is complete, and the hashes of all beside the shards."""
+"""The manifest: what a cache is, whether it is complete, and hashes of all beside the shards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import FORMAT, FORMAT_VERSION, FieldSpec, Schema
 
 MANIFEST_NAME = "manifest.json"
+TEACHER_FOLDER = "teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,6 @@ class Manifest:
         """The same cache with its final counts, marked complete now."""
         return replace(self, splits=splits, complete=True, completed_at=utc_now())
 
-    def reopened(self) -> Manifest:
-        """The same cache, about to change: incomplete until its last commit."""
-        return replace(self, complete=False, completed_at=None)
-
     def write(self, cache: Path) -> None:
         """Commit it atomically.
 
@@ -93,37 +90,46 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
+class NotACacheError(UserError):
+    """The folder has no manifest, or another program's."""
+
+
 def read_manifest(cache: Path) -> Manifest:
     """Read a cache's manifest.
 
     Raises:
-        UserError: if there is none, it is not ours, or its format is newer than this reader.
+        NotACacheError: if there is none, or it is not ours.
+        UserError: if it is damaged, or its format is newer than this reader.
     """
     path = cache / MANIFEST_NAME
     if not path.is_file():
-        raise UserError(
+        raise NotACacheError(
             f"{cache} is no cache (it has no {MANIFEST_NAME}): give a folder that "
             "`pipe cache-teacher` wrote, or run `pipe cache-teacher --data ...` first"
         )
     try:
         value = json.loads(path.read_text())
-        found_format, version = value.pop("format"), value.pop("format_version")
-    except (ValueError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(
-            f"{path} is damaged or no cache manifest ({error!r}): restore it, or run stage one "
-            "again with --overwrite"
+            f"{path} is damaged ({error}): restore it, or run stage one again with --overwrite"
         ) from error
-    if found_format != FORMAT or version > FORMAT_VERSION:
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise NotACacheError(
+            f"{path} is no cache's manifest (its format is not {FORMAT!r}): give a folder that "
+            "`pipe cache-teacher` wrote, or another --out"
+        )
+    version = value.pop("format_version", None)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format {found_format} version {version}, this release reads {FORMAT} up "
-            f"to version {FORMAT_VERSION}: upgrade teacher-cache, or make the cache again"
+            f"{path} has format version {version!r}, this release reads {FORMAT} up to version "
+            f"{FORMAT_VERSION}: upgrade teacher-cache, or make the cache again"
         )
     try:
         value["schema"] = tuple(FieldSpec.from_json(spec) for spec in value["schema"])
         value["splits"] = {name: SplitSummary(**split) for name, split in value["splits"].items()}
         value["index"] = tuple(value["index"])
         return Manifest(**value)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} lacks or adds fields ({error}): restore it, or run stage one again with "
             "--overwrite"

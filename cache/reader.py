@@ -134,7 +134,7 @@ class CacheReader:
         expected = self.manifest.splits[self.split].num_shards
         if len(sidecars) != expected:
             raise BadShardError(
-                f"{self.cache} lists {len(sidecars)} {self.split} shards in its index, the manifest "
-                f"{expected}: run stage one again, it rebuilds the index"
+                f"{self.cache} lists {len(sidecars)} {self.split} shards in its index, its "
+                f"manifest {expected}: run stage one again, it rebuilds the index"
             )
         return sorted(sidecars, key=lambda sidecar: sidecar.shard_idx)

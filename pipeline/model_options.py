@@ -41,7 +41,8 @@ def with_options(
                 flags=flags,
             )
 
-        parameters = [*own, *_common(), *(_parameter(n, model.model_fields[n]) for n in names)]
+        options = [_parameter(name, model) for group in _panels(model) for name in group]
+        parameters = [*own, *_common(), *options]
         command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__doc__ = handler.__doc__
@@ -73,15 +74,37 @@ def _common() -> list[inspect.Parameter]:
     return [_keyword("config", config, None), _keyword("set_", settings, None)]
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _panels(model: type[BaseModel]) -> list[list[str]]:
+    """Field names by the class that declares them, the command's own first."""
+    declared = [
+        [name for name in vars(one).get("__annotations__", {}) if name in model.model_fields]
+        for one in model.__mro__
+    ]
+    seen: set[str] = set()
+    panels = []
+    for names in declared:
+        panels.append([name for name in names if name not in seen])
+        seen.update(names)
+    return [panel for panel in panels if panel]
+
+
+def _parameter(name: str, model: type[BaseModel]) -> inspect.Parameter:
+    field = model.model_fields[name]
+    owner = next(one for one in model.__mro__ if name in vars(one).get("__annotations__", {}))
     flag = "--" + name.replace("_", "-")
     kind = _kind(field.annotation)
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         help=field.description,
         show_default=_shown(field),
+        rich_help_panel=None if owner is model else _title(owner),
     )
     return _keyword(name, Annotated[kind | None, option], None)
+
+
+def _title(owner: type[BaseModel]) -> str:
+    """The first line of the class's docstring, without its full stop."""
+    return (owner.__doc__ or owner.__name__).splitlines()[0].rstrip(".")
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

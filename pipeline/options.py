@@ -33,19 +33,20 @@ class DataOptions(StageConfig):
         "too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
     )
     split: str | None = Field(
-        None, description="Split of the data. Default: the preset's, else train."
+        default=None, description="Split of the data. Default: the preset's, else train."
     )
     text_column: str | None = Field(
-        None, description="Column with the texts. Default: the usual names are tried."
+        default=None, description="Column with the texts. Default: the usual names are tried."
     )
     label_column: str | None = Field(
-        None, description="Column with the labels. Default: the usual names are tried."
+        default=None, description="Column with the labels. Default: the usual names are tried."
     )
     label_names: Names | None = Field(
-        None, description="Label names in the order of the teacher's class ids, comma-separated."
+        default=None,
+        description="Label names in the order of the teacher's class ids, comma-separated.",
     )
     max_samples: int | None = Field(
-        None, ge=1, description="At most so many labelled documents, of a shuffled order."
+        default=None, ge=1, description="At most so many labelled documents, of a shuffled order."
     )
 
 
@@ -57,8 +58,9 @@ class FinetuneTeacherOptions(DataOptions, FinetuneOptions):
         description="Base model: hub id or folder of an encoder or decoder. Default: the preset's.",
     )
     validation_split: str | None = Field(
-        None,
-        description="Split to evaluate on. Default: the preset's, else --eval-fraction of the data.",
+        default=None,
+        description="Split to evaluate on. Default: the preset's, else --eval-fraction of the "
+        "data.",
     )
 
 
@@ -70,27 +72,30 @@ class CacheTeacherOptions(DataOptions, ShardConfig):
         description="Teacher: hub id or folder of a fine-tuned classifier. Default: the preset's.",
     )
     unlabeled: str | None = Field(
-        None,
+        default=None,
         description="Unlabelled text: as --data, or none. Default: the preset's, or the folder's "
         "own unlabelled split.",
     )
-    unlabeled_split: str | None = Field(None, description="Split of the unlabelled text.")
+    unlabeled_split: str | None = Field(default=None, description="Split of the unlabelled text.")
     unlabeled_max_samples: int | None = Field(
-        5000,
+        default=5000,
         ge=1,
-        description="At most so many unlabelled documents; a number beyond what there is takes all.",
+        description="At most so many unlabelled documents; a number beyond what there is takes "
+        "all.",
     )
     fallback: Names = Field(
-        (), description="Data to take, in this order, if --data cannot be loaded; comma-separated."
+        default=(),
+        description="Data to take, in this order, if --data cannot be loaded; comma-separated.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the documents' order.")
+    seed: int = Field(default=0, ge=0, description="Seed of the documents' order.")
 
 
 class CheckOptions(JoinConfig):
     """`pipe check`."""
 
     cache: Path | None = Field(
-        None, description="Folder of the cache. Default: the newest complete one in ./caches."
+        default=None,
+        description="Folder of the cache. Default: the newest complete one in ./caches.",
     )
 
 
@@ -99,10 +104,11 @@ class EvaluateCommandOptions(DataOptions, EvaluateOptions):
 
     data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
         None,
-        description="Labelled data to evaluate on: as for cache-teacher; a preset's held-out split.",
+        description="Labelled data to evaluate on: as for cache-teacher; a preset's held-out "
+        "split.",
     )
     latency_lengths: Lengths = Field(
-        (32, 128, 512), description="Lengths in tokens at which one forward pass is timed."
+        default=(32, 128, 512), description="Lengths in tokens at which one forward pass is timed."
     )
 
 

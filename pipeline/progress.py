@@ -15,7 +15,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -42,14 +41,13 @@ class FieldsColumn(ProgressColumn):
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with counts, free text, elapsed and remaining time."""
+    """A bar with counts, time left and free text."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
         FieldsColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
         console=console,
     )
 

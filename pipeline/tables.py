@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from teacher_cache.cache.manifest import Manifest
+from teacher_cache.cache.manifest import Manifest, SplitSummary
 from teacher_cache.stages.evaluate import EvaluateResult, Evaluation
 from teacher_cache.stages.join.report import JoinReport
 
@@ -24,22 +24,35 @@ def join_table(report: JoinReport) -> Table:
     return table
 
 
-def evaluation_table(result: EvaluateResult, names: dict[str, str] | None = None) -> Table:
-    """Teacher and students side by side.
+def quality_table(result: EvaluateResult, names: dict[str, str] | None = None) -> Table:
+    """Teacher and students side by side: how well they classify.
 
     Args:
         result: of `stages.evaluate`.
         names: what to call a row, by its name.
     """
     table = Table(title=f"{result.num_documents:,} held-out documents", title_justify="left")
-    lengths = sorted({n for row in result.rows for n in row.latency_ms or {}})
-    table.add_column("model", overflow="fold")
-    for heading in (*COLUMNS, *(f"ms at {length}" for length in lengths)):
+    table.add_column("model", overflow="fold", min_width=20)
+    for heading in QUALITY:
         table.add_column(heading, justify="right")
     for row in result.rows:
-        cells = [cell(row) for cell in COLUMNS.values()]
-        cells += [_ms(row, length) for length in lengths]
+        cells = [cell(row) for cell in QUALITY.values()]
         table.add_row((names or {}).get(row.name, row.name), *cells)
+    return table
+
+
+def cost_table(result: EvaluateResult, names: dict[str, str] | None = None) -> Table:
+    """Teacher and students side by side: size, and milliseconds for one document by length."""
+    table = Table(title="size, and time for one document", title_justify="left")
+    lengths = sorted({n for row in result.rows for n in row.latency_ms or {}})
+    table.add_column("model", overflow="fold", min_width=20)
+    for heading in ("parameters", "MB", *(f"ms at {length}" for length in lengths)):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        if row.num_parameters is not None and row.megabytes is not None:
+            size = (f"{row.num_parameters / 1e6:.1f} M", f"{row.megabytes:.1f}")
+            cells = [_ms(row, length) for length in lengths]
+            table.add_row((names or {}).get(row.name, row.name), *size, *cells)
     return table
 
 
@@ -56,40 +69,39 @@ def _ms(row: Evaluation, length: int) -> str:
     return NONE if found is None else f"{found:.1f}"
 
 
-COLUMNS: dict[str, Callable[[Evaluation], str]] = {
+QUALITY: dict[str, Callable[[Evaluation], str]] = {
     "accuracy %": lambda row: _percent(row.accuracy),
     "F1 %": lambda row: _percent(row.f1),
     "ECE %": lambda row: _percent(row.ece),
-    "agrees with teacher %": lambda row: _percent(row.agreement),
-    "KL to teacher": lambda row: _nats(row.kl),
-    "parameters": lambda row: NONE
-    if row.num_parameters is None
-    else f"{row.num_parameters / 1e6:.1f} M",
-    "MB": lambda row: NONE if row.megabytes is None else f"{row.megabytes:.1f}",
+    "agrees %": lambda row: _percent(row.agreement),
+    "KL": lambda row: _nats(row.kl),
 }
 
 
 def manifest_table(manifest: Manifest) -> Table:
-    """What a cache holds, split by split."""
-    table = Table(title="splits", title_justify="left")
-    table.add_column("split")
-    headings = ("documents", "empty", "duplicates", "samples", "tokens", "cut", "shards", "MB")
-    for heading in (*headings, "bytes a sample"):
-        table.add_column(heading, justify="right")
-    for name, split in manifest.splits.items():
-        table.add_row(
-            name,
-            f"{split.num_documents:,}",
-            f"{split.report['num_empty']:,}",
-            f"{split.report['num_duplicates']:,}",
-            f"{split.num_samples:,}",
-            f"{split.num_tokens:,}",
-            f"{split.num_truncated:,}",
-            f"{split.num_shards:,}",
-            f"{split.num_bytes / 1e6:,.2f}",
-            f"{split.num_bytes / split.num_samples:,.0f}" if split.num_samples else NONE,
-        )
+    """What a cache holds, a column a split."""
+    table = Table(title="what the cache holds", title_justify="left")
+    table.add_column("")
+    for name in manifest.splits:
+        table.add_column(name, justify="right")
+    for heading, count in COUNTS.items():
+        table.add_row(heading, *(count(split) for split in manifest.splits.values()))
     return table
+
+
+COUNTS: dict[str, Callable[[SplitSummary], str]] = {
+    "documents": lambda split: f"{split.num_documents:,}",
+    "empty (left out)": lambda split: f"{split.report['num_empty']:,}",
+    "duplicates (kept)": lambda split: f"{split.report['num_duplicates']:,}",
+    "samples": lambda split: f"{split.num_samples:,}",
+    "cut at the maximum length": lambda split: f"{split.num_truncated:,}",
+    "tokens": lambda split: f"{split.num_tokens:,}",
+    "shards": lambda split: f"{split.num_shards:,}",
+    "MB": lambda split: f"{split.num_bytes / 1e6:,.2f}",
+    "bytes a sample": lambda split: (
+        f"{split.num_bytes / split.num_samples:,.0f}" if split.num_samples else NONE
+    ),
+}
 
 
 def settings_table(values: dict[str, Any], title: str) -> Table:

@@ -1,1 +1,1 @@
-"""What is computed: corpora, teacher, join, student, losses, training, and one `run(config)` a stage."""
+"""What is computed: corpora, teacher, join, student, losses, training; `run(config)` a stage."""

@@ -52,9 +52,11 @@ class CacheTeacherConfig(ShardConfig):
 
     name: str = Field(description="Short name of the data; begins the cache's folder name.")
     labeled: CorpusConfig = Field(description="The labelled corpus.")
-    unlabeled: CorpusConfig | None = Field(None, description="The unlabelled corpus, or none.")
+    unlabeled: CorpusConfig | None = Field(
+        default=None, description="The unlabelled corpus, or none."
+    )
     fallback: tuple[CorpusConfig, ...] = Field(
-        (), description="Labelled corpora to try, in order, if the first cannot be loaded."
+        default=(), description="Labelled corpora to try, in order, if the first cannot be loaded."
     )
 
 
@@ -88,9 +90,7 @@ class StageOneObserver:
         """A shard is durable."""
 
 
-def run(
-    config: CacheTeacherConfig, observer: StageOneObserver | None = None
-) -> CacheTeacherResult:
+def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) -> CacheTeacherResult:
     """Cache the teacher's logits over all corpora; resumes from the committed shards.
 
     Raises:
@@ -180,7 +180,7 @@ def _plan(
                 "check --text-column"
             )
         tokens = sum(len(sample.input_ids) for sample in samples) / len(samples)
-        logit_bytes = 4 * teacher.model.config.num_labels
+        logit_bytes = 4 * len(teacher.id2label)
         per_shard = documents_per_shard(
             SAMPLE_ID_BYTES + 4 * tokens + 4 + 4 + logit_bytes,
             shard_mb=config.shard_mb,
@@ -207,7 +207,7 @@ def _manifest(
             "shard_documents": config.shard_documents,
             "documents_per_shard": plans["labeled"].documents_per_shard,
         },
-        schema=classification_schema(teacher.model.config.num_labels),
+        schema=classification_schema(len(teacher.id2label)),
         splits={
             split: SplitSummary(
                 num_documents=len(corpus),
@@ -265,6 +265,7 @@ def _compute(
     result = class_logits(
         teacher.model,
         [sample.input_ids for sample in samples],
+        num_classes=len(teacher.id2label),
         pad_id=teacher.pad_id,
         max_tokens=batch_tokens,
         on_batch=on_batch,

@@ -17,10 +17,10 @@ class DeviceConfig(StageConfig):
     """Where a stage computes, and in which number format."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Device; auto is CUDA where there is one."
+        default="auto", description="Device; auto is CUDA where there is one."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
+        default="auto",
         description="Number format; auto is float32 on CPU, bfloat16 on CUDA that has it, "
         "else float16.",
     )

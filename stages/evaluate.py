@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from teacher_cache.stages.evaluation.latency import measure_latency
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.run_folder import read_run
+
 
 class EvaluateConfig(EvaluateOptions):
     """Everything the evaluation needs, resolved: no preset."""
@@ -73,9 +74,7 @@ class EvaluateResult:
     marks: dict[str, str]
 
 
-def run(
-    config: EvaluateConfig, on_step: Callable[[str], None] | None = None
-) -> EvaluateResult:
+def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) -> EvaluateResult:
     """Evaluate students, and their teacher where it can be had.
 
     Args:
@@ -103,7 +102,7 @@ def run(
         rows.append(_row(classifier, logits, labels, teacher_logits))
     say("timing one document at a time")
     latency = measure_latency(classifiers, config.latency_lengths)
-    timed = [_with_latency(row, latency.get(row.name)) for row in rows]
+    timed = [replace(row, latency_ms=latency.get(row.name)) for row in rows]
     return EvaluateResult(num_documents=len(labels), rows=tuple(timed), marks=_marks(config.runs))
 
 
@@ -142,7 +141,9 @@ def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
 def _majority(labels: np.ndarray) -> Evaluation:
     """Always the class that is the most frequent in these very documents."""
     counts = np.bincount(labels)
-    logits = np.tile(np.where(np.arange(len(counts)) == counts.argmax(), 1.0, 0.0), (len(labels), 1))
+    logits = np.tile(
+        np.where(np.arange(len(counts)) == counts.argmax(), 1.0, 0.0), (len(labels), 1)
+    )
     metrics = classification_metrics(logits, labels)
     return Evaluation(name="majority", accuracy=metrics["accuracy"], f1=metrics["f1"])
 
@@ -162,10 +163,6 @@ def _row(
         megabytes=classifier.megabytes,
         **metrics,
     )
-
-
-def _with_latency(row: Evaluation, latency_ms: dict[int, float] | None) -> Evaluation:
-    return Evaluation(**{**row.__dict__, "latency_ms": latency_ms})
 
 
 def _marks(runs: tuple[Path, ...]) -> dict[str, str]:

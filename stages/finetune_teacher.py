@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
     PreTrainedModel,
-    TrainerCallback,
     set_seed,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -35,6 +34,7 @@ from teacher_cache.stages.training.batches import (
 )
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.metrics import classification_metrics
+from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.run_folder import RunRecord, open_run
 from teacher_cache.stages.training.trainer import OrderedTrainer
 
@@ -45,7 +45,7 @@ class FinetuneTeacherConfig(FinetuneOptions):
     name: str = Field(description="Short name of the data; begins the teacher's folder name.")
     labeled: CorpusConfig = Field(description="The labelled corpus to train on.")
     validation: CorpusConfig | None = Field(
-        None, description="The labelled corpus to evaluate on; else a share is held out."
+        default=None, description="The labelled corpus to evaluate on; else a share is held out."
     )
 
 
@@ -81,26 +81,15 @@ class TokenizedSamples:
         return {"input_ids": sample.input_ids, "label": sample.label}
 
 
-class FinetuneObserver:
-    """Told what happens while the teacher is fine-tuned; the base says nothing."""
-
-    def on_start(self, run: Path, num_steps: int, checkpoint: Path | None) -> None:
-        """Training begins, or goes on from a checkpoint."""
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """Callbacks for the Trainer: a progress bar, say."""
-        return []
-
-
 def run(
-    config: FinetuneTeacherConfig, observer: FinetuneObserver | None = None
+    config: FinetuneTeacherConfig, observer: TrainingObserver | None = None
 ) -> FinetuneTeacherResult:
     """Fine-tune a teacher and keep the best of its evaluations; resumes from its checkpoints.
 
     Raises:
         UserError: for anything the user can mend: data, model, settings, disk.
     """
-    observer = observer or FinetuneObserver()
+    observer = observer or TrainingObserver()
     corpus = load_corpus(config.labeled)
     validation = load_corpus(config.validation) if config.validation else None
     tokenizer = load_tokenizer(config.model, option="--model")
@@ -113,9 +102,7 @@ def run(
         return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
 
     training, evaluation = _split(config, tokenizer, corpus, validation)
-    per_epoch = batches_per_epoch(
-        len(training), batch_size=config.batch_size, unlabeled_ratio=0.0
-    )
+    per_epoch = batches_per_epoch(len(training), batch_size=config.batch_size, unlabeled_ratio=0.0)
     steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
     num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
     checkpoint = checkpoint_to_resume(config, folder)
@@ -156,7 +143,7 @@ def run(
         result={
             "num_steps": output.global_step,
             "seconds": round(time.monotonic() - started, 1),
-            "evaluation": trainer.evaluate() if evaluation else None,
+            "evaluation": trainer.final_evaluation() if evaluation else None,
             "best_step": trainer.state.best_global_step if evaluation else None,
             "log": trainer.state.log_history,
         },

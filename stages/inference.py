@@ -35,6 +35,7 @@ def class_logits(
     model: PreTrainedModel,
     input_ids: Sequence[np.ndarray],
     *,
+    num_classes: int,
     pad_id: int,
     max_tokens: int,
     on_batch: OnBatch | None = None,
@@ -46,6 +47,7 @@ def class_logits(
     Args:
         model: in evaluation mode, on its device.
         input_ids: token ids of each sample, [S_i], S_i > 0.
+        num_classes: C.
         pad_id: fills the right end of shorter samples; masked.
         max_tokens: padded positions in a batch; a longer sample is a batch of its own.
         on_batch: called after each batch.
@@ -53,7 +55,7 @@ def class_logits(
     Raises:
         UserError: if a single sample does not fit into memory.
     """
-    logits = np.empty((len(input_ids), model.config.num_labels), np.float32)
+    logits = np.empty((len(input_ids), num_classes), np.float32)
     num_halvings = 0
     lengths = np.array([len(ids) for ids in input_ids], np.int64)
     pending = list(reversed(length_sorted_batches(lengths, max_tokens=max_tokens)))

@@ -41,9 +41,7 @@ def require_folder(name: str, content: str, *, option: str) -> None:
     """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
-        raise UserError(
-            f"{option} {name} is no folder: give a folder with {content}, or a hub id"
-        )
+        raise UserError(f"{option} {name} is no folder: give a folder with {content}, or a hub id")
 
 
 def could_not_load(what: str, name: str, error: Exception, *, option: str) -> str:

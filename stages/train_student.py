@@ -8,13 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
-    TrainerCallback,
 )
 
 from teacher_cache.cache.commit import canonical_json
@@ -41,6 +39,7 @@ from teacher_cache.stages.training.config import (
     TrainStudentConfig,
 )
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
+from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.run_folder import RunRecord, open_run
 from teacher_cache.stages.training.trainer import DistillationTrainer
 
@@ -73,23 +72,14 @@ class TrainingData:
     batches: AlternatingBatches
 
 
-class StageTwoObserver:
-    """Told what happens while the student trains; the base says nothing."""
+class StageTwoObserver(TrainingObserver):
+    """Told what happens in stage two; the base says nothing."""
 
     def on_join(self, joined: Joined) -> None:
         """The tokenization was compared, and training may start."""
 
-    def on_start(self, run: Path, num_steps: int, checkpoint: Path | None) -> None:
-        """Training begins, or goes on from a checkpoint."""
 
-    def callbacks(self) -> list[TrainerCallback]:
-        """Callbacks for the Trainer: a progress bar, say."""
-        return []
-
-
-def run(
-    config: TrainStudentConfig, observer: StageTwoObserver | None = None
-) -> TrainStudentResult:
+def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) -> TrainStudentResult:
     """Train a student from a cache; resumes from the newest committed checkpoint.
 
     Raises:
@@ -131,12 +121,12 @@ def run(
         result={
             "num_steps": output.global_step,
             "seconds": round(time.monotonic() - started, 1),
-            "evaluation": trainer.evaluate() if data.evaluation else None,
+            "evaluation": trainer.final_evaluation() if data.evaluation else None,
             "best_checkpoint": _best_step(trainer),
             "log": trainer.state.log_history,
         },
     )
-    _save(folder, trainer, joined, record)
+    _save(folder, student, joined, record)
     return TrainStudentResult(run=folder, record=record, was_complete=False)
 
 
@@ -223,7 +213,7 @@ def _student_config(
 def _pad_id(joined: Joined) -> int:
     """Any id will do: padded positions are masked."""
     pad_id = joined.tokenizer.pad_token_id
-    return 0 if pad_id is None else int(pad_id)
+    return pad_id if isinstance(pad_id, int) else 0
 
 
 def _trainer(
@@ -265,7 +255,7 @@ def _trainer(
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
     logits = np.asarray(prediction.predictions)
-    labels, teacher_logits = prediction.label_ids
+    labels, teacher_logits = (np.asarray(one) for one in prediction.label_ids)
     return {
         **classification_metrics(logits, labels),
         **agreement_metrics(logits, teacher_logits),
@@ -277,10 +267,10 @@ def _best_step(trainer: DistillationTrainer) -> int | None:
 
 
 def _save(
-    folder: Path, trainer: DistillationTrainer, joined: Joined, record: RunRecord
+    folder: Path, student: MambaForSequenceClassification, joined: Joined, record: RunRecord
 ) -> None:
     """Model and tokenizer, then `run.json`, which makes them the result."""
-    trainer.model.save_pretrained(folder)
+    student.save_pretrained(folder)
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]

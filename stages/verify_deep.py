@@ -51,6 +51,7 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
         again = class_logits(
             loaded.model,
             [sample["input_ids"] for sample in samples],
+            num_classes=len(loaded.id2label),
             pad_id=loaded.pad_id,
             max_tokens=8192,
         ).logits

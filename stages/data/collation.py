@@ -37,7 +37,9 @@ def pad_batch(
     return input_ids, attention_mask
 
 
-def length_sorted_batches(lengths: Sequence[int], *, max_tokens: int) -> list[np.ndarray]:
+def length_sorted_batches(
+    lengths: Sequence[int] | np.ndarray, *, max_tokens: int
+) -> list[np.ndarray]:
     """Group samples of like length, so that little is padded.
 
     The longest come first: what does not fit in memory fails at once.

@@ -31,7 +31,7 @@ class CorpusConfig(StageConfig):
     """What to read, and how much of it."""
 
     source: str = Field(
-        ..., description="'reviews', a file, a folder (aclImdb's layout too) or a hub id"
+        description="'reviews', a file, a folder (aclImdb's layout too) or a hub id"
     )
     split: str | None = Field(
         default=None, description="the split to read; by default 'train', or the only one there is"

@@ -15,11 +15,9 @@ _CHUNK_DOCUMENTS = 4096
 class CorpusReport(StageConfig):
     """Counts over a corpus, its limit applied."""
 
-    num_documents: int = Field(..., description="all documents")
-    num_empty: int = Field(..., description="whitespace only: left out of the samples")
-    num_duplicates: int = Field(
-        ..., description="not empty, and the text of an earlier document: kept"
-    )
+    num_documents: int = Field(description="all documents")
+    num_empty: int = Field(description="whitespace only: left out of the samples")
+    num_duplicates: int = Field(description="not empty, and the text of an earlier document: kept")
     label_counts: dict[str, int] | None = Field(
         default=None, description="documents by class name or integer, None without labels"
     )

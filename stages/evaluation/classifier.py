@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -18,7 +17,7 @@ from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import Teacher, load_teacher, pad_id_of
+from teacher_cache.stages.teacher.load import class_names, load_teacher, pad_id_of
 from teacher_cache.stages.tokenizers import load_tokenizer
 from teacher_cache.stages.training.run_folder import read_run
 
@@ -62,6 +61,7 @@ class Classifier:
         return class_logits(
             self.model,
             [sample.input_ids for sample in samples],
+            num_classes=len(self.id2label),
             pad_id=self.pad_id,
             max_tokens=batch_tokens,
         ).logits
@@ -75,19 +75,17 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
     """
     record = read_run(run)
     if not record.complete:
-        raise UserError(
-            f"{run} is not finished: run its `pipe train-student` again, it resumes"
-        )
+        raise UserError(f"{run} is not finished: run its `pipe train-student` again, it resumes")
     device = resolve_device(config)
     model = AutoModelForSequenceClassification.from_pretrained(str(run.resolve()))
     tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
     return Classifier(
         name=run.name,
-        model=model.to(device, resolve_dtype(config, device)).eval(),
+        model=model.to(device=device, dtype=resolve_dtype(config, device)).eval(),
         tokenizer=tokenizer,
         pad_id=model.config.pad_token_id or 0,
         max_length=record.about["max_length"],
-        id2label=_id2label(model),
+        id2label=class_names(model),
     )
 
 
@@ -97,7 +95,7 @@ def load_teacher_classifier(config: TeacherConfig) -> Classifier:
     Raises:
         UserError: as `load_teacher`.
     """
-    teacher: Teacher = load_teacher(config)
+    teacher = load_teacher(config)
     return Classifier(
         name="teacher",
         model=teacher.model,
@@ -106,8 +104,3 @@ def load_teacher_classifier(config: TeacherConfig) -> Classifier:
         max_length=teacher.max_length(config.max_length),
         id2label=teacher.id2label,
     )
-
-
-def _id2label(model: torch.nn.Module) -> dict[int, str]:
-    assert isinstance(model, PreTrainedModel)
-    return {int(class_id): name for class_id, name in model.config.id2label.items()}

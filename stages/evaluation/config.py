@@ -11,10 +11,11 @@ class EvaluateOptions(DeviceConfig):
     """How to evaluate."""
 
     teacher: str | None = Field(
-        None,
+        default=None,
         description="Teacher to compare with: folder or hub id, or none. Default: the cache's.",
     )
-    batch_tokens: int = Field(8192, ge=1, description="Padded tokens in a forward batch.")
+    batch_tokens: int = Field(default=8192, ge=1, description="Padded tokens in a forward batch.")
     latency_lengths: tuple[int, ...] = Field(
-        (32, 128, 512), description="Lengths, in tokens, at which one forward pass is timed."
+        default=(32, 128, 512),
+        description="Lengths, in tokens, at which one forward pass is timed.",
     )

@@ -24,9 +24,7 @@ class TokenizationMismatch(CheckFailed):
     def __init__(self, cache: Path, report: JoinReport):
         names = ", ".join(difference.name for difference in report.differences)
         ways = "; or ".join(ways_out(report))
-        super().__init__(
-            f"the student's tokenization is not that of {cache} ({names}): {ways}"
-        )
+        super().__init__(f"the student's tokenization is not that of {cache} ({names}): {ways}")
         self.report = report
 
 

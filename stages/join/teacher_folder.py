@@ -28,6 +28,7 @@ from teacher_cache.stages.join.record import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 RECORD_FILE = "tokenization.json"
@@ -45,7 +46,7 @@ class _Document(Protocol):
 
 class _Sample(Protocol):
     @property
-    def input_ids(self) -> Sequence[int]: ...
+    def input_ids(self) -> Sequence[int] | np.ndarray: ...
 
 
 class ProbeDocument(StageConfig):

@@ -1,0 +1,1 @@
+"""The teacher: load it, know exactly which one it is, run it."""

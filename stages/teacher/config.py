@@ -14,16 +14,18 @@ class TeacherConfig(DeviceConfig):
 
     teacher: str = Field(description="Teacher: hub id or folder of a fine-tuned classifier.")
     max_length: int | None = Field(
-        None,
+        default=None,
         ge=2,
         description="Longest sample in tokens, special tokens included; longer documents are cut, "
         "counted and reported. Default: the teacher's limit, at most 512.",
     )
     batch_tokens: int = Field(
-        8192, ge=1, description="Padded tokens in a forward batch; out of memory halves a batch."
+        default=8192,
+        ge=1,
+        description="Padded tokens in a forward batch; out of memory halves a batch.",
     )
     trust_remote_code: bool = Field(
-        False, description="Run the model code that a hub repository brings."
+        default=False, description="Run the model code that a hub repository brings."
     )
 
 
@@ -31,12 +33,12 @@ class ShardConfig(TeacherConfig):
     """Where the cache goes and how it is cut."""
 
     out: Path | None = Field(
-        None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
+        default=None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
     )
-    overwrite: bool = Field(False, description="Start the cache again if it exists.")
-    shard_mb: int = Field(64, ge=1, description="Estimated size of a shard, in megabytes.")
+    overwrite: bool = Field(default=False, description="Start the cache again if it exists.")
+    shard_mb: int = Field(default=64, ge=1, description="Estimated size of a shard, in megabytes.")
     shard_documents: int = Field(
-        1024,
+        default=1024,
         ge=1,
         description="At most this many documents in a shard: what a kill can lose of the work.",
     )

@@ -92,15 +92,20 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     weights_sha256 = hash_weights(model)
     return Teacher(
         name=config.teacher,
-        model=model.to(device, dtype).eval(),
+        model=model.to(device=device, dtype=dtype).eval(),
         tokenizer=tokenizer,
         pad_id=pad_id,
         device=device,
         dtype=dtype,
         weights_sha256=weights_sha256,
         commit=getattr(model.config, "_commit_hash", None),
-        id2label={int(class_id): name for class_id, name in model.config.id2label.items()},
+        id2label=class_names(model),
     )
+
+
+def class_names(model: PreTrainedModel) -> dict[int, str]:
+    """Class names by id."""
+    return {int(class_id): name for class_id, name in (model.config.id2label or {}).items()}
 
 
 def hash_weights(model: torch.nn.Module) -> str:
@@ -123,9 +128,7 @@ def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            could_not_load("classifier", name, error, option="--teacher")
-        ) from error
+        raise UserError(could_not_load("classifier", name, error, option="--teacher")) from error
     untrained = sorted(info["missing_keys"])
     if untrained:
         raise UserError(
@@ -143,8 +146,8 @@ def pad_id_of(name: str, tokenizer: Tokenizer) -> int:
         UserError: if the tokenizer has neither.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
+        if isinstance(candidate, int):
+            return candidate
     raise UserError(
         f"the tokenizer of {name} has neither a padding nor an end-of-text token, so samples "
         "cannot be batched: set its pad_token"

@@ -1,0 +1,1 @@
+"""Training from a cache: order of batches, Trainer, checkpoints, metrics, the run's folder."""

@@ -1,4 +1,4 @@
-"""What the student trains on: cached samples, labelled and unlabelled, in a fixed order of batches."""
+"""What the student trains on: cached samples of both kinds, in a fixed order of batches."""
 
 from __future__ import annotations
 

@@ -15,58 +15,62 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 class ArchitectureConfig(StageConfig):
     """The Mamba student's shape."""
 
-    arch: Literal["mamba2"] = Field("mamba2", description="Student architecture.")
-    d_model: int = Field(256, ge=1, description="Width.")
-    num_layers: int = Field(4, ge=1, description="Layers.")
-    expand: int = Field(3, ge=1, description="Inner width, as a multiple of the width.")
-    d_state: int = Field(48, ge=1, description="State size N of each head.")
-    head_dim: int = Field(96, ge=1, description="Width P of a head; divides expand * d_model.")
+    arch: Literal["mamba2"] = Field(default="mamba2", description="Student architecture.")
+    d_model: int = Field(default=256, ge=1, description="Width.")
+    num_layers: int = Field(default=4, ge=1, description="Layers.")
+    expand: int = Field(default=3, ge=1, description="Inner width, as a multiple of the width.")
+    d_state: int = Field(default=48, ge=1, description="State size N of each head.")
+    head_dim: int = Field(
+        default=96, ge=1, description="Width P of a head; divides expand * d_model."
+    )
     pooling: Literal["cls", "mean", "last"] = Field(
-        "cls",
+        default="cls",
         description="What is classified: the CLS token (moved to the end), the mean, or the "
         "last position.",
     )
-    head: Literal["mlp", "linear"] = Field("mlp", description="Classification head.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout in the classification head.")
+    head: Literal["mlp", "linear"] = Field(default="mlp", description="Classification head.")
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="Dropout in the classification head."
+    )
 
 
 class OptimizationConfig(DeviceConfig):
     """How a model is trained: shared by student and teacher."""
 
-    out: Path | None = Field(None, description="Folder of the run.")
-    epochs: float = Field(3, gt=0, description="Passes over the labelled samples.")
+    out: Path | None = Field(default=None, description="Folder of the run.")
+    epochs: float = Field(default=3, gt=0, description="Passes over the labelled samples.")
     max_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps; replaces --epochs when given."
+        default=None, ge=1, description="Optimizer steps; replaces --epochs when given."
     )
-    batch_size: int = Field(32, ge=1, description="Samples in a batch.")
-    gradient_accumulation: int = Field(1, ge=1, description="Batches in an optimizer step.")
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate (AdamW).")
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
-    warmup: float = Field(0.06, ge=0, le=1, description="Share of the steps that warm up.")
+    batch_size: int = Field(default=32, ge=1, description="Samples in a batch.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Batches in an optimizer step.")
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate (AdamW).")
+    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay.")
+    warmup: float = Field(default=0.06, ge=0, le=1, description="Share of the steps that warm up.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
-        "cosine", description="Learning rate after the warm-up."
+        default="cosine", description="Learning rate after the warm-up."
     )
     eval_fraction: float = Field(
-        0.05,
+        default=0.05,
         ge=0,
         lt=1,
         description="Share of the labelled samples held out for evaluation during training, "
         "chosen by sample id; 0 trains on all and evaluates none.",
     )
     checkpoint_steps: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Evaluate and save a checkpoint every so many steps. Default: an epoch.",
     )
-    log_steps: int = Field(10, ge=1, description="Steps between two lines of the log.")
-    seed: int = Field(0, ge=0, description="Seed of weights, order and dropout.")
+    log_steps: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
+    seed: int = Field(default=0, ge=0, description="Seed of weights, order and dropout.")
     resume: str = Field(
-        "auto",
+        default="auto",
         description="auto goes on from the run's newest checkpoint, never starts again, "
         "anything else is the folder of a checkpoint.",
     )
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
-        "none", description="Where the log goes besides the run's own."
+        default="none", description="Where the log goes besides the run's own."
     )
 
 
@@ -78,16 +82,20 @@ class TrainingConfig(OptimizationConfig):
     """How the student is trained."""
 
     cache: Path | None = Field(
-        None, description="Folder of the cache. Default: the newest complete one in ./caches."
+        default=None,
+        description="Folder of the cache. Default: the newest complete one in ./caches.",
     )
     out: Path | None = Field(
-        None, description="Folder of the run. Default: ./runs/<cache>-<hash of the settings>."
+        default=None,
+        description="Folder of the run. Default: ./runs/<cache>-<hash of the settings>.",
     )
     unlabeled_ratio: float = Field(
-        1.0, gt=0, description="Unlabelled batches for each labelled one (with --unlabeled-alpha)."
+        default=1.0,
+        gt=0,
+        description="Unlabelled batches for each labelled one (with --unlabeled-alpha).",
     )
     early_stopping: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Stop after so many evaluations without a better accuracy, and keep the best.",
     )
@@ -102,13 +110,13 @@ class FinetuneOptions(OptimizationConfig):
 
     model: str = Field(description="Base model: hub id or folder of an encoder or decoder.")
     out: Path | None = Field(
-        None, description="Folder of the teacher. Default: ./teachers/<data>-<model>."
+        default=None, description="Folder of the teacher. Default: ./teachers/<data>-<model>."
     )
     max_length: int = Field(
-        512, ge=2, description="Longest sample in tokens; longer documents are cut."
+        default=512, ge=2, description="Longest sample in tokens; longer documents are cut."
     )
-    epochs: float = Field(2, gt=0, description="Passes over the labelled samples.")
-    lr: float = Field(5e-5, gt=0, description="Peak learning rate (AdamW).")
+    epochs: float = Field(default=2, gt=0, description="Passes over the labelled samples.")
+    lr: float = Field(default=5e-5, gt=0, description="Peak learning rate (AdamW).")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
-        "linear", description="Learning rate after the warm-up."
+        default="linear", description="Learning rate after the warm-up."
     )

@@ -56,9 +56,7 @@ def read_run(folder: Path) -> RunRecord:
     try:
         return RunRecord(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): train again with --resume never"
-        ) from error
+        raise UserError(f"{path} is damaged ({error}): train again with --resume never") from error
 
 
 def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord:

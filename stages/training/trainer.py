@@ -51,6 +51,19 @@ class OrderedTrainer(Trainer):
         best = self.state.best_model_checkpoint
         remove_old_checkpoints(folder, keep=Path(best) if best else None)
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Weight decay on matrices alone: not on norms, biases and state-space parameters."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def final_evaluation(self) -> dict[str, float]:
+        """Metrics of the model as training leaves it: the best one's, or those of the last step."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        step = best or self.state.global_step
+        for entry in reversed(self.state.log_history):
+            if entry["step"] == step and "eval_loss" in entry:
+                return entry
+        return self.evaluate()
+
 
 class DistillationTrainer(OrderedTrainer):
     """Train a student from cached teacher logits.
@@ -93,7 +106,7 @@ class DistillationTrainer(OrderedTrainer):
             teacher_logits,
             labels,
             config=self._objective,
-            totals=num_items_in_batch or self._totals(inputs),
+            totals=num_items_in_batch if model.training else self._totals(inputs),
         )
         if model.training:
             self._remember(terms)
@@ -104,16 +117,6 @@ class DistillationTrainer(OrderedTrainer):
         if "loss" in logs:
             logs |= self._means()
         super().log(logs, start_time)
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """No weight decay on the state-space parameters, as in mamba_ssm."""
-        names = super().get_decay_parameter_names(model)
-        kept_out = {
-            name
-            for name, parameter in model.named_parameters()
-            if getattr(parameter, "_no_weight_decay", False)
-        }
-        return [name for name in names if name not in kept_out]
 
     def _totals(self, batch: dict[str, torch.Tensor]) -> StepTotals:
         return StepTotals.of(
