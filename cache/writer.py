@@ -17,24 +17,33 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.cache.commit import explained, remove_leftovers, write_bytes_atomically
-from teacher_cache.cache.errors import BadShardError, UserError
-from teacher_cache.cache.fingerprint import file_sha256, refuse_changed_settings
-from teacher_cache.cache.index import read_segment, segment_path, write_segment
-from teacher_cache.cache.lock import LOCK_NAME, writer_lock
-from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
-from teacher_cache.cache.plan import ShardPlan
-from teacher_cache.cache.schema import Fields, Ragged
-from teacher_cache.cache.sidecar import (
-    SHARDS_PER_FOLDER,
-    Sidecar,
-    read_sidecar,
-    shard_path,
-    sidecar_path,
+from teacher_cache.cache.commit import (
+    explained,
+    remove_leftovers,
+    temporary_name,
+    write_bytes_atomically,
 )
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.fingerprint import file_sha256, refuse_changed_settings
+from teacher_cache.cache.index import segment_path, write_segment
+from teacher_cache.cache.lock import LOCK_NAME, writer_lock
+from teacher_cache.cache.manifest import (
+    MANIFEST_NAME,
+    TEACHER_FOLDER,
+    Manifest,
+    NotACacheError,
+    read_manifest,
+)
+from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.resume import (
+    find_committed,
+    is_intact_beside_shards,
+    refuse_fewer_documents,
+)
+from teacher_cache.cache.schema import Fields, Ragged
+from teacher_cache.cache.sidecar import SHARDS_PER_FOLDER, Sidecar, shard_path, sidecar_path
 from teacher_cache.cache.stores import arrow
 
-TEACHER_FOLDER = "teacher"
 SPLITS = ("labeled", "unlabeled")
 
 logger = logging.getLogger(__name__)
@@ -68,14 +77,18 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         with ExitStack() as stack:
             stack.enter_context(writer_lock(self.cache))
+            recorded = None
+            if not (self.cache / MANIFEST_NAME).exists():
+                self._refuse_foreign_folder()
+            elif self._overwrite:
+                self._clear()
+            else:
+                recorded = read_manifest(self.cache)
+            # Only now: in a folder that is no cache, nothing is ours to remove.
             for leftover in remove_leftovers(self.cache):
                 logger.info("removed %s, left by a run that was killed", leftover)
-            if self._overwrite:
-                self._clear()
-            if (self.cache / MANIFEST_NAME).exists():
-                self._adopt(read_manifest(self.cache))
-            else:
-                self._refuse_foreign_folder()
+            if recorded is not None:
+                self._adopt(recorded)
             self._stack = stack.pop_all()
         return self
 
@@ -103,10 +116,12 @@ class CacheWriter:
             for shard_idx in range(len(plan))
             if shard_idx not in self._sidecars[split]
         ]
-        if todo or not self.manifest.complete:
+        if not self.manifest.complete:
+            # Before all else: from here on a kill leaves what the next run knows to be a cache.
+            self._write_manifest()
             folder = self.cache / TEACHER_FOLDER
             write_teacher_files(folder)
-            self.manifest = replace(self.manifest.reopened(), teacher_files=hash_files(folder))
+            self.manifest = replace(self.manifest, teacher_files=hash_files(folder))
             self._write_manifest()
         return todo
 
@@ -205,8 +220,12 @@ class CacheWriter:
 
     def _clear(self) -> None:
         """Remove the cache; its manifest goes last, since only that tells a cache from a folder."""
-        if not (self.cache / MANIFEST_NAME).exists():
-            return
+        try:
+            read_manifest(self.cache)
+        except NotACacheError:
+            raise
+        except UserError as error:
+            logger.warning("%s (starting it again)", error)
         with explained(self.cache):
             for folder in ("index", TEACHER_FOLDER, *SPLITS):
                 if (self.cache / folder).exists():
@@ -214,7 +233,7 @@ class CacheWriter:
             (self.cache / MANIFEST_NAME).unlink()
 
     def _refuse_foreign_folder(self) -> None:
-        known = {LOCK_NAME, TEACHER_FOLDER}
+        known = {LOCK_NAME, temporary_name(MANIFEST_NAME)}
         foreign = sorted(path.name for path in self.cache.iterdir() if path.name not in known)
         if foreign:
             raise UserError(
@@ -231,85 +250,14 @@ class CacheWriter:
             {"settings": wanted.settings, "layout": wanted.layout},
             start_again="--overwrite",
         )
-        self._refuse_fewer_documents(recorded)
-        grown = any(
-            recorded.splits.get(split) is None
-            or recorded.splits[split].num_documents != summary.num_documents
-            for split, summary in wanted.splits.items()
-        )
-        for split, plan in self._plans.items():
-            self._sidecars[split] = self._find_committed(recorded, split, plan)
+        refuse_fewer_documents(self.cache, recorded, self._plans)
+        committed = find_committed(self.cache, recorded, self._plans)
+        self._sidecars, self._segments = committed.sidecars, committed.segments
         whole = all(len(self._sidecars[split]) == len(plan) for split, plan in self._plans.items())
-        if recorded.complete and whole and not grown and self._is_intact_beside_shards(recorded):
+        if recorded.complete and whole and is_intact_beside_shards(self.cache, recorded):
             self.manifest = recorded
         else:
             self.manifest = replace(wanted, created_at=recorded.created_at)
-
-    def _is_intact_beside_shards(self, recorded: Manifest) -> bool:
-        """Whether index and teacher files still have the hashes that the manifest recorded."""
-        wanted = {entry["path"]: entry["sha256"] for entry in recorded.index}
-        wanted |= {f"{TEACHER_FOLDER}/{name}": sha for name, sha in recorded.teacher_files.items()}
-        for name, sha256 in wanted.items():
-            path = self.cache / name
-            if not path.is_file() or file_sha256(path) != sha256:
-                logger.warning("%s is missing or differs from its SHA-256: writing it anew", path)
-                return False
-        return True
-
-    def _refuse_fewer_documents(self, recorded: Manifest) -> None:
-        for split, summary in recorded.splits.items():
-            plan = self._plans.get(split)
-            if plan is None or plan.num_documents < summary.num_documents:
-                asked = 0 if plan is None else plan.num_documents
-                raise UserError(
-                    f"{self.cache} was started for {summary.num_documents:,} {split} documents, "
-                    f"this run asks for {asked:,}: raise the limit to at least that, give another "
-                    "--out for the smaller cache, or --overwrite"
-                )
-
-    def _find_committed(
-        self, recorded: Manifest, split: str, plan: ShardPlan
-    ) -> dict[int, Sidecar]:
-        """Shards of the split that are durable and true to the plan.
-
-        Sidecars are the truth while a run is on. Indexed shards are not read again, unless the
-        cache is complete: then there is nothing else to do but to look for damage.
-        """
-        found = {} if recorded.complete else self._read_segments(recorded, split, plan)
-        for shard_idx in range(len(plan)):
-            if shard_idx in found:
-                continue
-            try:
-                sidecar = read_sidecar(self.cache, split, shard_idx)
-                if sidecar is None or not self._is_current(sidecar, plan, recorded):
-                    continue
-                sidecar.verify(self.cache)
-            except BadShardError as error:
-                logger.warning("%s (rebuilding it now)", error)
-            else:
-                found[shard_idx] = sidecar
-        return found
-
-    def _read_segments(self, recorded: Manifest, split: str, plan: ShardPlan) -> dict[int, Sidecar]:
-        found: dict[int, Sidecar] = {}
-        for entry in recorded.index:
-            if not entry["path"].startswith(f"index/{split}-"):
-                continue
-            try:
-                sidecars = read_segment(self.cache, entry)
-            except BadShardError as error:
-                logger.warning("%s", error)
-                continue
-            current = [one for one in sidecars if self._is_current(one, plan, recorded)]
-            found |= {sidecar.shard_idx: sidecar for sidecar in current}
-            if len(current) == len(sidecars) == SHARDS_PER_FOLDER:
-                self._segments[entry["path"]] = entry["sha256"]
-        return found
-
-    @staticmethod
-    def _is_current(sidecar: Sidecar, plan: ShardPlan, recorded: Manifest) -> bool:
-        same_documents = sidecar.documents == plan.documents(sidecar.shard_idx)
-        return same_documents and sidecar.fingerprint == recorded.fingerprint
 
 
 def hash_files(folder: Path) -> dict[str, str]:
