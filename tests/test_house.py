@@ -138,9 +138,9 @@ def test_wheel_contains_everything(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        f"teacher_cache/{path.relative_to(ROOT).as_posix()}"
+        f"teacher_cache/{path.relative_to(source).as_posix()}"
         for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*")
+        for path in (source / folder).rglob("*")
         if path.suffix in {".py", ".yaml"} or path.name == "py.typed"
     }
     assert wanted <= inside, f"missing from the wheel: {sorted(wanted - inside)}"
