@@ -154,14 +154,18 @@ def _row(
     labels: np.ndarray,
     teacher_logits: np.ndarray | None,
 ) -> Evaluation:
-    metrics = classification_metrics(logits, labels)
-    if teacher_logits is not None:
-        metrics |= agreement_metrics(logits, teacher_logits)
+    quality = classification_metrics(logits, labels)
+    likeness = {} if teacher_logits is None else agreement_metrics(logits, teacher_logits)
     return Evaluation(
         name=classifier.name,
+        accuracy=quality["accuracy"],
+        f1=quality["f1"],
+        ece=quality["ece"],
+        nll=quality["nll"],
+        agreement=likeness.get("agreement"),
+        kl=likeness.get("kl"),
         num_parameters=classifier.num_parameters,
         megabytes=classifier.megabytes,
-        **metrics,
     )
 
 

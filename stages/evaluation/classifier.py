@@ -17,7 +17,7 @@ from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import class_names, load_teacher, pad_id_of
+from teacher_cache.stages.teacher.load import class_names, load_teacher, on_device, pad_id_of
 from teacher_cache.stages.tokenizers import load_tokenizer
 from teacher_cache.stages.training.run_folder import read_run
 
@@ -81,7 +81,7 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
     tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
     return Classifier(
         name=run.name,
-        model=model.to(device=device, dtype=resolve_dtype(config, device)).eval(),
+        model=on_device(model, device, resolve_dtype(config, device)),
         tokenizer=tokenizer,
         pad_id=model.config.pad_token_id or 0,
         max_length=record.about["max_length"],

@@ -92,7 +92,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     weights_sha256 = hash_weights(model)
     return Teacher(
         name=config.teacher,
-        model=model.to(device=device, dtype=dtype).eval(),
+        model=on_device(model, device, dtype),
         tokenizer=tokenizer,
         pad_id=pad_id,
         device=device,
@@ -101,6 +101,12 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         commit=getattr(model.config, "_commit_hash", None),
         id2label=class_names(model),
     )
+
+
+def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on its device, in its number format, in evaluation mode."""
+    torch.nn.Module.to(model, device=device, dtype=dtype)  # in place, as for every module
+    return model.eval()
 
 
 def class_names(model: PreTrainedModel) -> dict[int, str]:
