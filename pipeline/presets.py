@@ -152,11 +152,16 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         name=data_name(options.data),
         labeled=labeled,
         unlabeled=_unlabeled_corpus(options, preset),
-        fallback=tuple(
-            labeled_corpus(options.model_copy(update={"data": data}), None)
-            for data in options.fallback
-        ),
+        fallback=tuple(_fallback_corpus(options, data) for data in options.fallback),
     )
+
+
+def _fallback_corpus(options: CacheTeacherOptions, data: str) -> CorpusConfig:
+    """A preset brings its own split and columns; other data is read as `--data` would have been."""
+    preset = PRESETS.get(data)
+    named = dict.fromkeys(("split", "text_column", "label_column", "label_names") if preset else ())
+    own = options.model_copy(update={"data": data, **named})
+    return labeled_corpus(own, preset.train if preset else None)
 
 
 def _unlabeled_corpus(options: CacheTeacherOptions, preset: Preset | None) -> CorpusConfig | None:
