@@ -93,6 +93,8 @@ class StageOneProgress(StageOneObserver):
         self._bytes += sidecar.num_bytes
         empty = sidecar.documents[1] - sidecar.documents[0] - sidecar.num_samples
         self._progress.update(self._task, advance=empty, status=self._status())
+        if not self._console.is_terminal:
+            self._console.print(self._status())
 
     def _status(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from teacher_cache.cache.commit import write_json_atomically
@@ -23,28 +21,22 @@ from teacher_cache.cache.manifest import (
 )
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.cache.schema import (
-    NO_LABEL,
     SAMPLE_ID_BYTES,
-    Fields,
-    Ragged,
     classification_schema,
 )
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
 from teacher_cache.stages.data.survey import survey
-from teacher_cache.stages.data.tokenization import Sample, tokenize
-from teacher_cache.stages.device import environment
-from teacher_cache.stages.inference import OnBatch, class_logits
+from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
+from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.load import Teacher, identity, load_teacher
 
 NUM_PROBED_FOR_SIZE = 64
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
-
-logger = logging.getLogger(__name__)
 
 
 class CacheTeacherConfig(ShardConfig):
@@ -112,15 +104,19 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         kept = writer.committed()
         observer.on_plan(cache, plans, kept)
         for split, shard_idx in todo:
-            shard = _compute(
-                teacher,
-                corpora[split],
-                plans[split].documents(shard_idx),
-                max_length,
-                config.batch_tokens,
-                observer.on_batch,
+            documents = corpora[split].documents(*plans[split].documents(shard_idx))
+            samples = tokenize(documents, teacher.tokenizer, max_length=max_length)
+            captured = capture(
+                teacher, samples, batch_tokens=config.batch_tokens, on_batch=observer.on_batch
             )
-            observer.on_shard(writer.commit(split, shard_idx, **shard))
+            sidecar = writer.commit(
+                split,
+                shard_idx,
+                captured.fields,
+                num_truncated=sum(sample.was_truncated for sample in samples),
+                environment=captured.environment,
+            )
+            observer.on_shard(sidecar)
         if not writer.manifest.complete:
             writer.finish()
         return CacheTeacherResult(
@@ -132,14 +128,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
 
 
 def _load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
-    labeled, used = load_with_fallback(config.labeled, list(config.fallback))
-    if used != config.labeled:
-        logger.warning(
-            "the data set %s could not be loaded; the fallback %s takes its place, and the "
-            "manifest says so",
-            config.labeled.source,
-            used.source,
-        )
+    labeled, _ = load_with_fallback(config.labeled, list(config.fallback))
     corpora = {"labeled": labeled}
     if config.unlabeled is not None:
         corpora["unlabeled"], _ = load_with_fallback(config.unlabeled, [])
@@ -250,45 +239,3 @@ def _write_teacher_files(
     described = teacher.model.config.to_dict()
     described.pop("_name_or_path", None)
     write_json_atomically(folder / "config.json", described)
-
-
-def _compute(
-    teacher: Teacher,
-    corpus: Corpus,
-    documents: tuple[int, int],
-    max_length: int,
-    batch_tokens: int,
-    on_batch: OnBatch,
-) -> dict[str, Any]:
-    """One shard's fields, and what the sidecar says of them."""
-    samples = tokenize(corpus.documents(*documents), teacher.tokenizer, max_length=max_length)
-    result = class_logits(
-        teacher.model,
-        [sample.input_ids for sample in samples],
-        num_classes=len(teacher.id2label),
-        pad_id=teacher.pad_id,
-        max_tokens=batch_tokens,
-        on_batch=on_batch,
-    )
-    return {
-        "fields": _fields(samples, result.logits),
-        "num_truncated": sum(sample.was_truncated for sample in samples),
-        "environment": {
-            **environment(teacher.device),
-            "batch_tokens": batch_tokens,
-            "num_halvings": result.num_halvings,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
-    }
-
-
-def _fields(samples: list[Sample], logits: np.ndarray) -> Fields:
-    ids = b"".join(sample.sample_id for sample in samples)
-    labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
-    return {
-        "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
-        "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
-        "label": np.array(labels, np.int32),
-        "class_logits": logits,
-    }

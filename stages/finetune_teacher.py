@@ -32,6 +32,7 @@ from teacher_cache.stages.training.batches import (
     batches_per_epoch,
     held_out,
 )
+from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.metrics import classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
@@ -148,8 +149,9 @@ def run(
             "log": trainer.state.log_history,
         },
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with saved(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     record.write(folder)
     return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
 

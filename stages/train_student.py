@@ -10,10 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import (
-    EarlyStoppingCallback,
-    EvalPrediction,
-)
+from transformers import EvalPrediction
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
@@ -33,11 +30,13 @@ from teacher_cache.stages.training.batches import (
     batches_per_epoch,
     held_out,
 )
+from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import (
     NOT_RESULTS,
     ArchitectureConfig,
     TrainStudentConfig,
 )
+from teacher_cache.stages.training.early_stopping import EarlyStopping
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.run_folder import RunRecord, open_run
@@ -231,7 +230,7 @@ def _trainer(
                 "--early-stopping needs an evaluation, and --eval-fraction holds out no sample: "
                 "raise it"
             )
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.early_stopping))
+        callbacks.append(EarlyStopping(config.early_stopping))
     return DistillationTrainer(
         model=student,
         args=training_arguments(
@@ -270,10 +269,11 @@ def _save(
     folder: Path, student: MambaForSequenceClassification, joined: Joined, record: RunRecord
 ) -> None:
     """Model and tokenizer, then `run.json`, which makes them the result."""
-    student.save_pretrained(folder)
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.model_max_length = joined.max_length
-    tokenizer.save_pretrained(folder)
+    with saved(folder):
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     record.write(folder)

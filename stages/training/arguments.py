@@ -9,10 +9,11 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.fingerprint import refuse_changed_settings
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.training.checkpoints import newest_checkpoint, require_committed
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.run_folder import CHECKPOINTS
+from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
 
 
 def training_arguments(
@@ -54,7 +55,7 @@ def training_arguments(
     dtype = dtype_name(resolve_dtype(config, device))
     checkpoint_steps = min(config.checkpoint_steps or steps_per_epoch, num_steps)
     return TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
+        output_dir=str((folder / CHECKPOINTS).resolve()),
         num_train_epochs=1,
         max_steps=num_steps,
         per_device_train_batch_size=config.batch_size,
@@ -90,10 +91,17 @@ def checkpoint_to_resume(config: OptimizationConfig, folder: Path) -> Path | Non
     """The checkpoint that the settings ask to go on from, if there is one.
 
     Raises:
-        UserError: if a checkpoint was named and is not complete.
+        UserError: if a checkpoint was named that is not complete, or of other settings.
     """
     if config.resume == "never":
         return None
     if config.resume == "auto":
         return newest_checkpoint(folder / CHECKPOINTS)
-    return require_committed(Path(config.resume))
+    checkpoint = require_committed(Path(config.resume))
+    refuse_changed_settings(
+        checkpoint,
+        read_run(checkpoint.resolve().parents[1]).settings,
+        read_run(folder).settings,
+        start_again="--resume auto",
+    )
+    return checkpoint

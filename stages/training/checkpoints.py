@@ -7,7 +7,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from teacher_cache.cache.commit import explained, fsync_folder, write_json_atomically
 from teacher_cache.cache.errors import UserError
@@ -19,21 +23,38 @@ NUM_KEPT = 2
 logger = logging.getLogger(__name__)
 
 
-def commit_checkpoint(checkpoint: Path) -> None:
-    """Make a checkpoint's files durable, then write the marker with their hashes.
+@contextmanager
+def saved(folder: Path) -> Iterator[None]:
+    """Save models and states in the body; at its end all files below `folder` are durable.
 
     Raises:
-        UserError: where the file system refuses.
+        UserError: where the file system refuses, in the words of whichever library noticed.
     """
-    with explained(checkpoint):
-        for path in sorted(checkpoint.rglob("*")):
+    with explained(folder):
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:  # torch.save's, safetensors'
+            raise UserError(
+                f"cannot write {folder} ({str(error).splitlines()[0]}): if the disk is full, free "
+                "some space or choose another --out (what was committed before is kept, and the "
+                "same command resumes from it)"
+            ) from error
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-        fsync_folder(checkpoint)
+        fsync_folder(folder)
+
+
+def commit_checkpoint(checkpoint: Path) -> None:
+    """Write the marker with the hashes of a checkpoint's files, which are durable.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
     write_json_atomically(checkpoint / MARKER_NAME, hash_files(checkpoint))
     fsync_folder(checkpoint.parent)
 
@@ -75,13 +96,31 @@ def require_committed(checkpoint: Path) -> Path:
 
 
 def remove_old_checkpoints(folder: Path, *, keep: Path | None) -> None:
-    """Keep the newest two committed checkpoints, `keep`, and nothing else that is older."""
-    committed = [one for one in _checkpoints(folder) if (one / MARKER_NAME).is_file()]
-    for old in committed[:-NUM_KEPT]:
+    """Keep the newest two committed checkpoints, `keep`, and nothing else that is older.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
+    found = _checkpoints(folder)
+    committed = [one for one in found if (one / MARKER_NAME).is_file()]
+    if len(committed) < NUM_KEPT:
+        return
+    for old in found[: found.index(committed[-NUM_KEPT])]:
         if keep is None or old.resolve() != keep.resolve():
-            # Without its marker first: a kill in between must not leave half a checkpoint.
-            (old / MARKER_NAME).unlink()
-            shutil.rmtree(old)
+            remove_checkpoint(old)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, or what is left of one, if it is there.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
+    with explained(checkpoint):
+        # Its marker first: a kill in between must not leave half a checkpoint.
+        (checkpoint / MARKER_NAME).unlink(missing_ok=True)
+        if checkpoint.exists():
+            shutil.rmtree(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

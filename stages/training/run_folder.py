@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.cache.commit import write_json_atomically
+from teacher_cache.cache.commit import explained, temporary_name, write_json_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import refuse_changed_settings
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
+
+_KILLED_WRITE = temporary_name(RUN_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class RunRecord:
         Raises:
             UserError: where the file system refuses.
         """
-        write_json_atomically(folder / RUN_NAME, asdict(self))
+        write_json_atomically(folder / RUN_NAME, _json_ready(asdict(self)))
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -74,8 +77,10 @@ def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord
         UserError: if the folder holds something else, or a run with other settings.
     """
     if (folder / RUN_NAME).exists() and start_again:
-        (folder / RUN_NAME).unlink()
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        # Before the record is replaced: a kill must not leave them to the new settings.
+        with explained(folder):
+            if (folder / CHECKPOINTS).exists():
+                shutil.rmtree(folder / CHECKPOINTS)
     elif (folder / RUN_NAME).exists():
         recorded = read_run(folder)
         refuse_changed_settings(
@@ -85,9 +90,23 @@ def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord
             start_again="--resume never",
         )
         return recorded
-    elif folder.exists() and any(folder.iterdir()) and not start_again:
+    elif folder.exists() and any(one.name != _KILLED_WRITE for one in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and holds no {RUN_NAME}, so it is no run: give another --out"
         )
     record.write(folder)
     return record
+
+
+def _json_ready(value: Any) -> Any:
+    """The value with `inf` and `nan`, which JSON has no numbers for, as words.
+
+    A float16 training logs infinite gradient norms while its loss scale settles.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _json_ready(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_json_ready(one) for one in value]
+    return value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
+from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
@@ -18,7 +21,12 @@ from teacher_cache.stages.losses.objective import (
     distillation_objective,
 )
 from teacher_cache.stages.training.batches import AlternatingBatches
-from teacher_cache.stages.training.checkpoints import commit_checkpoint, remove_old_checkpoints
+from teacher_cache.stages.training.checkpoints import (
+    commit_checkpoint,
+    remove_checkpoint,
+    remove_old_checkpoints,
+    saved,
+)
 
 
 class OrderedTrainer(Trainer):
@@ -45,11 +53,28 @@ class OrderedTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial))
-        commit_checkpoint(folder / f"checkpoint-{self.state.global_step}")
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        remove_checkpoint(checkpoint)  # what a killed save of the same step left
+        with saved(checkpoint):
+            super()._save_checkpoint(model, trial)
+        commit_checkpoint(checkpoint)
         best = self.state.best_model_checkpoint
         remove_old_checkpoints(folder, keep=Path(best) if best else None)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and stop at a loss that is no number: nothing can be learned from there on.
+
+        Raises:
+            UserError: naming the step.
+        """
+        super().log(logs, start_time)
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.state.global_step}: start again with "
+                "--resume never and a lower --lr, or with --dtype float32"
+            )
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Weight decay on matrices alone: not on norms, biases and state-space parameters."""
@@ -85,7 +110,8 @@ class DistillationTrainer(OrderedTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of the next optimizer step, with the step's totals."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Trainer's own would count labels, and a step's second batch may have none.
+        batches = list(islice(epoch_iterator, num_batches))
         totals = sum((self._totals(batch) for batch in batches), StepTotals())
         self._num_steps[False] += totals.num_labeled > 0
         self._num_steps[True] += totals.num_unlabeled > 0

@@ -1,0 +1,70 @@
+"""What of the teacher's output is kept: from samples to the fields of a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from teacher_cache.cache.schema import NO_LABEL, SAMPLE_ID_BYTES, Fields, Ragged
+from teacher_cache.stages.data.tokenization import Sample
+from teacher_cache.stages.device import environment
+from teacher_cache.stages.inference import OnBatch, class_logits
+from teacher_cache.stages.teacher.load import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """A shard before it is committed.
+
+    Attributes:
+        fields: of `classification_schema`, in the samples' order.
+        environment: what the bits depend on besides the settings, for the sidecar.
+    """
+
+    fields: Fields
+    environment: dict[str, Any]
+
+
+def capture(
+    teacher: Teacher, samples: Sequence[Sample], *, batch_tokens: int, on_batch: OnBatch
+) -> Captured:
+    """Run the teacher over a shard's samples and keep its class logits, exactly.
+
+    Args:
+        teacher: on its device.
+        samples: of one shard.
+        batch_tokens: padded tokens in a forward batch.
+        on_batch: called with samples and tokens after each batch.
+
+    Raises:
+        UserError: if a single sample does not fit into memory.
+    """
+    result = class_logits(
+        teacher.model,
+        [sample.input_ids for sample in samples],
+        num_classes=len(teacher.id2label),
+        pad_id=teacher.pad_id,
+        max_tokens=batch_tokens,
+        on_batch=on_batch,
+    )
+    ids = b"".join(sample.sample_id for sample in samples)
+    labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+    return Captured(
+        fields={
+            "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
+            "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
+            "label": np.array(labels, np.int32),
+            "class_logits": result.logits,
+        },
+        environment={
+            **environment(teacher.device),
+            "batch_tokens": batch_tokens,
+            "num_halvings": result.num_halvings,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+    )
