@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import (
+    Fields,
+    FieldSpec,
+    Ragged,
+    check_fields,
+    classification_schema,
+)
+from tests.small_caches import SCHEMA, make_fields
+
+
+def test_classification_holds_ids_label_and_exact_logits() -> None:
+    found = [(one.name, one.dtype, one.shape, one.nullable) for one in classification_schema(2)]
+    assert found == [
+        ("sample_id", "V16", (), False),
+        ("input_ids", "uint32", ("S",), False),
+        ("label", "int32", (), True),
+        ("class_logits", "float32", (2,), False),
+    ]
+
+
+def test_specs_survive_json() -> None:
+    assert tuple(FieldSpec.from_json(one.to_json()) for one in SCHEMA) == SCHEMA
+
+
+@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=5), max_size=8))
+def test_ragged_gives_back_each_array(lists: list[list[int]]) -> None:
+    ragged = Ragged.from_arrays([np.array(one, np.uint32) for one in lists], "uint32")
+    assert len(ragged) == len(lists)
+    assert [ragged[idx].tolist() for idx in range(len(lists))] == lists
+    assert (ragged.values.dtype, ragged.offsets.dtype) == (np.uint32, np.int64)
+
+
+def test_counts_samples() -> None:
+    assert check_fields(SCHEMA, make_fields("labeled", range(5))) == 5
+    assert check_fields(SCHEMA, make_fields("labeled", range(0))) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"label": None}, r"the fields are \['class_logits', 'input_ids', 'sample_id'\]"),
+        ({"extra": np.zeros(5)}, "the fields are .*'extra'.*the schema asks for"),
+        ({"label": np.zeros(5, np.int64)}, "field 'label' is int64 .* asks for int32"),
+        ({"label": np.zeros(4, np.int32)}, "field 'label' has 4 samples.*expected 5"),
+        ({"class_logits": np.zeros((5, 2), np.float32)}, r"of shape \(2,\) a sample.*\(3,\)"),
+        ({"input_ids": np.zeros(5, np.uint32)}, "ragged: False; expected 5, ragged: True"),
+        ({"input_ids": Ragged.from_arrays([], "uint32")}, "'input_ids' has 0 samples"),
+        ({"input_ids": Ragged.from_arrays([np.zeros(1)] * 5, "float64")}, "is float64"),
+    ],
+)
+def test_refuses_fields_that_do_not_fit(change: Fields, words: str) -> None:
+    fields = {**make_fields("labeled", range(5)), **change}
+    fields = {name: column for name, column in fields.items() if column is not None}
+    with pytest.raises(UserError, match=words):
+        check_fields(SCHEMA, fields)
