@@ -22,7 +22,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
-from teacher_cache.stages.teacher.load import hash_weights, pad_id_of
+from teacher_cache.stages.teacher.load import hash_weights, longest_sample, pad_id_of
 from teacher_cache.stages.tokenizers import could_not_load, load_tokenizer, require_folder
 from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
 from teacher_cache.stages.training.batches import (
@@ -37,7 +37,7 @@ from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.metrics import classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.run_folder import RunRecord, open_run
-from teacher_cache.stages.training.trainer import OrderedTrainer
+from teacher_cache.stages.training.trainer import ClassificationTrainer
 
 
 class FinetuneTeacherConfig(FinetuneOptions):
@@ -96,13 +96,15 @@ def run(
     tokenizer = load_tokenizer(config.model, option="--model")
     set_seed(config.seed)  # the new head is drawn
     model = _load_base(config.model, corpus.class_names())
+    max_length = longest_sample(config.model, model, tokenizer, config.max_length)
+    config = config.model_copy(update={"max_length": max_length})
     folder = config.out or Path("teachers") / f"{config.name}-{Path(config.model).name}"
     record = _record(config, model, corpus, validation)
     record = open_run(folder, record, start_again=config.resume == "never")
     if record.complete:
         return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
 
-    training, evaluation = _split(config, tokenizer, corpus, validation)
+    training, evaluation = _split(config, tokenizer, corpus, validation, max_length)
     per_epoch = batches_per_epoch(len(training), batch_size=config.batch_size, unlabeled_ratio=0.0)
     steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
     num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
@@ -112,7 +114,7 @@ def run(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id
     data = BothKinds(training)
-    trainer = OrderedTrainer(
+    trainer = ClassificationTrainer(
         model=model,
         args=training_arguments(
             config,
@@ -165,6 +167,7 @@ def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
             num_labels=len(class_names),
             id2label=dict(enumerate(class_names)),
             label2id={name: class_id for class_id, name in enumerate(class_names)},
+            ignore_mismatched_sizes=True,  # a head for other classes gives way to a new one
         )
     except (OSError, ValueError) as error:
         raise UserError(could_not_load("base model", name, error, option="--model")) from error
@@ -194,16 +197,24 @@ def _split(
     tokenizer: Tokenizer,
     corpus: Corpus,
     validation: Corpus | None,
+    max_length: int,
 ) -> tuple[TokenizedSamples, TokenizedSamples | None]:
     """Samples to train on and, if there are any, to evaluate on."""
-    samples = _tokenized(corpus, tokenizer, config.max_length)
+    samples = _tokenized(corpus, tokenizer, max_length)
     if validation is not None:
         names = dict(enumerate(corpus.class_names()))
-        held = _tokenized(validation.with_class_names(names), tokenizer, config.max_length)
-        return TokenizedSamples(samples), TokenizedSamples(held)
-    is_out = held_out((sample.sample_id for sample in samples), config.eval_fraction)
-    kept = [sample for sample, out in zip(samples, is_out, strict=True) if not out]
-    held = [sample for sample, out in zip(samples, is_out, strict=True) if out]
+        kept, held = samples, _tokenized(validation.with_class_names(names), tokenizer, max_length)
+    else:
+        is_out = held_out((sample.sample_id for sample in samples), config.eval_fraction)
+        kept = [sample for sample, out in zip(samples, is_out, strict=True) if not out]
+        held = [sample for sample, out in zip(samples, is_out, strict=True) if out]
+    classes = sorted({sample.label for sample in kept if sample.label is not None})
+    if len(classes) < 2:
+        raise UserError(
+            f"of the {len(corpus)} documents of {config.labeled.source}, {len(kept)} are left to "
+            f"train on, of the classes {classes}, expected at least two: give more (--max-samples) "
+            "or hold out less (--eval-fraction)"
+        )
     return TokenizedSamples(kept), TokenizedSamples(held) if held else None
 
 

@@ -53,23 +53,7 @@ class Teacher:
         Raises:
             UserError: if more was asked for than the teacher can read.
         """
-        limits = [
-            limit
-            for limit in (
-                self.tokenizer.model_max_length,
-                getattr(self.model.config, "max_position_embeddings", None),
-            )
-            if limit is not None
-        ]
-        limit = min(limits)
-        if requested is None:
-            return min(limit, DEFAULT_MAX_LENGTH)
-        if requested > limit:
-            raise UserError(
-                f"--max-length {requested} is more than the teacher {self.name} reads "
-                f"({limit} tokens): give at most {limit}"
-            )
-        return requested
+        return longest_sample(self.name, self.model, self.tokenizer, requested)
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
@@ -101,6 +85,26 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         commit=getattr(model.config, "_commit_hash", None),
         id2label=class_names(model),
     )
+
+
+def longest_sample(
+    name: str, model: PreTrainedModel, tokenizer: Tokenizer, requested: int | None
+) -> int:
+    """The longest sample in tokens: as requested, else what the model reads, at most 512.
+
+    Raises:
+        UserError: if more was requested than the model can read.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if requested is None:
+        return min(limit, DEFAULT_MAX_LENGTH)
+    if requested > limit:
+        raise UserError(
+            f"--max-length {requested} is more than {name} reads ({limit} tokens): give at most "
+            f"{limit}"
+        )
+    return requested
 
 
 def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -100,7 +100,7 @@ def checkpoint_to_resume(config: OptimizationConfig, folder: Path) -> Path | Non
     checkpoint = require_committed(Path(config.resume))
     refuse_changed_settings(
         checkpoint,
-        read_run(checkpoint.resolve().parents[1]).settings,
+        read_run(checkpoint.resolve().parent.parent).settings,
         read_run(folder).settings,
         start_again="--resume auto",
     )

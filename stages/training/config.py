@@ -112,8 +112,11 @@ class FinetuneOptions(OptimizationConfig):
     out: Path | None = Field(
         default=None, description="Folder of the teacher. Default: ./teachers/<data>-<model>."
     )
-    max_length: int = Field(
-        default=512, ge=2, description="Longest sample in tokens; longer documents are cut."
+    max_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Longest sample in tokens; longer documents are cut. Default: the model's "
+        "limit, at most 512.",
     )
     epochs: float = Field(default=2, gt=0, description="Passes over the labelled samples.")
     lr: float = Field(default=5e-5, gt=0, description="Peak learning rate (AdamW).")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
@@ -88,6 +89,29 @@ class OrderedTrainer(Trainer):
             if entry["step"] == step and "eval_loss" in entry:
                 return entry
         return self.evaluate()
+
+
+class ClassificationTrainer(OrderedTrainer):
+    """Fine-tune a classifier on labels: their mean cross-entropy over the whole optimizer step."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        # compute_loss divides by the step's labels; Trainer counts them and must not divide again.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss; many models' own ignores the step."""
+        labels = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        loss = total / (num_items_in_batch if model.training else len(labels))
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
 
 class DistillationTrainer(OrderedTrainer):
