@@ -110,10 +110,10 @@ def inspect(
 ) -> None:
     """Show what a cache holds: settings, sizes, bytes a sample, one decoded sample."""
     with reported():
-        from teacher_cache.pipeline import commands
+        from teacher_cache.pipeline import inspection
 
         quiet_libraries()
-        commands.inspect(cache, sample=sample, as_json=as_json)
+        inspection.inspect(cache, sample=sample, as_json=as_json)
 
 
 @_command("verify")
@@ -128,10 +128,10 @@ def verify(
 ) -> None:
     """Check every byte of a cache against its checksums; exit 1 on damage."""
     with reported():
-        from teacher_cache.pipeline import commands
+        from teacher_cache.pipeline import inspection
 
         quiet_libraries()
-        commands.verify(cache, deep=deep, teacher=teacher)
+        inspection.verify(cache, deep=deep, teacher=teacher)
 
 
 @_command("evaluate")

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from rich.progress import Progress
 
-from teacher_cache.cache.errors import CheckFailed, UserError
-from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.verify import verify as verify_cache
 from teacher_cache.pipeline.newest import newest_cache
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
@@ -26,9 +23,8 @@ from teacher_cache.pipeline.presets import (
     resolve_cache_teacher,
     resolve_finetune_teacher,
 )
-from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress, working
+from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
 from teacher_cache.pipeline.reporting import console
-from teacher_cache.pipeline.sample_view import print_sample
 from teacher_cache.pipeline.tables import (
     cost_table,
     join_table,
@@ -47,7 +43,6 @@ from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
 from teacher_cache.stages.join.report import verified_line
 from teacher_cache.stages.training.config import TrainStudentConfig
-from teacher_cache.stages.verify_deep import verify_deep
 
 
 def finetune_teacher(options: FinetuneTeacherOptions) -> Path:
@@ -112,48 +107,6 @@ def check(cache: Path | None, config: JoinConfig) -> Joined:
     return joined
 
 
-def inspect(cache: Path, *, sample: str | None, as_json: bool) -> None:
-    """Print what a cache holds, or one of its samples."""
-    manifest = read_manifest(cache)
-    if as_json:
-        console.print_json((cache / MANIFEST_NAME).read_text())
-        return
-    if sample is not None:
-        print_sample(console, cache, sample)
-        return
-    state = "complete" if manifest.complete else "NOT complete: run stage one again, it resumes"
-    console.print(f"cache {cache}: {state}; fingerprint {manifest.fingerprint}")
-    console.print(settings_table(manifest.settings | {"about": manifest.about}, "settings"))
-    console.print(manifest_table(manifest))
-    shapes = [f"{one.name} {one.dtype}{list(one.shape) or ''}" for one in manifest.schema]
-    console.print("fields of a sample: " + ", ".join(shapes), markup=False)
-    if manifest.complete:
-        for split in manifest.splits:
-            ids = islice(CacheReader(cache, split).sample_ids(), 3)
-            console.print(f"first {split} samples: {', '.join(one.hex() for one in ids)}")
-
-
-def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
-    """Check every byte, and with `deep` some logits."""
-    total = sum(split.num_shards for split in read_manifest(cache).splits.values())
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("verify", total=total)
-        report = verify_cache(cache, on_shard=lambda _: progress.advance(task))
-    for problem in report.problems:
-        console.print(f"✗ {problem}", style="red", markup=False)
-    if report.problems:
-        raise CheckFailed(
-            f"{cache} has {len(report.problems)} problems: run the `pipe cache-teacher` that made "
-            "it again, it rebuilds what is damaged and nothing else"
-        )
-    checked = f"{report.num_shards:,} shards, {report.num_bytes / 1e6:,.2f} MB"
-    console.print(f"✓ {cache} is sound: {checked}", style="green")
-    if deep:
-        with working(console, "running the teacher again"):
-            worst = verify_deep(cache, deep, teacher=teacher)
-        console.print(f"✓ logits as cached: largest difference {worst:.2g}", style="green")
-
-
 def evaluate(
     options: EvaluateCommandOptions,
     runs: list[Path],
@@ -198,4 +151,4 @@ def predict(config: DeviceConfig, run: Path, text: str) -> None:
     probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
     for one, row in zip(texts, probabilities, strict=True):
         label = classifier.id2label[int(row.argmax())]
-        console.print(f"{label}\t{row.max():.3f}\t{one}", markup=False, soft_wrap=True)
+        console.print(f"{label}\t{row.max():.3f}\t{one}", soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +201,3 @@ class TrainingProgress(StageTwoObserver):
     def callbacks(self) -> list[TrainerCallback]:
         """The bar."""
         return [self._bar]
-
-
-def working(console: Console, message: str) -> AbstractContextManager[Any]:
-    """A spinner while something slow has no counts; silent where there is no terminal."""
-    return console.status(message) if console.is_terminal else nullcontext()

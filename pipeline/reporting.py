@@ -6,17 +6,20 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 from teacher_cache.cache.errors import TeacherCacheError
 
 EXIT_INTERRUPTED = 130
 
-console = Console(highlight=False)
-error_console = Console(stderr=True, highlight=False)
+# Without markup: a folder or a token called [unused1] is printed, not taken for a style.
+console = Console(highlight=False, markup=False)
+error_console = Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -30,18 +33,14 @@ def reported() -> Iterator[None]:
     try:
         yield
     except TeacherCacheError as error:
-        error_console.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        error_console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         command = shlex.join(["pipe", *sys.argv[1:]])
         error_console.print(
-            f"interrupted: the same command goes on from here: {_escaped(command)}", soft_wrap=True
+            f"interrupted: the same command goes on from here: {command}", soft_wrap=True
         )
         sys.exit(EXIT_INTERRUPTED)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _configure_logging() -> None:
@@ -60,3 +59,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def working(console: Console, message: str) -> AbstractContextManager[Any]:
+    """A spinner while something slow has no counts; silent where there is no terminal."""
+    return console.status(message) if console.is_terminal else nullcontext()

@@ -33,8 +33,9 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     for class_id, (logit, probability) in enumerate(zip(logits, probabilities, strict=True)):
         console.print(f"  {names[str(class_id)]:>12}  logit {logit:+.4f}  p {probability:.4f}")
     ids = sample["input_ids"].tolist()
+    console.print(f"text: {tokenizer.decode(ids, skip_special_tokens=True)}", soft_wrap=True)
     console.print(
-        f"{len(ids)} tokens: {' '.join(tokenizer.convert_ids_to_tokens(ids))}", markup=False
+        f"{len(ids)} tokens: {' '.join(tokenizer.convert_ids_to_tokens(ids))}", soft_wrap=True
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from teacher_cache.cache.manifest import Manifest, SplitSummary
-from teacher_cache.stages.evaluate import EvaluateResult, Evaluation
 from teacher_cache.stages.join.report import JoinReport
+
+if TYPE_CHECKING:  # it imports torch
+    from teacher_cache.stages.evaluate import EvaluateResult, Evaluation
 
 NONE = "–"
 

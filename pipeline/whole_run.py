@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.pipeline import commands
@@ -95,7 +96,7 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _heading(console: Console, text: str) -> None:
-    console.rule(f"[bold]{text}", align="left")
+    console.rule(Text(text, style="bold"), align="left")
 
 
 def _slug(name: str) -> str:

@@ -207,8 +207,11 @@ def _manifest(
         },
         about={
             "name": config.name,
-            "teacher": config.teacher,
-            "id2label": {str(class_id): name for class_id, name in teacher.id2label.items()},
+            # Whole, so that an evaluation finds it from any folder.
+            "teacher": str(Path(config.teacher).resolve())
+            if Path(config.teacher).is_dir()
+            else config.teacher,
+            "id2label": {str(i): name for i, name in enumerate(corpora["labeled"].class_names())},
             "sources": {split: corpus.config.source for split, corpus in corpora.items()},
             "fell_back_from": config.labeled.source
             if corpora["labeled"].config != config.labeled

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
+from teacher_cache.stages.data.label_mapping import is_generic
 from teacher_cache.stages.evaluation.classifier import (
     Classifier,
     load_student,
@@ -131,7 +132,11 @@ def _labels(corpus: Corpus) -> np.ndarray:
 
 
 def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
-    if classifier.id2label != student.id2label:
+    """Names must be equal; a teacher that only has placeholders (`LABEL_0`) must have as many."""
+    comparable = classifier.id2label == student.id2label or (
+        is_generic(classifier.id2label) and classifier.id2label.keys() == student.id2label.keys()
+    )
+    if not comparable:
         raise UserError(
             f"{classifier.name} has the classes {list(classifier.id2label.values())}, "
             f"{student.name} has {list(student.id2label.values())}: compare models of one task"

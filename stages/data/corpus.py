@@ -20,7 +20,7 @@ from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.columns import find_label_column, find_text_column
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.errors import SourceUnavailable
-from teacher_cache.stages.data.label_mapping import map_labels
+from teacher_cache.stages.data.label_mapping import is_generic, map_labels
 from teacher_cache.stages.data.labels import Labels, read_labels
 from teacher_cache.stages.data.sources import open_source
 
@@ -138,6 +138,8 @@ class Corpus:
     def with_class_names(self, teacher_id2label: Mapping[int, str]) -> Corpus:
         """The same corpus with the teacher's class ids for labels.
 
+        Its names are the teacher's, or where those are placeholders (`LABEL_0`) the corpus's own.
+
         Args:
             teacher_id2label: the teacher's class names by id.
 
@@ -158,7 +160,14 @@ class Corpus:
         ids = labels.ids
         if labels.names is not None:
             ids = np.array([class_ids[name] for name in labels.names], dtype=np.int64)[ids]
-        names = tuple(teacher_id2label[class_id] for class_id in range(len(teacher_id2label)))
+        own_names: dict[int, str] = {}
+        if labels.names is not None and is_generic(teacher_id2label):
+            # The corpus knows what the teacher's LABEL_0 is called.
+            own_names = {class_id: str(name) for name, class_id in class_ids.items()}
+        names = tuple(
+            own_names.get(class_id, teacher_id2label[class_id])
+            for class_id in range(len(teacher_id2label))
+        )
         return dataclasses.replace(
             self,
             identity={**self.identity, "class_ids": {str(k): v for k, v in class_ids.items()}},

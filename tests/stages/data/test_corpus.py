@@ -123,7 +123,9 @@ def test_names_without_an_order_are_refused(films):
         _load(films).with_class_names({0: "LABEL_0", 1: "LABEL_1"})
     ordered = _load(films, label_names=("pos", "neg"))
     corpus = ordered.with_class_names({0: "LABEL_0", 1: "LABEL_1"})
-    assert corpus.label_counts() == {"LABEL_0": 30, "LABEL_1": 30}
+    # The classes are called as the corpus calls them: the teacher's names say nothing.
+    assert corpus.label_counts() == {"pos": 30, "neg": 30}
+    assert corpus.class_names() == ("pos", "neg")
     for document in corpus.documents(0, 60):
         assert document.label == (1 if document.position < 30 else 0)
 

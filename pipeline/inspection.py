@@ -1,0 +1,77 @@
+"""`pipe inspect` and `pipe verify`: what a cache holds and whether it is sound; without torch."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from rich.progress import Progress
+
+from teacher_cache.cache.errors import CheckFailed
+from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.verify import verify as verify_cache
+from teacher_cache.pipeline.reporting import console, working
+from teacher_cache.pipeline.sample_view import print_sample
+from teacher_cache.pipeline.tables import manifest_table, settings_table
+
+NUM_IDS_SHOWN = 3
+
+
+def inspect(cache: Path, *, sample: str | None, as_json: bool) -> None:
+    """Print what a cache holds, or one of its samples.
+
+    Raises:
+        UserError: if there is no cache, or no such sample.
+    """
+    manifest = read_manifest(cache)
+    if as_json:
+        console.print_json((cache / MANIFEST_NAME).read_text())
+        return
+    if sample is not None:
+        print_sample(console, cache, sample)
+        return
+    state = "complete" if manifest.complete else "NOT complete: run stage one again, it resumes"
+    console.print(f"cache {cache}: {state}; fingerprint {manifest.fingerprint}", soft_wrap=True)
+    console.print(settings_table(manifest.settings | {"about": manifest.about}, "settings"))
+    console.print(manifest_table(manifest))
+    shapes = [f"{one.name} {one.dtype}{list(one.shape) or ''}" for one in manifest.schema]
+    console.print("fields of a sample: " + ", ".join(shapes), soft_wrap=True)
+    if not manifest.complete:
+        return
+    shown = None
+    for split in manifest.splits:
+        ids = [one.hex() for one in islice(CacheReader(cache, split).sample_ids(), NUM_IDS_SHOWN)]
+        shown = shown or (ids[0] if ids else None)
+        console.print(f"first {split} samples: {', '.join(ids)}", soft_wrap=True)
+    if shown is not None:
+        print_sample(console, cache, shown)
+
+
+def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
+    """Check every byte, and with `deep` some logits.
+
+    Raises:
+        UserError: if there is no cache.
+        CheckFailed: if anything differs from what was recorded; what it is stands above.
+    """
+    total = sum(split.num_shards for split in read_manifest(cache).splits.values())
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("verify", total=total)
+        report = verify_cache(cache, on_shard=lambda _: progress.advance(task))
+    for problem in report.problems:
+        console.print(f"✗ {problem}", style="red", soft_wrap=True)
+    if report.problems:
+        counted = "a problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        raise CheckFailed(
+            f"{cache} has {counted}: run the `pipe cache-teacher` that made it again, it rebuilds "
+            "what is damaged and nothing else"
+        )
+    checked = f"{report.num_shards:,} shards, {report.num_bytes / 1e6:,.2f} MB"
+    console.print(f"✓ {cache} is sound: {checked}", style="green")
+    if deep:
+        from teacher_cache.stages.verify_deep import verify_deep  # imports torch
+
+        with working(console, "running the teacher again"):
+            worst = verify_deep(cache, deep, teacher=teacher)
+        console.print(f"✓ logits as cached: largest difference {worst:.2g}", style="green")
