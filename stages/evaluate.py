@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.label_mapping import is_generic
 from teacher_cache.stages.evaluation.classifier import (
+    TEACHER,
     Classifier,
     load_student,
     load_teacher_classifier,
@@ -22,6 +24,8 @@ from teacher_cache.stages.evaluation.latency import measure_latency
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.run_folder import read_run
+
+MAJORITY = "majority"
 
 
 class EvaluateConfig(EvaluateOptions):
@@ -86,6 +90,7 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
         UserError: for anything the user can mend: runs, documents, teacher.
     """
     say = on_step or (lambda _: None)
+    _require_distinct_names(config.runs)
     students = [load_student(folder, config) for folder in config.runs]
     teacher = _teacher(config)
     classifiers = [*([teacher] if teacher else []), *students]
@@ -105,6 +110,16 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     latency = measure_latency(classifiers, config.latency_lengths)
     timed = [replace(row, latency_ms=latency.get(row.name)) for row in rows]
     return EvaluateResult(num_documents=len(labels), rows=tuple(timed), marks=_marks(config.runs))
+
+
+def _require_distinct_names(runs: tuple[Path, ...]) -> None:
+    names = Counter([MAJORITY, TEACHER, *(folder.name for folder in runs)])
+    taken = [folder for folder in runs if names[folder.name] > 1]
+    if taken:
+        raise UserError(
+            f"the table names a run by its folder, and {taken[0].name!r} is there twice: rename "
+            f"{taken[0]}"
+        )
 
 
 def _teacher(config: EvaluateConfig) -> Classifier | None:
@@ -150,7 +165,7 @@ def _majority(labels: np.ndarray) -> Evaluation:
         np.where(np.arange(len(counts)) == counts.argmax(), 1.0, 0.0), (len(labels), 1)
     )
     metrics = classification_metrics(logits, labels)
-    return Evaluation(name="majority", accuracy=metrics["accuracy"], f1=metrics["f1"])
+    return Evaluation(name=MAJORITY, accuracy=metrics["accuracy"], f1=metrics["f1"])
 
 
 def _row(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from teacher_cache.cache.errors import CheckFailed
+from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_teacher
@@ -35,9 +36,7 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
     """
     manifest = CacheReader(cache).manifest
     recorded = manifest.settings["teacher"]
-    loaded = load_teacher(
-        TeacherConfig(teacher=teacher or manifest.about["teacher"], dtype=recorded["dtype"])
-    )
+    loaded = load_teacher(_config(teacher or manifest.about["teacher"], recorded["dtype"]))
     if loaded.weights_sha256 != recorded["weights_sha256"]:
         raise CheckFailed(
             f"the teacher {loaded.name} has other weights than the one that made {cache}: name "
@@ -46,6 +45,8 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
     worst = 0.0
     for split in manifest.splits:
         reader = CacheReader(cache, split)
+        if not len(reader):
+            continue
         chosen = np.unique(np.linspace(0, len(reader) - 1, num_samples).astype(int))
         samples = [reader.sample(int(sample_idx)) for sample_idx in chosen]
         again = class_logits(
@@ -63,3 +64,13 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
             f"most {TOLERANCE[recorded['dtype']]}: make the cache again with --overwrite"
         )
     return worst
+
+
+def _config(teacher: str, recorded_dtype: str) -> TeacherConfig:
+    """In the cache's number format, or in float32 where this device does not compute it."""
+    config = TeacherConfig.model_validate({"teacher": teacher, "dtype": recorded_dtype})
+    try:
+        resolve_dtype(config, resolve_device(config))
+    except UserError:
+        return config.model_copy(update={"dtype": "float32"})
+    return config

@@ -21,6 +21,8 @@ from teacher_cache.stages.teacher.load import class_names, load_teacher, on_devi
 from teacher_cache.stages.tokenizers import load_tokenizer
 from teacher_cache.stages.training.run_folder import read_run
 
+TEACHER = "teacher"  # what a table calls it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
@@ -97,7 +99,7 @@ def load_teacher_classifier(config: TeacherConfig) -> Classifier:
     """
     teacher = load_teacher(config)
     return Classifier(
-        name="teacher",
+        name=TEACHER,
         model=teacher.model,
         tokenizer=teacher.tokenizer,
         pad_id=pad_id_of(teacher.name, teacher.tokenizer),

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from teacher_cache.stages.evaluation.classifier import Classifier
+from teacher_cache.stages.evaluation.classifier import TEACHER, Classifier
 
 NUM_REPEATS = 9
 
@@ -20,7 +20,7 @@ def measure_latency(
 
     Args:
         classifiers: with distinct names.
-        lengths: in tokens; a length beyond a classifier's maximum is left out for it.
+        lengths: in tokens; one that the teacher cannot read is left out for it, students read any.
 
     Returns:
         By name, by length.
@@ -28,7 +28,7 @@ def measure_latency(
     generator = np.random.default_rng(0)
     found: dict[str, dict[int, float]] = {classifier.name: {} for classifier in classifiers}
     for length in lengths:
-        timed = [one for one in classifiers if length <= one.max_length or one.name != "teacher"]
+        timed = [one for one in classifiers if length <= one.max_length or one.name != TEACHER]
         durations: dict[str, list[float]] = {one.name: [] for one in timed}
         for repeat in range(NUM_REPEATS + 1):
             for classifier in timed:
