@@ -137,7 +137,7 @@ def _record(config: TrainStudentConfig, reader: CacheReader, joined: Joined) -> 
     return RunRecord(
         settings=settings,
         about={
-            "cache": str(reader.cache),
+            "cache": str(reader.cache.resolve()),
             "teacher": reader.manifest.about["teacher"],
             "tokenization": differences or "verified",
             "max_length": joined.max_length,
