@@ -1,0 +1,11 @@
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_runs import cache_reviews
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
+    """The tiny BERT's logits over 120 labelled and 60 unlabelled reviews, cut to 24 tokens."""
+    return cache_reviews(tmp_path_factory.mktemp("caches") / "tiny", tiny_bert, acl_imdb)

@@ -1,0 +1,47 @@
+"""A tiny cache of real reviews, and students that train on it in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.stages import cache_teacher
+from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.data.corpus import CorpusConfig
+from teacher_cache.stages.training.config import TrainStudentConfig
+
+MAX_LENGTH = 24
+
+
+def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path) -> Path:
+    """Cache a teacher over reviews in IMDb's layout, labelled and not; returns the folder."""
+    config = CacheTeacherConfig(
+        name="tiny",
+        teacher=str(teacher),
+        device="cpu",
+        max_length=MAX_LENGTH,
+        labeled=CorpusConfig(source=str(acl_imdb), split="train"),
+        unlabeled=CorpusConfig(source=str(acl_imdb), split="unsupervised", labeled=False),
+        out=folder,
+    )
+    return cache_teacher.run(config).cache
+
+
+def student_config(cache: Path, out: Path, **changes: Any) -> TrainStudentConfig:
+    """Settings of a student of one narrow layer that trains for six short steps."""
+    settings: dict[str, Any] = {
+        "cache": cache,
+        "out": out,
+        "device": "cpu",
+        "d_model": 8,
+        "num_layers": 1,
+        "expand": 2,
+        "d_state": 4,
+        "head_dim": 8,
+        "batch_size": 8,
+        "max_steps": 6,
+        "checkpoint_steps": 2,
+        "log_steps": 1,
+        "eval_fraction": 0.2,
+    }
+    return TrainStudentConfig(**(settings | changes))
