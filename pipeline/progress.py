@@ -48,6 +48,8 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(compact=True),
         FieldsColumn(),
         console=console,
+        # Without a terminal a bar is one long line at the end: plain lines are printed instead.
+        disable=not console.is_terminal,
     )
 
 
