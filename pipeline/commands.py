@@ -151,4 +151,5 @@ def predict(config: DeviceConfig, run: Path, text: str) -> None:
     probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
     for one, row in zip(texts, probabilities, strict=True):
         label = classifier.id2label[int(row.argmax())]
-        console.print(f"{label}\t{row.max():.3f}\t{one}", soft_wrap=True)
+        # Not through rich, which would make spaces of the tabs.
+        print(f"{label}\t{row.max():.3f}\t{one}")

@@ -17,9 +17,9 @@ from teacher_cache.cache.errors import TeacherCacheError
 
 EXIT_INTERRUPTED = 130
 
-# Without markup: a folder or a token called [unused1] is printed, not taken for a style.
-console = Console(highlight=False, markup=False)
-error_console = Console(stderr=True, highlight=False, markup=False)
+# Without markup and emoji: a token called [unused1] or :eye: is printed as it is.
+console = Console(highlight=False, markup=False, emoji=False)
+error_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +62,12 @@ def describe(tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Tokeniza
         tokenizer: any of transformers' tokenizers.
         max_length: tokens at which its user truncates, special tokens included.
     """
-    files = canonical_files(tokenizer)
-    sections = _sections(files)
+    saved = _save(tokenizer)
+    sections = _sections(saved)
     table = id_to_string(tokenizer)
-    settings = _backend_settings(files)
+    settings = saved.ours.get("tokenizer.json", {})
     return TokenizationRecord(
-        tokenizer_class=json.loads(files["tokenizer_config.json"])["tokenizer_class"],
+        tokenizer_class=saved.ours["tokenizer_config.json"]["tokenizer_class"],
         files_sha256=_sha256(canonical_json(sections)),
         sections=sections,
         normalizer=_short(settings.get("normalizer")),
@@ -95,12 +96,33 @@ def table_sha256(table: list[str | None]) -> str:
     return _sha256(canonical_json(table))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """What `save_pretrained` writes, by file name.
+
+    Attributes:
+        ours: files that are written anew, as values that depend on the tokenizer alone.
+        others: files that are kept as they are.
+    """
+
+    ours: dict[str, dict[str, Any]]
+    others: dict[str, bytes]
+
+    def files(self) -> dict[str, bytes]:
+        """All of them, in bytes."""
+        return self.others | {name: _readable(value) for name, value in self.ours.items()}
+
+
 def canonical_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """What `save_pretrained` writes, by file name, in bytes that depend on the tokenizer alone.
 
     The sides, and the model's maximum length, are written out, so that a value set by hand after
     loading comes back with the files.
     """
+    return _save(tokenizer).files()
+
+
+def _save(tokenizer: PreTrainedTokenizerBase) -> _Saved:
     with tempfile.TemporaryDirectory(prefix="teacher-cache-tokenizer-") as temporary:
         tokenizer.save_pretrained(temporary)
         folder = Path(temporary)
@@ -109,33 +131,29 @@ def canonical_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-    config: dict[str, Any] = json.loads(files["tokenizer_config.json"])
+    config: dict[str, Any] = json.loads(files.pop("tokenizer_config.json"))
     for key in _LOAD_STATE:
         config.pop(key, None)
     config["padding_side"] = tokenizer.padding_side
     config["truncation_side"] = tokenizer.truncation_side
-    files["tokenizer_config.json"] = _readable(config)
+    ours = {"tokenizer_config.json": config}
     if "tokenizer.json" in files:
-        backend: dict[str, Any] = json.loads(files["tokenizer.json"])
-        backend.update(dict.fromkeys(_CALL_STATE))
-        files["tokenizer.json"] = _readable(backend)
-    return files
+        ours["tokenizer.json"] = json.loads(files.pop("tokenizer.json"))
+        ours["tokenizer.json"].update(dict.fromkeys(_CALL_STATE))
+    return _Saved(ours=ours, others=files)
 
 
-def _backend_settings(files: dict[str, bytes]) -> dict[str, Any]:
-    return json.loads(files["tokenizer.json"]) if "tokenizer.json" in files else {}
-
-
-def _sections(files: dict[str, bytes]) -> dict[str, str]:
+def _sections(saved: _Saved) -> dict[str, str]:
     """Hash of each part of the tokenizer that has a name of its own."""
-    settings = _backend_settings(files)
+    settings = saved.ours.get("tokenizer.json")
     if settings:
         return {
             name: _sha256(canonical_json(value))
             for name, value in settings.items()
             if name not in _CALL_STATE
         }
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files = saved.files()
+    return {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[str, int | None]]:
