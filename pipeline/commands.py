@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
@@ -130,7 +131,8 @@ def evaluate(
     for name, mark in result.marks.items():
         console.print(f"! {name}: {mark}", style="yellow")
     if json_file is not None:
-        json_file.write_text(json.dumps(asdict(result), indent=1) + "\n")
+        figures = json.dumps(asdict(result), indent=1)
+        write_bytes_atomically(json_file, f"{figures}\n".encode())
     return result
 
 

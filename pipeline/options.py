@@ -11,18 +11,20 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from teacher_cache.stages.config import DeviceConfig, StageConfig
-from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.evaluation.config import EvaluateOptions, Length
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.training.config import FinetuneOptions
 
 
 def _comma_separated(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_comma_separated)]
-Lengths = Annotated[tuple[int, ...], BeforeValidator(_comma_separated)]
+Lengths = Annotated[tuple[Length, ...], BeforeValidator(_comma_separated)]
 
 
 class DataOptions(StageConfig):

@@ -163,7 +163,7 @@ def _explain(model: type[BaseModel], error: Any, where: str) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where} has no setting {key!r}: {did_you_mean(key, model.model_fields)}"
-    option = "--" + key.replace("_", "-")
+    option = "--" + str(error["loc"][0]).replace("_", "-")
     if error["type"] == "missing":
         return f"{where} needs {option}"
     return f"{where}: {option} is {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
