@@ -41,9 +41,7 @@ def write_tiny_gpt2(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: i
     return _save(folder, GPT2ForSequenceClassification(config), tokenizer)
 
 
-def _save(
-    folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> Path:
+def _save(folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
     # Wider logits than a fresh head's, so that classes and confidences differ between documents.
     for name, parameter in model.named_parameters():
         if name.startswith(("classifier", "score")):

@@ -1,0 +1,47 @@
+"""The README's commands and program are those that exist and that other tests run."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from teacher_cache.pipeline.cli import app
+from tests.integration.test_imdb_stand_in import PLAIN_READER
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _pipe_lines() -> list[str]:
+    found = re.findall(
+        r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)", README, re.MULTILINE
+    )
+    return [line.strip() for line in found]
+
+
+def test_the_program_is_the_one_that_is_tested() -> None:
+    assert textwrap.indent(PLAIN_READER.rstrip(), "    ") in README
+
+
+@pytest.mark.parametrize("line", _pipe_lines())
+def test_every_command_and_option_exists(line: str) -> None:
+    name, *words = line.split()
+    assert name in COMMANDS, line
+    known = {option for one in COMMANDS[name].params for option in (*one.opts, *one.secondary_opts)}
+    given = {word.split("=")[0] for word in words if word.startswith("--")}
+    assert given <= known, line
+
+
+def test_every_option_of_the_tables_is_one_of_train_student() -> None:
+    known = {option for one in COMMANDS["train-student"].params for option in one.opts}
+    rows = [line for line in README.splitlines() if line.startswith("| `--")]
+    named = {option for row in rows for option in re.findall(r"`(--[a-z-]+)`", row)}
+    assert named and named <= known
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(_pipe_lines()) >= 10
