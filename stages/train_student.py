@@ -93,6 +93,12 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     readers = [labeled]
     if config.unlabeled_alpha:
         readers.append(CacheReader(config.cache, "unlabeled"))
+    for reader in readers:
+        if not len(reader):
+            raise UserError(
+                f"the {reader.split} split of {config.cache} holds no samples, all its documents "
+                "are empty: cache others, or train without it"
+            )
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
     joined = join(config.cache, config, longest_sample=longest_sample)
     observer.on_join(joined)
