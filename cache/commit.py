@@ -91,9 +91,8 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)  # there only after a refusal or an interruption
         fsync_folder(path.parent)
 
 

@@ -45,7 +45,9 @@ def test_data_are_durable_before_the_name_and_the_name_at_last(
     fsync, replace = os.fsync, os.replace
 
     def record_fsync(descriptor: int) -> None:
-        steps.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        inode = os.fstat(descriptor).st_ino
+        synced = [path for path in (tmp_path, *tmp_path.rglob("*")) if path.stat().st_ino == inode]
+        steps.append(f"fsync {synced[0].name}")
         fsync(descriptor)
 
     def record_replace(source: Path, target: Path) -> None:
@@ -133,6 +135,18 @@ def test_a_file_in_a_folders_place(tmp_path: Path, inside: str) -> None:
 def test_other_errors_are_not_dressed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit.os, "replace", _refusing(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
+        commit.write_bytes_atomically(tmp_path / "file", b"new")
+    assert _files(tmp_path) == {}
+
+
+def test_an_interruption_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commit.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         commit.write_bytes_atomically(tmp_path / "file", b"new")
     assert _files(tmp_path) == {}
 
