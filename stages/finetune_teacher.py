@@ -23,7 +23,12 @@ from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.load import hash_weights, longest_sample, pad_id_of
-from teacher_cache.stages.tokenizers import could_not_load, load_tokenizer, require_folder
+from teacher_cache.stages.tokenizers import (
+    could_not_load,
+    load_tokenizer,
+    require_folder,
+    save_tokenizer,
+)
 from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
@@ -153,7 +158,7 @@ def run(
     )
     with saved(folder):
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
     record.write(folder)
     return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
 

@@ -1,11 +1,13 @@
-"""Load a tokenizer by hub id or folder, or say in a sentence why not."""
+"""Load a tokenizer by hub id or folder, or say in a sentence why not; save one so that it lasts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.join.record import canonical_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,18 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(could_not_load("tokenizer", name, error, option=option)) from error
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Commit a tokenizer's files, one by one; equal tokenizers give equal bytes.
+
+    Its own `save_pretrained` neither waits for the disk nor says what is wrong with it.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
+    for name, content in canonical_files(tokenizer).items():
+        write_bytes_atomically(folder / name, content)
 
 
 def require_folder(name: str, content: str, *, option: str) -> None:

@@ -21,6 +21,7 @@ from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
 from teacher_cache.stages.student.position_map import PositionMap, choose
+from teacher_cache.stages.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
@@ -89,34 +90,26 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     observer = observer or StageTwoObserver()
     if config.cache is None:
         raise UserError("no cache was named: give --cache DIR")
-    labeled = CacheReader(config.cache, "labeled")
-    readers = [labeled]
-    if config.unlabeled_alpha:
-        readers.append(CacheReader(config.cache, "unlabeled"))
-    for reader in readers:
-        if not len(reader):
-            raise UserError(
-                f"the {reader.split} split of {config.cache} holds no samples, all its documents "
-                "are empty: cache others, or train without it"
-            )
+    readers = _open_splits(config.cache, config.unlabeled_alpha)
+    labeled = readers[0]
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
     joined = join(config.cache, config, longest_sample=longest_sample)
     observer.on_join(joined)
     position_map = choose(joined.tokenizer, config.pooling)
     for reader in readers:
         check_position_map(position_map, np.unique(reader.lengths()).tolist())
+    # All that can be refused is refused before the folder of the run is made.
+    student_config = _student_config(config, labeled, joined, position_map)
+    data = _training_data(config, readers)
 
     record = _record(config, labeled, joined)
     folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
     record = open_run(folder, record, start_again=config.resume == "never")
     if record.complete:
         return TrainStudentResult(run=folder, record=record, was_complete=True)
-    data = _training_data(config, readers)
     checkpoint = checkpoint_to_resume(config, folder)
     observer.on_start(folder, data.num_steps, checkpoint)
-    student = build_student(
-        _student_config(config, labeled, joined, position_map), seed=config.seed
-    )
+    student = build_student(student_config, seed=config.seed)
     trainer = _trainer(config, folder, student, data, joined, observer)
     started = time.monotonic()
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -133,6 +126,24 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     )
     _save(folder, student, joined, record)
     return TrainStudentResult(run=folder, record=record, was_complete=False)
+
+
+def _open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
+    """The labelled split and, where it counts, the unlabelled one."""
+    labeled = CacheReader(cache, "labeled")
+    if unlabeled_alpha and "unlabeled" not in labeled.manifest.splits:
+        raise UserError(
+            f"--unlabeled-alpha {unlabeled_alpha:g} needs unlabelled text, and {cache} holds none: "
+            "make a cache with --unlabeled, or leave the option out"
+        )
+    readers = [labeled, *([CacheReader(cache, "unlabeled")] if unlabeled_alpha else [])]
+    for reader in readers:
+        if not len(reader):
+            raise UserError(
+                f"the {reader.split} split of {cache} holds no samples, all its documents are "
+                "empty: cache others, or train without it"
+            )
+    return readers
 
 
 def _record(config: TrainStudentConfig, reader: CacheReader, joined: Joined) -> RunRecord:
@@ -164,6 +175,11 @@ def _training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -
         *(CachedSamples(reader, np.arange(len(reader)), labeled=False) for reader in readers[1:]),
     )
     evaluation = CachedSamples(labeled, _by_length(labeled, is_held_out), labeled=True)
+    if config.early_stopping is not None and not len(evaluation):
+        raise UserError(
+            "--early-stopping needs an evaluation, and --eval-fraction holds out no sample: raise "
+            "that share"
+        )
     per_epoch = batches_per_epoch(
         len(training.labeled),
         batch_size=config.batch_size,
@@ -231,11 +247,6 @@ def _trainer(
 ) -> DistillationTrainer:
     callbacks = observer.callbacks()
     if config.early_stopping is not None:
-        if data.evaluation is None:
-            raise UserError(
-                "--early-stopping needs an evaluation, and --eval-fraction holds out no sample: "
-                "raise it"
-            )
         callbacks.append(EarlyStopping(config.early_stopping))
     return DistillationTrainer(
         model=student,
@@ -281,5 +292,5 @@ def _save(
     tokenizer.model_max_length = joined.max_length
     with saved(folder):
         student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
     record.write(folder)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
 
-from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomically
+from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.join.record import (
     TokenizationRecord,
-    canonical_files,
     describe,
     id_to_string,
     table_sha256,
 )
+from teacher_cache.stages.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,8 +88,7 @@ def write_tokenization(
         UserError: for a full disk, a read-only file system or a missing permission.
     """
     record = describe(tokenizer, max_length=max_length)
-    for name, content in canonical_files(tokenizer).items():
-        write_bytes_atomically(folder / name, content)
+    save_tokenizer(folder, tokenizer)
     write_json_atomically(folder / TABLE_FILE, id_to_string(tokenizer))
     write_json_atomically(folder / PROBE_FILE, [document.model_dump() for document in probe])
     write_json_atomically(folder / RECORD_FILE, record.model_dump())
