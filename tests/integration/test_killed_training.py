@@ -1,0 +1,185 @@
+"""Kill a training wherever it can be killed: it ends in the weights of the one that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teacher_cache.stages.training.checkpoints import MARKER_NAME
+from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
+from tests.integration.fork_server import ForkServer
+from tests.tiny_runs import cache_reviews, student_config
+
+NUM_RANDOM_KILLS = 8
+RECORD = f"rename {RUN_NAME}"
+CLOCK = ("runtime", "per_second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTwo:
+    """Trainings of one configuration.
+
+    Attributes:
+        server: forks them.
+        config: without `out`.
+        folder: for runs and logs.
+        whole: files of an uninterrupted run, without checkpoints.
+        steps: of the uninterrupted run, in order.
+        seconds: that it took.
+    """
+
+    server: ForkServer
+    config: TrainStudentConfig
+    folder: Path
+    whole: dict[str, bytes]
+    steps: list[str]
+    seconds: float
+
+    def run(self, run: Path, die_at: str | None = None) -> int:
+        """Train in a child until it ends, or dies; return its exit code."""
+        return self.server.run("train_student", **_arguments(self.config, run), die_at=die_at)
+
+
+def _arguments(config: TrainStudentConfig, run: Path) -> dict[str, Any]:
+    config = config.model_copy(update={"out": run})
+    return {"config": config.model_dump_json(), "log": f"{run}.log"}
+
+
+def _steps(run: Path) -> list[str]:
+    return Path(f"{run}.log").read_text().splitlines()
+
+
+def _files(run: Path) -> dict[str, bytes]:
+    """Every file of the run's result by name; its log without what the clock says."""
+    files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    result = read_run(run).result or {}
+    lines = [line for line in result["log"] if "train_runtime" not in line]
+    log = [{k: v for k, v in line.items() if not k.endswith(CLOCK)} for line in lines]
+    return files | {RUN_NAME: repr((read_run(run).settings, result["num_steps"], log)).encode()}
+
+
+@pytest.fixture(scope="module")
+def stage_two(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path
+) -> Iterator[StageTwo]:
+    folder = tmp_path_factory.mktemp("killed-training")
+    cache = cache_reviews(folder / "cache", tiny_bert, acl_imdb)
+    # Everything that draws or counts: dropout, both kinds, weights, micro-batches, evaluations.
+    config = student_config(
+        cache,
+        folder / "warm",
+        dropout=0.2,
+        unlabeled_alpha=0.3,
+        conf_power=1.0,
+        gradient_accumulation=2,
+        log_steps=2,
+        max_steps=16,
+    )
+    with ForkServer("tests.integration.train_student_child", folder / "output.txt") as server:
+        server.call("warm_up", config=config.model_dump_json())
+        whole = folder / "whole"
+        started = time.monotonic()
+        code = server.run("train_student", **_arguments(config, whole))
+        assert code == 0, server.output.read_text()
+        yield StageTwo(
+            server=server,
+            config=config,
+            folder=folder,
+            whole=_files(whole),
+            steps=_steps(whole),
+            seconds=time.monotonic() - started,
+        )
+
+
+def test_the_order_of_a_save(stage_two: StageTwo) -> None:
+    """Everything is written, then the marker, and only then an old checkpoint goes."""
+    *saves, end = " | ".join(stage_two.steps).split(f"after rename checkpoint/{MARKER_NAME}")
+    assert len(saves) == 8
+    for save in saves:
+        last_written = save.rindex("write checkpoint/")
+        assert save[last_written:].startswith("write checkpoint/trainer_state.json")
+        assert save[last_written:].endswith(f"before rename checkpoint/{MARKER_NAME} | ")
+    for save in (*saves[3:], end):  # from the third checkpoint on, after its marker
+        removed = save.split("write checkpoint/")[0]
+        assert removed.index(f"remove checkpoint/{MARKER_NAME}") < removed.index("checkpoint/any")
+    # The result: model and tokenizer, and last the record that says that it is complete.
+    assert end.index("half-written write model.safetensors") < end.index(f"after {RECORD}")
+
+
+def test_killed_at_every_step(stage_two: StageTwo) -> None:
+    """One run, killed at every kind of step: each restart goes on from what the last one left."""
+    run = stage_two.folder / "steps"
+    kinds = dict.fromkeys(stage_two.steps)
+    of_checkpoints = [step for step in kinds if "checkpoint" in step]
+    assert len(of_checkpoints) >= 20
+    at_last = [*(step for step in kinds if "write model.safetensors" in step), f"before {RECORD}"]
+    for step in (f"before {RECORD}", f"after {RECORD}", *of_checkpoints, *at_last):
+        assert stage_two.run(run, die_at=step) == -signal.SIGKILL, step
+        if (run / RUN_NAME).exists():
+            assert not read_run(run).complete, step
+    assert stage_two.run(run) == 0
+    assert _files(run) == stage_two.whole
+
+
+def test_killed_at_random_moments(stage_two: StageTwo) -> None:
+    """Until enough kills have struck; a training that ends before the next one must be whole."""
+    rng, killed, ended = random.Random(0), 0, 0
+    while killed < NUM_RANDOM_KILLS:
+        run = stage_two.folder / f"random-{ended}"
+        child = stage_two.server.start("train_student", **_arguments(stage_two.config, run))
+        time.sleep(rng.uniform(0.0, 0.6) * stage_two.seconds)
+        os.kill(child, signal.SIGKILL)
+        code = stage_two.server.wait()
+        assert code in (0, -signal.SIGKILL), stage_two.server.output.read_text()
+        killed += code != 0
+        if code == 0:
+            assert _files(run) == stage_two.whole
+            ended += 1
+        assert ended < NUM_RANDOM_KILLS
+    assert stage_two.run(run) == 0
+    assert _files(run) == stage_two.whole
+
+
+def test_interrupted_from_the_keyboard(stage_two: StageTwo, tmp_path: Path) -> None:
+    """The real command: exit code 130, and the line that goes on from there."""
+    run = tmp_path / "run"
+    config = stage_two.config
+    command = [
+        "train-student", "--cache", str(config.cache), "--out", str(run), "--device", "cpu",
+        "--d-model", "8", "--num-layers", "1", "--expand", "2", "--d-state", "4",
+        "--head-dim", "8", "--batch-size", "8", "--max-steps", "100000", "--checkpoint-steps", "5",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("pipe"), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(run.glob(f"checkpoints/*/{MARKER_NAME}")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == (
+        f"interrupted: the same command goes on from here: {shlex.join(['pipe', *command])}"
+    )
+    assert "Traceback" not in said
+    assert not read_run(run).complete
