@@ -25,6 +25,7 @@ from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtyp
 from teacher_cache.stages.teacher.load import hash_weights, longest_sample, pad_id_of
 from teacher_cache.stages.tokenizers import (
     could_not_load,
+    is_local_only,
     load_tokenizer,
     require_folder,
     save_tokenizer,
@@ -168,6 +169,7 @@ def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
     try:
         return AutoModelForSequenceClassification.from_pretrained(
             name,
+            local_files_only=is_local_only(name),
             dtype=torch.float32,
             num_labels=len(class_names),
             id2label=dict(enumerate(class_names)),

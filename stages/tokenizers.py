@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from teacher_cache.stages.join.record import canonical_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROBE_TIMEOUT_S = 10.0
 
 
 def load_tokenizer(
@@ -30,7 +33,9 @@ def load_tokenizer(
 
     require_folder(name, "a tokenizer", option=option)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=is_local_only(name)
+        )
     except (OSError, ValueError) as error:
         raise UserError(could_not_load("tokenizer", name, error, option=option)) from error
 
@@ -56,6 +61,29 @@ def require_folder(name: str, content: str, *, option: str) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise UserError(f"{option} {name} is no folder: give a folder with {content}, or a hub id")
+
+
+@functools.cache
+def is_local_only(name: str) -> bool:
+    """Whether a hub id can only come from the files of an earlier download: no hub answers.
+
+    One question with one time limit; transformers would ask for each file, with growing pauses.
+    """
+    from huggingface_hub import HfApi  # slow to import
+    from huggingface_hub.errors import (
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] -- httpx's or httpx2's, as the hub uses
+        RepositoryNotFoundError,
+    )
+
+    if Path(name).is_dir():
+        return False
+    try:
+        HfApi().model_info(name, timeout=PROBE_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        return False
+    except (HTTPError, OSError):
+        return True
+    return False
 
 
 def could_not_load(what: str, name: str, error: Exception, *, option: str) -> str:

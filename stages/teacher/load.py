@@ -16,7 +16,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.tokenizers import could_not_load, load_tokenizer, require_folder
+from teacher_cache.stages.tokenizers import (
+    could_not_load,
+    is_local_only,
+    load_tokenizer,
+    require_folder,
+)
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -133,6 +138,7 @@ def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
+            local_files_only=is_local_only(name),
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
