@@ -56,7 +56,7 @@ class FinetuneTeacherOptions(DataOptions, FinetuneOptions):
     """`pipe finetune-teacher`."""
 
     model: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
-        None,
+        default=None,
         description="Base model: hub id or folder of an encoder or decoder. Default: the preset's.",
     )
     validation_split: str | None = Field(
@@ -70,7 +70,7 @@ class CacheTeacherOptions(DataOptions, ShardConfig):
     """`pipe cache-teacher`."""
 
     teacher: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
-        None,
+        default=None,
         description="Teacher: hub id or folder of a fine-tuned classifier. Default: the preset's.",
     )
     unlabeled: str | None = Field(
@@ -105,7 +105,7 @@ class EvaluateCommandOptions(DataOptions, EvaluateOptions):
     """`pipe evaluate`."""
 
     data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
-        None,
+        default=None,
         description="Labelled data to evaluate on: as for cache-teacher; a preset's held-out "
         "split.",
     )

@@ -59,6 +59,14 @@ def done(*args: str | Path, text: str | None = None) -> str:
     return outcome.stdout
 
 
+def refused(*args: str | Path, code: int = 2, saying: str) -> str:
+    """Run a command that must fail; its one sentence matches `saying`. Return what it printed."""
+    outcome = pipe(*args)
+    assert outcome.code == code, outcome.stderr
+    assert re.search(saying, outcome.error), outcome.error
+    return outcome.stdout
+
+
 @contextmanager
 def _as_a_process() -> Iterator[None]:
     """Take back what a command may change for its whole process: the logger, the width."""

@@ -95,7 +95,8 @@ def journey(
     names = ("--label-names", "neg,pos") if needs_names else ()
     with chdir(folder):
         cache_teacher = (
-            "cache-teacher", "--data", data, "--teacher", teacher, *names, "--shard-documents", "32",
+            "cache-teacher", "--data", data, "--teacher", teacher, *names,
+            "--shard-documents", "32",
         )  # fmt: skip
         printed = {
             "cache-teacher": done(*cache_teacher),
