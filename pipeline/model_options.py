@@ -95,8 +95,10 @@ def _parameter(name: str, model: type[BaseModel]) -> inspect.Parameter:
     kind = _kind(field.annotation)
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-        help=field.description,
-        show_default=_shown(field),
+        help=_help(field, kind),
+        # A list of all choices would leave no room for the option's own name.
+        metavar="<choice>" if get_origin(kind) is Literal else None,
+        show_default=False,
         rich_help_panel=None if owner is model else _title(owner),
     )
     return _keyword(name, Annotated[kind | None, option], None)
@@ -127,11 +129,17 @@ def _kind(annotation: Any) -> Any:
     return str
 
 
-def _shown(field: FieldInfo) -> str | bool:
-    """The default, as a reader types it; none where the description explains it."""
+def _help(field: FieldInfo, kind: Any) -> str:
+    """The description, the choices, and the default as a reader types it.
+
+    No default where the description explains it. Typer's own would be None for every option,
+    since it is the model that knows the defaults.
+    """
+    parts = [field.description or ""]
+    if get_origin(kind) is Literal:
+        parts.append(f"[dim]\\[{', '.join(map(str, get_args(kind)))}][/dim]")
     default = field.default
-    if field.is_required() or default is None or default == ():
-        return False
-    if isinstance(default, tuple):
-        return ",".join(str(part) for part in default)
-    return str(default)
+    if not field.is_required() and default is not None and default != ():
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        parts.append(f"[dim]\\[default: {shown}][/dim]")
+    return " ".join(parts)

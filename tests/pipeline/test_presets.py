@@ -70,7 +70,8 @@ def test_a_preset_names_data_teacher_and_splits(
     assert config.unlabeled.max_samples == 5000
     assert config.fallback == ()
     evaluated = held_out_corpus(EvaluateCommandOptions(data=name))
-    assert evaluated == labeled.model_copy(update={"split": held_out})
+    assert (evaluated.source, evaluated.split) == (source, held_out)
+    assert (evaluated.text_column, evaluated.label_column) == (text_column, "label")
 
 
 def test_dry_run_of_imdb_prints_data_set_teacher_and_splits() -> None:
