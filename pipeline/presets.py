@@ -92,12 +92,16 @@ def data_name(data: str) -> str:
     return data if data in PRESETS else name.split(".")[0] or "data"
 
 
-def labeled_corpus(options: DataOptions, split: str | None) -> CorpusConfig:
+def labeled_corpus(
+    options: DataOptions, split: str | None, *, own_classes: bool = False
+) -> CorpusConfig:
     """The labelled corpus that the options name.
 
     Args:
         options: with `data` given.
         split: to read where the options name none.
+        own_classes: whether the class ids are the preset's own, not those of some other teacher,
+            whose names must then decide.
 
     Raises:
         UserError: for a misspelt preset, suggesting the nearest.
@@ -112,7 +116,7 @@ def labeled_corpus(options: DataOptions, split: str | None) -> CorpusConfig:
         split=options.split or split,
         text_column=options.text_column or (preset.text_column if preset else None),
         label_column=options.label_column or (preset.label_column if preset else None),
-        label_names=options.label_names or (preset.label_names if preset else None),
+        label_names=options.label_names or (preset.label_names if preset and own_classes else None),
         max_samples=options.max_samples,
         seed=getattr(options, "seed", 0),
     )
@@ -134,8 +138,12 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
     preset = PRESETS.get(options.data)
-    labeled = labeled_corpus(options, preset.train if preset else None)
     teacher = options.teacher or (preset.teacher if preset else None)
+    labeled = labeled_corpus(
+        options,
+        preset.train if preset else None,
+        own_classes=preset is not None and teacher == preset.teacher,
+    )
     if teacher is None:
         raise UserError(
             f"--data {options.data} is no preset, so it names no teacher: give --teacher, the "
@@ -152,6 +160,7 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         name=data_name(options.data),
         labeled=labeled,
         unlabeled=_unlabeled_corpus(options, preset),
+        unlabeled_is_named=options.unlabeled is not None,
         fallback=tuple(_fallback_corpus(options, data) for data in options.fallback),
     )
 
@@ -211,7 +220,7 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
             f"--data {options.data} names no base model: give --model, the folder or hub id of an "
             "encoder or decoder"
         )
-    labeled = labeled_corpus(options, preset.train if preset else None)
+    labeled = labeled_corpus(options, preset.train if preset else None, own_classes=True)
     held_out = options.validation_split or (preset.validation if preset else None)
     return FinetuneTeacherConfig(
         **options.model_dump(include=set(FinetuneOptions.model_fields) - {"model"}),

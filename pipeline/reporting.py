@@ -16,6 +16,7 @@ from rich.text import Text
 from teacher_cache.cache.errors import TeacherCacheError
 
 EXIT_INTERRUPTED = 130
+RESUMING = ("finetune-teacher", "cache-teacher", "train-student", "run")
 
 # Without markup and emoji: a token called [unused1] or :eye: is printed as it is.
 console = Console(highlight=False, markup=False, emoji=False)
@@ -36,11 +37,19 @@ def reported() -> Iterator[None]:
         error_console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        command = shlex.join(["pipe", *sys.argv[1:]])
-        error_console.print(
-            f"interrupted: the same command goes on from here: {command}", soft_wrap=True
-        )
+        error_console.print(Text(_how_to_go_on(sys.argv[1:])), soft_wrap=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _how_to_go_on(words: list[str]) -> str:
+    """The line that resumes; without what would start again, and only where there is a state."""
+    if not words or words[0] not in RESUMING:
+        return "interrupted"
+    kept = [word for word in words if word not in ("--overwrite", "--resume=never")]
+    for position in [i for i, word in enumerate(kept) if word == "--resume"]:
+        if kept[position + 1 : position + 2] == ["never"]:
+            del kept[position : position + 2]
+    return f"interrupted: go on from here with: {shlex.join(['pipe', *kept])}"
 
 
 def _configure_logging() -> None:

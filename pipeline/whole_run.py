@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,23 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
             stages[section] = validate(model, content[section] or {}, where=section)
     shared = content.get("train_student") or {}
     named = content.get("students") or {"student": {}}
+    slugs = Counter(_slug(name) for name in named)
+    if slugs and slugs.most_common(1)[0][1] > 1:
+        raise UserError(
+            f"two students would have the folder name {slugs.most_common(1)[0][0]!r}: name them "
+            "apart in the section students"
+        )
     for name, own in named.items():
         require_settings(own, f"the student {name!r}")
     stages["students"] = {
         name: validate(TrainStudentConfig, shared | (own or {}), where=f"students.{name}")
         for name, own in named.items()
     }
+    if any(student.cache is not None for student in stages["students"].values()):
+        raise UserError(
+            "`pipe run` trains from the cache that it makes, and train_student.cache names "
+            "another: leave it out, or use `pipe train-student --config`"
+        )
     return stages
 
 

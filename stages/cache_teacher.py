@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +34,17 @@ from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.load import Teacher, identity, load_teacher
+from teacher_cache.stages.teacher.load import (
+    Teacher,
+    described_config,
+    identity,
+    load_teacher,
+)
 
 NUM_PROBED_FOR_SIZE = 64
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+
+logger = logging.getLogger(__name__)
 
 
 class CacheTeacherConfig(ShardConfig):
@@ -46,6 +54,10 @@ class CacheTeacherConfig(ShardConfig):
     labeled: CorpusConfig = Field(description="The labelled corpus.")
     unlabeled: CorpusConfig | None = Field(
         default=None, description="The unlabelled corpus, or none."
+    )
+    unlabeled_is_named: bool = Field(
+        default=False,
+        description="The user chose the unlabelled corpus; if not, a fallback goes without it.",
     )
     fallback: tuple[CorpusConfig, ...] = Field(
         default=(), description="Labelled corpora to try, in order, if the first cannot be loaded."
@@ -92,6 +104,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     corpora = _load_corpora(config)
     teacher = load_teacher(config)
     corpora["labeled"] = corpora["labeled"].with_class_names(teacher.id2label)
+    _require_two_classes(corpora["labeled"])
     max_length = teacher.max_length(config.max_length)
     settings = _settings(teacher, corpora, max_length)
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
@@ -128,11 +141,25 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
 
 
 def _load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
-    labeled, _ = load_with_fallback(config.labeled, list(config.fallback))
+    labeled, used = load_with_fallback(config.labeled, config.fallback)
     corpora = {"labeled": labeled}
-    if config.unlabeled is not None:
+    if used != config.labeled and config.unlabeled is not None and not config.unlabeled_is_named:
+        logger.warning(
+            "the unlabelled text of %s is left out with it: name one with --unlabeled",
+            config.labeled.source,
+        )
+    elif config.unlabeled is not None:
         corpora["unlabeled"], _ = load_with_fallback(config.unlabeled, [])
     return corpora
+
+
+def _require_two_classes(corpus: Corpus) -> None:
+    present = [name for name, count in (corpus.label_counts() or {}).items() if count]
+    if len(present) < 2:
+        raise UserError(
+            f"all {len(corpus):,} labelled documents of {corpus.config.source} are of the class "
+            f"{', '.join(present)}: a classifier needs two, so raise --max-samples"
+        )
 
 
 def _settings(teacher: Teacher, corpora: dict[str, Corpus], max_length: int) -> dict[str, Any]:
@@ -239,6 +266,4 @@ def _write_teacher_files(
         kept = [by_id[sample.sample_id] for sample in samples]
         probe.extend(choose_probe(kept, samples, num=32 // len(corpora)))
     write_tokenization(folder, teacher.tokenizer, max_length=max_length, probe=probe)
-    described = teacher.model.config.to_dict()
-    described.pop("_name_or_path", None)
-    write_json_atomically(folder / "config.json", described)
+    write_json_atomically(folder / "config.json", described_config(teacher.model))

@@ -134,6 +134,8 @@ def _teacher(config: EvaluateConfig) -> Classifier | None:
     return load_teacher_classifier(
         TeacherConfig(
             teacher=config.teacher or names.pop(),
+            # As the students' cache saw it; another teacher reads what it can.
+            max_length=_cached_length(config) if config.teacher is None else None,
             device=config.device,
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
@@ -141,9 +143,19 @@ def _teacher(config: EvaluateConfig) -> Classifier | None:
     )
 
 
+def _cached_length(config: EvaluateConfig) -> int:
+    return max(read_run(folder).about["teacher_max_length"] for folder in config.runs)
+
+
 def _labels(corpus: Corpus) -> np.ndarray:
     documents = corpus.documents(0, len(corpus))
-    return np.array([one.label for one in documents if one.text.strip()], np.int64)
+    labels = [one.label for one in documents if one.text.strip()]
+    if not labels:
+        raise UserError(
+            f"the {len(documents)} documents of {corpus.config.source} are all empty: check "
+            "--text-column"
+        )
+    return np.array(labels, np.int64)
 
 
 def _require_same_classes(classifier: Classifier, student: Classifier) -> None:

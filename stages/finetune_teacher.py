@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
@@ -19,10 +20,12 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.lock import writer_lock
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
-from teacher_cache.stages.teacher.load import hash_weights, longest_sample, pad_id_of
+from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.teacher.load import hash_weights, longest_sample, settle_pad_id
 from teacher_cache.stages.tokenizers import (
     could_not_load,
     is_local_only,
@@ -30,7 +33,11 @@ from teacher_cache.stages.tokenizers import (
     require_folder,
     save_tokenizer,
 )
-from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
+from teacher_cache.stages.training.arguments import (
+    checkpoint_to_resume,
+    refuse_what_cannot_start,
+    training_arguments,
+)
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
@@ -97,6 +104,7 @@ def run(
         UserError: for anything the user can mend: data, model, settings, disk.
     """
     observer = observer or TrainingObserver()
+    refuse_what_cannot_start(config)
     corpus = load_corpus(config.labeled)
     validation = load_corpus(config.validation) if config.validation else None
     tokenizer = load_tokenizer(config.model, option="--model")
@@ -105,20 +113,33 @@ def run(
     max_length = longest_sample(config.model, model, tokenizer, config.max_length)
     config = config.model_copy(update={"max_length": max_length})
     folder = config.out or Path("teachers") / f"{config.name}-{Path(config.model).name}"
-    record = _record(config, model, corpus, validation)
-    record = open_run(folder, record, start_again=config.resume == "never")
-    if record.complete:
-        return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
+    record = _record(config, model, tokenizer, corpus, validation, max_length)
+    with writer_lock(folder):
+        record = open_run(folder, record, start_again=config.resume == "never")
+        if record.complete:
+            return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
+        samples = _split(config, tokenizer, corpus, validation, max_length)
+        record = _train(config, folder, record, model, tokenizer, samples, observer)
+    return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
 
-    training, evaluation = _split(config, tokenizer, corpus, validation, max_length)
+
+def _train(
+    config: FinetuneTeacherConfig,
+    folder: Path,
+    record: RunRecord,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    samples: tuple[TokenizedSamples, TokenizedSamples | None],
+    observer: TrainingObserver,
+) -> RunRecord:
+    """Train from the newest checkpoint on and commit the best model."""
+    training, evaluation = samples
     per_epoch = batches_per_epoch(len(training), batch_size=config.batch_size, unlabeled_ratio=0.0)
     steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
     num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
     checkpoint = checkpoint_to_resume(config, folder)
     observer.on_start(folder, num_steps, checkpoint)
-    pad_id = pad_id_of(config.model, tokenizer)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_id
+    pad_id = settle_pad_id(config.model, model, tokenizer)
     data = BothKinds(training)
     trainer = ClassificationTrainer(
         model=model,
@@ -161,7 +182,7 @@ def run(
         model.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)
     record.write(folder)
-    return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
+    return record
 
 
 def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
@@ -176,26 +197,30 @@ def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
             label2id={name: class_id for class_id, name in enumerate(class_names)},
             ignore_mismatched_sizes=True,  # a head for other classes gives way to a new one
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load("base model", name, error, option="--model")) from error
 
 
 def _record(
     config: FinetuneTeacherConfig,
     model: PreTrainedModel,
+    tokenizer: Tokenizer,
     corpus: Corpus,
     validation: Corpus | None,
+    max_length: int,
 ) -> RunRecord:
     left_out = {"model", "labeled", "validation", "name", *NOT_RESULTS}
     settings = config.model_dump(mode="json", exclude=left_out)
     settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
     settings["model_sha256"] = hash_weights(model)
+    settings["tokenizer_sha256"] = describe(tokenizer, max_length=max_length).files_sha256
+    settings["class_names"] = list(corpus.class_names())
     settings["data"] = {"train": corpus.identity, "num_documents": len(corpus)}
     if validation is not None:
         settings["data"]["validation"] = validation.identity
     return RunRecord(
         settings=settings,
-        about={"model": config.model, "class_names": list(corpus.class_names())},
+        about={"model": config.model},
     )
 
 

@@ -38,6 +38,7 @@ def class_logits(
     num_classes: int,
     pad_id: int,
     max_tokens: int,
+    autocast: torch.dtype = torch.float32,
     on_batch: OnBatch | None = None,
 ) -> ClassLogits:
     """Run a classifier over samples in length-sorted batches of at most `max_tokens` positions.
@@ -50,6 +51,8 @@ def class_logits(
         num_classes: C.
         pad_id: fills the right end of shorter samples; masked.
         max_tokens: padded positions in a batch; a longer sample is a batch of its own.
+        autocast: number format of the products of a model whose weights are float32, as a student
+            is trained; float32 leaves the model as it is.
         on_batch: called after each batch.
 
     Raises:
@@ -62,7 +65,9 @@ def class_logits(
     while pending:
         batch = pending.pop()
         try:
-            logits[batch] = _forward(model, [input_ids[i] for i in batch], pad_id)
+            padded, mask = pad_batch([input_ids[i] for i in batch], pad_id)
+            output = forward(model, torch.from_numpy(padded), torch.from_numpy(mask), autocast)
+            logits[batch] = output.cpu().numpy()
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -74,14 +79,22 @@ def class_logits(
     return ClassLogits(logits=logits, num_halvings=num_halvings)
 
 
-def _forward(model: PreTrainedModel, input_ids: list[np.ndarray], pad_id: int) -> np.ndarray:
-    padded, mask = pad_batch(input_ids, pad_id)
-    with torch.inference_mode():
-        output = model(
-            input_ids=torch.from_numpy(padded).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device, torch.int64),
-        )
-    return output.logits.float().cpu().numpy()
+def forward(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, autocast: torch.dtype
+) -> torch.Tensor:
+    """One batch's logits [B, C] float32, without gradients, on the model's device.
+
+    Args:
+        model: in evaluation mode.
+        input_ids: [B, S] int64.
+        mask: [B, S], nonzero at real tokens.
+        autocast: as in `class_logits`.
+    """
+    device = model.device
+    is_on = autocast is not torch.float32
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=is_on):
+        output = model(input_ids=input_ids.to(device), attention_mask=mask.to(device, torch.int64))
+    return output.logits.float()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -14,15 +14,21 @@ from transformers import EvalPrediction
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.lock import writer_lock
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined, join
+from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
 from teacher_cache.stages.student.position_map import PositionMap, choose
 from teacher_cache.stages.tokenizers import save_tokenizer
-from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
+from teacher_cache.stages.training.arguments import (
+    checkpoint_to_resume,
+    refuse_what_cannot_start,
+    training_arguments,
+)
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
@@ -88,6 +94,7 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
         BadShardError: if a shard is damaged.
     """
     observer = observer or StageTwoObserver()
+    refuse_what_cannot_start(config)
     if config.cache is None:
         raise UserError("no cache was named: give --cache DIR")
     readers = _open_splits(config.cache, config.unlabeled_alpha)
@@ -102,11 +109,26 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     student_config = _student_config(config, labeled, joined, position_map)
     data = _training_data(config, readers)
 
-    record = _record(config, labeled, joined)
+    record = _record(config, readers, joined)
     folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
-    record = open_run(folder, record, start_again=config.resume == "never")
-    if record.complete:
-        return TrainStudentResult(run=folder, record=record, was_complete=True)
+    with writer_lock(folder):
+        record = open_run(folder, record, start_again=config.resume == "never")
+        if record.complete:
+            return TrainStudentResult(run=folder, record=record, was_complete=True)
+        record = _train(config, folder, record, student_config, data, joined, observer)
+    return TrainStudentResult(run=folder, record=record, was_complete=False)
+
+
+def _train(
+    config: TrainStudentConfig,
+    folder: Path,
+    record: RunRecord,
+    student_config: MambaStudentConfig,
+    data: TrainingData,
+    joined: Joined,
+    observer: StageTwoObserver,
+) -> RunRecord:
+    """Train from the newest checkpoint on and commit the student."""
     checkpoint = checkpoint_to_resume(config, folder)
     observer.on_start(folder, data.num_steps, checkpoint)
     student = build_student(student_config, seed=config.seed)
@@ -120,12 +142,12 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
             "num_steps": output.global_step,
             "seconds": round(time.monotonic() - started, 1),
             "evaluation": trainer.final_evaluation() if data.evaluation else None,
-            "best_checkpoint": _best_step(trainer),
+            "best_step": _best_step(trainer),
             "log": trainer.state.log_history,
         },
     )
     _save(folder, student, joined, record)
-    return TrainStudentResult(run=folder, record=record, was_complete=False)
+    return record
 
 
 def _open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
@@ -146,10 +168,17 @@ def _open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
     return readers
 
 
-def _record(config: TrainStudentConfig, reader: CacheReader, joined: Joined) -> RunRecord:
-    settings = config.model_dump(mode="json", exclude={"cache", *NOT_RESULTS})
+def _record(
+    config: TrainStudentConfig, readers: Sequence[CacheReader], joined: Joined
+) -> RunRecord:
+    reader = readers[0]
+    settings = config.model_dump(mode="json", exclude={"cache", "student_tokenizer", *NOT_RESULTS})
     settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
+    tokenizer = describe(joined.tokenizer, max_length=joined.max_length)
+    settings["student_tokenizer_sha256"] = tokenizer.files_sha256
     settings["cache_fingerprint"] = reader.manifest.fingerprint
+    # The fingerprint leaves the number of documents out: a cache grows, and this run must not.
+    settings["cache_samples"] = {reader.split: len(reader) for reader in readers}
     differences = [difference.name for difference in joined.report.differences]
     return RunRecord(
         settings=settings,
@@ -158,6 +187,8 @@ def _record(config: TrainStudentConfig, reader: CacheReader, joined: Joined) -> 
             "teacher": reader.manifest.about["teacher"],
             "tokenization": differences or "verified",
             "max_length": joined.max_length,
+            "teacher_max_length": reader.manifest.settings["max_length"],
+            "teacher_weights_sha256": reader.manifest.settings["teacher"]["weights_sha256"],
         },
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from teacher_cache.cache.errors import UserError
 
+SHORTEST_BEGINNING = 3  # letters: of `neg` there is little doubt, of `n` there is
 _GENERIC_NAME = re.compile(r"label_\d+", re.IGNORECASE)
 
 
@@ -20,9 +21,9 @@ def map_labels(
     """Decide which of the teacher's classes each label of a corpus means.
 
     Integers are class ids as they stand. Names are looked up among the teacher's, whatever their
-    case. A teacher whose classes are called `LABEL_0`, `LABEL_1` says nothing about names: then
-    `explicit` must give them in class-id order, unless the corpus's own order was given by
-    whoever published it.
+    case, and a beginning will do (`neg` is `NEGATIVE`). A teacher whose classes are called
+    `LABEL_0`, `LABEL_1` says nothing about names: then `explicit` must give them in class-id
+    order, unless the corpus's own order was given by whoever published it.
 
     Args:
         values: the distinct labels of the corpus, all integers or all names.
@@ -45,11 +46,11 @@ def map_labels(
         _check_explicit(names, explicit, teacher_id2label)
         ids = {name.casefold(): class_id for class_id, name in enumerate(explicit)}
         return {name: ids[name.casefold()] for name in names}
-    ids = {name.casefold(): class_id for class_id, name in teacher_id2label.items()}
-    unknown = [name for name in names if name.casefold() not in ids]
-    if not unknown:
-        return {name: ids[name.casefold()] for name in names}
-    if names_are_ordered:
+    found = {name: _class_id(name, teacher_id2label) for name in names}
+    unknown = [name for name, class_id in found.items() if class_id is None]
+    if not unknown and len(set(found.values())) == len(names):
+        return {name: class_id for name, class_id in found.items() if class_id is not None}
+    if names_are_ordered and is_generic(teacher_id2label):
         _check_range(range(len(names)), teacher_id2label)
         return {name: class_id for class_id, name in enumerate(names)}
     if is_generic(teacher_id2label):
@@ -64,6 +65,21 @@ def map_labels(
         f"({_listed(teacher_id2label)}): say which label is which class with --label-names, in "
         f"the order of the classes, or use another teacher"
     )
+
+
+def _class_id(name: str, teacher_id2label: Mapping[int, str]) -> int | None:
+    """The one class of this name, or of which this is the beginning, or the other way round."""
+    wanted = name.casefold()
+    own = {class_id: label.casefold() for class_id, label in teacher_id2label.items()}
+    exact = [class_id for class_id, label in own.items() if label == wanted]
+    alike = [
+        class_id
+        for class_id, label in own.items()
+        if min(len(label), len(wanted)) >= SHORTEST_BEGINNING
+        and (label.startswith(wanted) or wanted.startswith(label))
+    ]
+    matches = exact or alike
+    return matches[0] if len(matches) == 1 else None
 
 
 def is_generic(teacher_id2label: Mapping[int, str]) -> bool:
@@ -94,8 +110,8 @@ def _check_explicit(
     if len(set(given)) != len(given):
         raise UserError(f"--label-names gives a name twice: {', '.join(explicit)}")
     _check_range(range(len(explicit)), teacher_id2label)
-    own = {class_id: name.casefold() for class_id, name in teacher_id2label.items()}
-    if set(given) == set(own.values()) and given != [own[idx] for idx in range(len(given))]:
+    own = [_class_id(name, teacher_id2label) for name in explicit]
+    if None not in own and own != list(range(len(own))):
         raise UserError(
             f"--label-names gives the order {', '.join(explicit)}, and the teacher's classes are "
             f"{_listed(teacher_id2label)}: give the teacher's order, or leave the option out"

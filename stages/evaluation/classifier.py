@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,7 +18,7 @@ from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import class_names, load_teacher, on_device, pad_id_of
+from teacher_cache.stages.teacher.load import class_names, load_teacher, on_device
 from teacher_cache.stages.tokenizers import load_tokenizer
 from teacher_cache.stages.training.run_folder import read_run
 
@@ -35,6 +36,8 @@ class Classifier:
         pad_id: fills batches; masked.
         max_length: tokens at which documents are cut.
         id2label: class names by id.
+        autocast: number format of the products of a student, whose weights stay float32; a
+            teacher's weights are in its format themselves.
     """
 
     name: str
@@ -43,11 +46,17 @@ class Classifier:
     pad_id: int
     max_length: int
     id2label: dict[int, str]
+    autocast: torch.dtype = torch.float32
 
     @property
     def num_parameters(self) -> int:
         """Parameters, embeddings included, each counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_positions(self) -> float:
+        """The longest sample that the model can read at all; no bound for a student."""
+        return getattr(self.model.config, "max_position_embeddings", None) or float("inf")
 
     @property
     def megabytes(self) -> float:
@@ -66,6 +75,7 @@ class Classifier:
             num_classes=len(self.id2label),
             pad_id=self.pad_id,
             max_tokens=batch_tokens,
+            autocast=self.autocast,
         ).logits
 
 
@@ -83,11 +93,12 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
     tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
     return Classifier(
         name=run.name,
-        model=on_device(model, device, resolve_dtype(config, device)),
+        model=on_device(model, device, torch.float32),
         tokenizer=tokenizer,
         pad_id=model.config.pad_token_id or 0,
         max_length=record.about["max_length"],
         id2label=class_names(model),
+        autocast=resolve_dtype(config, device),
     )
 
 
@@ -102,7 +113,7 @@ def load_teacher_classifier(config: TeacherConfig) -> Classifier:
         name=TEACHER,
         model=teacher.model,
         tokenizer=teacher.tokenizer,
-        pad_id=pad_id_of(teacher.name, teacher.tokenizer),
+        pad_id=teacher.pad_id,
         max_length=teacher.max_length(config.max_length),
         id2label=teacher.id2label,
     )

@@ -8,7 +8,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from teacher_cache.stages.evaluation.classifier import TEACHER, Classifier
+from teacher_cache.stages.evaluation.classifier import Classifier
+from teacher_cache.stages.inference import forward
 
 NUM_REPEATS = 9
 
@@ -20,7 +21,7 @@ def measure_latency(
 
     Args:
         classifiers: with distinct names.
-        lengths: in tokens; one that the teacher cannot read is left out for it, students read any.
+        lengths: in tokens; one that a model has no positions for is left out for it.
 
     Returns:
         By name, by length.
@@ -28,7 +29,7 @@ def measure_latency(
     generator = np.random.default_rng(0)
     found: dict[str, dict[int, float]] = {classifier.name: {} for classifier in classifiers}
     for length in lengths:
-        timed = [one for one in classifiers if length <= one.max_length or one.name != TEACHER]
+        timed = [one for one in classifiers if length <= one.num_positions]
         durations: dict[str, list[float]] = {one.name: [] for one in timed}
         for repeat in range(NUM_REPEATS + 1):
             for classifier in timed:
@@ -42,12 +43,8 @@ def measure_latency(
 
 
 def _time_forward(classifier: Classifier, input_ids: torch.Tensor) -> float:
-    device = classifier.model.device
-    input_ids = input_ids.to(device)
-    with torch.inference_mode():
-        started = time.perf_counter()
-        logits = classifier.model(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids)
-        ).logits
-        logits.cpu()  # waits for the device
-        return time.perf_counter() - started
+    input_ids = input_ids.to(classifier.model.device)
+    mask = torch.ones_like(input_ids)
+    started = time.perf_counter()
+    forward(classifier.model, input_ids, mask, classifier.autocast).cpu()  # waits for the device
+    return time.perf_counter() - started

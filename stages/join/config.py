@@ -15,7 +15,10 @@ class JoinConfig(StageConfig):
         default=None, description="hub id or folder; the cache's own when not given"
     )
     max_length: int | None = Field(
-        default=None, ge=1, description="tokens the student truncates at; the cache's by default"
+        default=None,
+        ge=1,
+        description="tokens at which the student will truncate new text; the cache's by default. "
+        "Cached samples stay as they are.",
     )
     on_mismatch: OnMismatch = Field(
         default="error",

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL, SAMPLE_ID_BYTES, Fields, Ragged
 from teacher_cache.stages.data.tokenization import Sample
-from teacher_cache.stages.device import environment
+from teacher_cache.stages.device import dtype_name, environment
 from teacher_cache.stages.inference import OnBatch, class_logits
 from teacher_cache.stages.teacher.load import Teacher
 
@@ -41,7 +42,7 @@ def capture(
         on_batch: called with samples and tokens after each batch.
 
     Raises:
-        UserError: if a single sample does not fit into memory.
+        UserError: if a single sample does not fit into memory, or a logit is not finite.
     """
     result = class_logits(
         teacher.model,
@@ -51,6 +52,13 @@ def capture(
         max_tokens=batch_tokens,
         on_batch=on_batch,
     )
+    finite = np.isfinite(result.logits).all(axis=1)
+    if not finite.all():
+        first = samples[int(np.argmin(finite))].sample_id.hex()
+        raise UserError(
+            f"the teacher's logits of {int((~finite).sum())} samples are not finite (the first has "
+            f"the id {first}): give --dtype float32, or bfloat16 where the device has it"
+        )
     ids = b"".join(sample.sample_id for sample in samples)
     labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
     return Captured(
@@ -62,6 +70,7 @@ def capture(
         },
         environment={
             **environment(teacher.device),
+            "dtype": dtype_name(teacher.dtype),
             "batch_tokens": batch_tokens,
             "num_halvings": result.num_halvings,
             "torch": version("torch"),

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.device import resolve_device, resolve_dtype
+from teacher_cache.cache.fingerprint import fingerprint
+from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.tokenizers import (
     could_not_load,
@@ -38,6 +40,7 @@ class Teacher:
         tokenizer: untouched, as it was saved.
         pad_id: used to fill batches; masked.
         weights_sha256: of all parameters and buffers at float32, by name.
+        config_sha256: of `described_config`: heads, activations, padding token, ...
         commit: of the hub repository, None for a folder.
         id2label: class names by id.
     """
@@ -49,6 +52,7 @@ class Teacher:
     device: torch.device
     dtype: torch.dtype
     weights_sha256: str
+    config_sha256: str
     commit: str | None
     id2label: dict[int, str]
 
@@ -73,11 +77,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
     )
     model = _load_model(config.teacher, config.trust_remote_code)
-    pad_id = pad_id_of(config.teacher, tokenizer)
-    if model.config.pad_token_id is None:
-        # Decoders pool at the last token that is not padding, so they must know which is.
-        model.config.pad_token_id = pad_id
-    _warn_of_label_smoothing(config.teacher)
+    pad_id = settle_pad_id(config.teacher, model, tokenizer)
+    _warn_of_label_smoothing(config.teacher, model)
     weights_sha256 = hash_weights(model)
     return Teacher(
         name=config.teacher,
@@ -87,6 +88,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         device=device,
         dtype=dtype,
         weights_sha256=weights_sha256,
+        config_sha256=fingerprint(described_config(model)),
         commit=getattr(model.config, "_commit_hash", None),
         id2label=class_names(model),
     )
@@ -113,9 +115,33 @@ def longest_sample(
 
 
 def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on its device, in its number format, in evaluation mode."""
+    """The model on its device, in its number format, in evaluation mode; its head in float32.
+
+    A head in half precision would round the logits (bfloat16 to 3 digits); so what stands behind
+    the base model keeps float32, and its input is widened.
+    """
     torch.nn.Module.to(model, device=device, dtype=dtype)  # in place, as for every module
+    in_base = {id(module) for module in model.base_model.modules()}
+    for module in model.modules():
+        if id(module) not in in_base and any(True for _ in module.parameters(recurse=False)):
+            torch.nn.Module.float(module)
+            module.register_forward_pre_hook(_widen)
     return model.eval()
+
+
+def _widen(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        one.float() if isinstance(one, torch.Tensor) and one.is_floating_point() else one
+        for one in inputs
+    )
+
+
+def described_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's configuration, without what says where and by whom it was saved."""
+    described = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):
+        described.pop(name, None)
+    return described
 
 
 def class_names(model: PreTrainedModel) -> dict[int, str]:
@@ -143,7 +169,7 @@ def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load("classifier", name, error, option="--teacher")) from error
     untrained = sorted(info["missing_keys"])
     if untrained:
@@ -155,14 +181,19 @@ def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def pad_id_of(name: str, tokenizer: Tokenizer) -> int:
-    """The id that fills batches: the padding token, else the end-of-text token.
+def settle_pad_id(name: str, model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """The id that fills batches: the model's, else the tokenizer's padding or end-of-text token.
+
+    Decoders pool at the last token that is not the model's padding, so both must be the same; a
+    model that names none is told.
 
     Raises:
-        UserError: if the tokenizer has neither.
+        UserError: if neither names one.
     """
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    candidates = (model.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    for candidate in candidates:
         if isinstance(candidate, int):
+            model.config.pad_token_id = candidate
             return candidate
     raise UserError(
         f"the tokenizer of {name} has neither a padding nor an end-of-text token, so samples "
@@ -170,18 +201,19 @@ def pad_id_of(name: str, tokenizer: Tokenizer) -> int:
     )
 
 
-def _warn_of_label_smoothing(name: str) -> None:
+def _warn_of_label_smoothing(name: str, model: PreTrainedModel) -> None:
     """A smoothed teacher has nearly equal wrong classes: there is nothing to learn at high T."""
+    smoothing = getattr(model.config, "label_smoothing", 0) or 0
     card = Path(name) / "README.md"
-    if not card.is_file():
-        return
-    found = re.search(r"label.smoothing\D{0,30}(0?\.\d+)", card.read_text(), re.IGNORECASE)
-    if found and float(found.group(1)) > 0:
+    if not smoothing and card.is_file():
+        found = re.search(r"label.smoothing\D{0,30}(0?\.\d+)", card.read_text(), re.IGNORECASE)
+        smoothing = float(found.group(1)) if found else 0
+    if smoothing:
         logger.warning(
-            "the card of %s says it was trained with label smoothing %s: its logits say little "
-            "beyond the label, so a temperature above 1 will not help",
+            "the card or configuration of %s says it was trained with label smoothing %s: its "
+            "logits say little beyond the label, so a temperature above 1 will not help",
             name,
-            found.group(1),
+            smoothing,
         )
 
 
@@ -189,8 +221,9 @@ def identity(teacher: Teacher, tokenizer_sha256: str) -> dict[str, Any]:
     """What the fingerprint records of the teacher."""
     return {
         "weights_sha256": teacher.weights_sha256,
+        "config_sha256": teacher.config_sha256,
         "commit": teacher.commit,
         "architecture": type(teacher.model).__name__,
         "tokenizer_sha256": tokenizer_sha256,
-        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "dtype": dtype_name(teacher.dtype),
     }

@@ -16,6 +16,28 @@ from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
 
 
+def refuse_what_cannot_start(config: OptimizationConfig) -> None:
+    """Refuse what no data is needed for to see, before anything is written or removed.
+
+    Raises:
+        UserError: for several processes, a log reporter that is not installed, or a named
+            checkpoint that is not complete.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        raise UserError(
+            f"training was started in {num_processes} processes and runs in one: start it without "
+            "torchrun"
+        )
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise UserError(
+            f"--report-to {config.report_to} needs the package {config.report_to}, which is not "
+            f"installed: pip install {config.report_to}"
+        )
+    if config.resume not in ("auto", "never"):
+        require_committed(Path(config.resume))
+
+
 def training_arguments(
     config: OptimizationConfig,
     folder: Path,
@@ -37,20 +59,7 @@ def training_arguments(
         keeps_best: end with the checkpoint of the best accuracy, not with the last one.
         label_names: keys of the batch that hold targets.
 
-    Raises:
-        UserError: for several processes, or a log reporter that is not installed.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes > 1:
-        raise UserError(
-            f"training was started in {num_processes} processes and runs in one: start it without "
-            "torchrun"
-        )
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise UserError(
-            f"--report-to {config.report_to} needs the package {config.report_to}, which is not "
-            f"installed: pip install {config.report_to}"
-        )
     device = resolve_device(config)
     dtype = dtype_name(resolve_dtype(config, device))
     checkpoint_steps = min(config.checkpoint_steps or steps_per_epoch, num_steps)

@@ -38,14 +38,20 @@ class OptimizationConfig(DeviceConfig):
     """How a model is trained: shared by student and teacher."""
 
     out: Path | None = Field(default=None, description="Folder of the run.")
-    epochs: float = Field(default=3, gt=0, description="Passes over the labelled samples.")
+    epochs: float = Field(
+        default=3, gt=0, allow_inf_nan=False, description="Passes over the labelled samples."
+    )
     max_steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps; replaces --epochs when given."
     )
     batch_size: int = Field(default=32, ge=1, description="Samples in a batch.")
     gradient_accumulation: int = Field(default=1, ge=1, description="Batches in an optimizer step.")
-    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate (AdamW).")
-    weight_decay: float = Field(default=0.01, ge=0, description="Weight decay.")
+    lr: float = Field(
+        default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate (AdamW)."
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, allow_inf_nan=False, description="Weight decay."
+    )
     warmup: float = Field(default=0.06, ge=0, le=1, description="Share of the steps that warm up.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         default="cosine", description="Learning rate after the warm-up."
@@ -92,6 +98,7 @@ class TrainingConfig(OptimizationConfig):
     unlabeled_ratio: float = Field(
         default=1.0,
         gt=0,
+        allow_inf_nan=False,
         description="Unlabelled batches for each labelled one (with --unlabeled-alpha).",
     )
     early_stopping: int | None = Field(
@@ -118,8 +125,12 @@ class FinetuneOptions(OptimizationConfig):
         description="Longest sample in tokens; longer documents are cut. Default: the model's "
         "limit, at most 512.",
     )
-    epochs: float = Field(default=2, gt=0, description="Passes over the labelled samples.")
-    lr: float = Field(default=5e-5, gt=0, description="Peak learning rate (AdamW).")
+    epochs: float = Field(
+        default=2, gt=0, allow_inf_nan=False, description="Passes over the labelled samples."
+    )
+    lr: float = Field(
+        default=5e-5, gt=0, allow_inf_nan=False, description="Peak learning rate (AdamW)."
+    )
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         default="linear", description="Learning rate after the warm-up."
     )

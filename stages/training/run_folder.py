@@ -12,11 +12,13 @@ from typing import Any
 from teacher_cache.cache.commit import explained, temporary_name, write_json_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import refuse_changed_settings
+from teacher_cache.cache.lock import LOCK_NAME
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
 
-_KILLED_WRITE = temporary_name(RUN_NAME)
+# What may stand in a folder that is about to become a run.
+_OURS = (LOCK_NAME, temporary_name(RUN_NAME))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +89,10 @@ def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord
             folder,
             recorded.settings,
             record.settings,
-            start_again="--resume never",
+            start_again="--resume never (--set train_student.resume=never in `pipe run`)",
         )
         return recorded
-    elif folder.exists() and any(one.name != _KILLED_WRITE for one in folder.iterdir()):
+    elif folder.exists() and any(one.name not in _OURS for one in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and holds no {RUN_NAME}, so it is no run: give another --out"
         )

@@ -32,8 +32,8 @@ def test_names_need_an_order_when_the_teacher_has_none():
 
 
 def test_names_that_the_teacher_does_not_have_are_named():
-    with pytest.raises(UserError, match="the labels neg, pos of the corpus are none of the"):
-        map_labels(["neg", "pos"], NAMED)
+    with pytest.raises(UserError, match="the labels bad, good of the corpus are none of the"):
+        map_labels(["bad", "good"], NAMED)
     with pytest.raises(UserError, match="the label neutral of the corpus is none of the"):
         map_labels(["negative", "neutral", "positive"], NAMED)
 
@@ -76,7 +76,22 @@ def test_names_win_over_a_published_order():
 
 def test_a_published_order_of_too_many_classes_is_refused():
     with pytest.raises(UserError, match="label 2, and the teacher has 2"):
-        map_labels(["a", "b", "c"], NAMED, names_are_ordered=True)
+        map_labels(["a", "b", "c"], GENERIC, names_are_ordered=True)
+
+
+def test_a_published_order_is_not_believed_against_a_teachers_own_names():
+    with pytest.raises(UserError, match="bad, good .* none of the teacher's classes"):
+        map_labels(["bad", "good"], NAMED, names_are_ordered=True)
+
+
+def test_beginnings_of_names_decide_whatever_the_order():
+    turned = {0: "POSITIVE", 1: "NEGATIVE"}
+    assert map_labels(["neg", "pos"], NAMED) == {"neg": 0, "pos": 1}
+    assert map_labels(["neg", "pos"], turned, names_are_ordered=True) == {"neg": 1, "pos": 0}
+    with pytest.raises(UserError, match="give the teacher's order"):
+        map_labels(["neg", "pos"], turned, ("neg", "pos"))
+    with pytest.raises(UserError, match="none of the teacher's classes"):
+        map_labels(["n", "p"], NAMED)
 
 
 def test_placeholders_are_told_from_names():

@@ -9,7 +9,11 @@ from transformers import TrainingArguments
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.training import arguments
-from teacher_cache.stages.training.arguments import checkpoint_to_resume, training_arguments
+from teacher_cache.stages.training.arguments import (
+    checkpoint_to_resume,
+    refuse_what_cannot_start,
+    training_arguments,
+)
 from teacher_cache.stages.training.checkpoints import commit_checkpoint
 from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.run_folder import RunRecord
@@ -88,16 +92,16 @@ def test_the_number_format_is_the_devices(
     assert found["dataloader_pin_memory"] == (device == "cuda")
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="in 4 processes"):
-        resolved(tmp_path, OptimizationConfig())
+        refuse_what_cannot_start(OptimizationConfig())
 
 
-def test_a_reporter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reporter_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install trackio"):
-        resolved(tmp_path, OptimizationConfig(report_to="trackio"))
+        refuse_what_cannot_start(OptimizationConfig(report_to="trackio"))
 
 
 def write_run(folder: Path, *steps: int, seed: int = 0) -> Path:
@@ -135,3 +139,5 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no complete checkpoint"):
         checkpoint_to_resume(OptimizationConfig(resume="allways"), write_run(tmp_path / "run"))
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        refuse_what_cannot_start(OptimizationConfig(resume=str(tmp_path / "nowhere")))
