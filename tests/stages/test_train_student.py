@@ -19,8 +19,11 @@ from transformers import (
 
 import teacher_cache.stages.student  # noqa: F401  (registers the student)
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.lock import writer_lock
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages import train_student
+from teacher_cache.stages import cache_teacher, train_student
+from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
 from teacher_cache.stages.train_student import StageTwoObserver
@@ -295,7 +298,7 @@ def test_early_stopping_ends_with_the_best_weights(tiny_cache: Path, tmp_path: P
     settings = {"early_stopping": 2, "max_steps": 12}
     result = train_student.run(student_config(tiny_cache, tmp_path / "run", **settings))
     found = result.record.result or {}
-    assert (found["num_steps"], found["best_checkpoint"]) == (8, 4)
+    assert (found["num_steps"], found["best_step"]) == (8, 4)
     assert (found["evaluation"]["step"], found["evaluation"]["eval_accuracy"]) == (4, 0.7)
     best = weights_after(tiny_cache, tmp_path / "other", 4, **settings)
     assert same_weights(tmp_path / "run", best)
@@ -310,7 +313,7 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(
     interrupt(config, after_save=killed_at)  # after the last evaluation too
     result = train_student.run(config)
     found = result.record.result or {}
-    assert found["best_checkpoint"] == 4
+    assert found["best_step"] == 4
     evaluated = [line["step"] for line in log_of(tmp_path / "run") if "eval_accuracy" in line]
     assert evaluated == [2, 4, 6, 8]
     best = weights_after(tiny_cache, tmp_path / "other", 4, early_stopping=2, max_steps=12)
@@ -321,7 +324,7 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(
 def test_without_early_stopping_the_last_weights_are_kept(tiny_cache: Path, tmp_path: Path) -> None:
     result = train_student.run(student_config(tiny_cache, tmp_path / "run", max_steps=8))
     found = result.record.result or {}
-    assert (found["num_steps"], found["best_checkpoint"]) == (8, None)
+    assert (found["num_steps"], found["best_step"]) == (8, None)
     assert found["evaluation"]["step"] == 8
     last = tmp_path / "run" / "checkpoints" / "checkpoint-8"
     assert same_weights(tmp_path / "run", last)
@@ -438,3 +441,32 @@ def test_the_settings_are_recorded_without_paths(run: Path, tiny_cache: Path) ->
     settings = read_run(run).settings
     assert settings["cache_fingerprint"] == CacheReader(tiny_cache).manifest.fingerprint
     assert (settings["dtype"], settings["conf_power"]) == ("float32", 1.0)
+
+
+def test_a_cache_that_grew_is_not_the_one_that_was_trained_on(
+    tmp_path: Path, tiny_bert: Path, acl_imdb: Path
+) -> None:
+    small = CacheTeacherConfig(
+        name="tiny",
+        teacher=str(tiny_bert),
+        device="cpu",
+        max_length=MAX_LENGTH,
+        labeled=CorpusConfig(source=str(acl_imdb), split="train", max_samples=40),
+        out=tmp_path / "cache",
+    )
+    cache = cache_teacher.run(small).cache
+    train_student.run(student_config(cache, tmp_path / "run"))
+    more = small.labeled.model_copy(update={"max_samples": 60})
+    cache_teacher.run(small.model_copy(update={"labeled": more}))
+    with pytest.raises(UserError, match=r"cache_samples\.labeled is 40 there and 60 in this"):
+        train_student.run(student_config(cache, tmp_path / "run"))
+
+
+def test_two_trainings_never_share_a_folder(tmp_path: Path, tiny_cache: Path) -> None:
+    with (
+        writer_lock(tmp_path / "run"),
+        pytest.raises(UserError, match="being written by another process"),
+    ):
+        train_student.run(student_config(tiny_cache, tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert train_student.run(student_config(tiny_cache, tmp_path / "run")).record.complete

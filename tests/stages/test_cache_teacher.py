@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages import cache_teacher
+from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.data.corpus import CorpusConfig
+from teacher_cache.stages.data.tokenization import Sample
+from teacher_cache.stages.inference import class_logits
+from teacher_cache.stages.teacher.capture import capture
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.load import identity, load_teacher
+from tests.tiny_models import write_tiny_gpt2
+
+
+def sample_of(*ids: int) -> Sample:
+    return Sample(
+        sample_id=bytes([len(ids)] * 16),
+        input_ids=np.array(ids, np.uint32),
+        label=None,
+        was_truncated=False,
+    )
+
+
+SAMPLES = [sample_of(*range(5, 5 + length)) for length in (3, 9, 4, 30, 17)]
+
+
+def config_of(folder: Path, teacher: Path, **changes: object) -> CacheTeacherConfig:
+    values = {
+        "out": folder,
+        "teacher": str(teacher),
+        "name": "reviews",
+        "labeled": CorpusConfig(source="reviews", split="train", max_samples=20),
+        "max_length": 32,
+    }
+    return CacheTeacherConfig.model_validate(values | changes)
+
+
+def test_the_head_of_a_half_precision_teacher_is_float32(tiny_bert: Path) -> None:
+    teacher = load_teacher(TeacherConfig(teacher=str(tiny_bert), dtype="bfloat16", device="cpu"))
+    assert isinstance(teacher.model, BertForSequenceClassification)
+    assert teacher.model.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+    assert teacher.model.classifier.weight.dtype == torch.float32
+    fields = capture(teacher, SAMPLES, batch_tokens=64, on_batch=lambda *_: None).fields
+    logits = torch.from_numpy(np.asarray(fields["class_logits"]))
+    assert (logits.bfloat16().float() != logits).any()
+
+
+def test_a_decoder_pools_alike_in_a_batch_and_alone(
+    tmp_path: Path, gpt2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # Its own padding token is not the tokenizer's end-of-text token, which would fill the batch.
+    folder = write_tiny_gpt2(tmp_path, gpt2_tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.config.pad_token_id = 0
+    model.save_pretrained(folder)
+    teacher = load_teacher(TeacherConfig(teacher=str(folder), device="cpu"))
+    assert teacher.pad_id == 0
+    ids = [sample.input_ids for sample in SAMPLES]
+    batched, alone = (
+        class_logits(teacher.model, ids, num_classes=2, pad_id=teacher.pad_id, max_tokens=budget)
+        for budget in (1000, 1)
+    )
+    np.testing.assert_allclose(batched.logits, alone.logits, atol=1e-5)
+
+
+def test_logits_that_are_no_numbers_are_not_cached(tiny_bert: Path) -> None:
+    teacher = load_teacher(TeacherConfig(teacher=str(tiny_bert), device="cpu"))
+    assert isinstance(teacher.model, BertForSequenceClassification)
+    with torch.no_grad():
+        teacher.model.classifier.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"5 samples are not finite .* --dtype float32"):
+        capture(teacher, SAMPLES, batch_tokens=64, on_batch=lambda *_: None)
+
+
+def test_the_teachers_configuration_is_in_its_identity(tiny_bert: Path, tmp_path: Path) -> None:
+    teacher = load_teacher(TeacherConfig(teacher=str(tiny_bert), device="cpu"))
+    teacher.model.config.hidden_act = "relu"
+    teacher.model.save_pretrained(tmp_path)
+    teacher.tokenizer.save_pretrained(tmp_path)
+    other = load_teacher(TeacherConfig(teacher=str(tmp_path), device="cpu"))
+    assert other.weights_sha256 == teacher.weights_sha256
+    assert identity(other, "") != identity(teacher, "")
+    moved = replace(teacher, name="elsewhere")
+    assert identity(moved, "") == identity(teacher, "")
+
+
+def test_one_class_behind_a_limit_is_refused(tmp_path: Path, tiny_bert: Path) -> None:
+    labeled = CorpusConfig(source="reviews", split="train", max_samples=1)
+    config = config_of(tmp_path / "c", tiny_bert, labeled=labeled)
+    with pytest.raises(UserError, match=r"of the class \w+: a classifier needs two"):
+        cache_teacher.run(config.model_copy(update={"labeled": named(labeled)}))
+
+
+def named(corpus: CorpusConfig) -> CorpusConfig:
+    """The reviews with the classes of the tiny teacher, whose names are others."""
+    return corpus.model_copy(update={"label_names": ("rotten", "fresh")})
+
+
+def test_a_fallback_leaves_out_text_that_only_the_preset_implied(
+    tmp_path: Path, tiny_gpt2: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fallback = named(CorpusConfig(source="reviews", split="train", max_samples=20))
+    config = config_of(
+        tmp_path / "c",
+        tiny_gpt2,
+        labeled=CorpusConfig(source=str(tmp_path / "missing.csv")),
+        unlabeled=CorpusConfig(source=str(tmp_path / "missing.txt"), labeled=False),
+        fallback=(fallback,),
+    )
+    with caplog.at_level(logging.WARNING, logger="teacher_cache"):
+        result = cache_teacher.run(config)
+    assert list(result.manifest.splits) == ["labeled"]
+    assert result.manifest.about["fell_back_from"] == str(tmp_path / "missing.csv")
+    assert "left out" in caplog.text and "--unlabeled" in caplog.text
+    assert len(CacheReader(tmp_path / "c")) == 20
+    with pytest.raises(UserError, match=r"missing\.txt"):
+        chosen = config.model_copy(update={"unlabeled_is_named": True, "out": tmp_path / "d"})
+        cache_teacher.run(chosen)
