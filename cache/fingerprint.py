@@ -22,6 +22,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+
+
 def differences(
     recorded: dict[str, Any], requested: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:

@@ -24,7 +24,7 @@ from teacher_cache.cache.commit import (
     write_bytes_atomically,
 )
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.fingerprint import file_sha256, refuse_changed_settings
+from teacher_cache.cache.fingerprint import hash_files, refuse_changed_settings
 from teacher_cache.cache.index import segment_path, write_segment
 from teacher_cache.cache.lock import LOCK_NAME, writer_lock
 from teacher_cache.cache.manifest import (
@@ -258,9 +258,3 @@ class CacheWriter:
             self.manifest = recorded
         else:
             self.manifest = replace(wanted, created_at=recorded.created_at)
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder, by relative path."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}

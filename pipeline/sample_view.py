@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.manifest import TEACHER_FOLDER
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
-from teacher_cache.cache.writer import TEACHER_FOLDER
 from teacher_cache.stages.tokenizers import load_tokenizer
 
 

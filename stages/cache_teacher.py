@@ -228,7 +228,7 @@ def _manifest(
             split: SplitSummary(
                 num_documents=len(corpus),
                 num_shards=len(plans[split]),
-                report=survey(corpus).model_dump(),
+                report=_surveyed(split, corpus),
             )
             for split, corpus in corpora.items()
         },
@@ -248,6 +248,12 @@ def _manifest(
         versions={name: version(name) for name in VERSIONED},
         created_at=utc_now(),
     )
+
+
+def _surveyed(split: str, corpus: Corpus) -> dict[str, Any]:
+    report = survey(corpus)
+    logger.info("%s: %s", split, report.describe())
+    return report.model_dump()
 
 
 def _write_teacher_files(

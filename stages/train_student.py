@@ -29,20 +29,14 @@ from teacher_cache.stages.training.arguments import (
     refuse_what_cannot_start,
     training_arguments,
 )
-from teacher_cache.stages.training.batches import (
-    AlternatingBatches,
-    BothKinds,
-    CachedSamples,
-    Collator,
-    batches_per_epoch,
-    held_out,
-)
+from teacher_cache.stages.training.batches import Collator
 from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import (
     NOT_RESULTS,
     ArchitectureConfig,
     TrainStudentConfig,
 )
+from teacher_cache.stages.training.data import TrainingData, open_splits, training_data
 from teacher_cache.stages.training.early_stopping import EarlyStopping
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
@@ -67,17 +61,6 @@ class TrainStudentResult:
     was_complete: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """The cache as training sees it."""
-
-    training: BothKinds
-    evaluation: CachedSamples | None
-    num_steps: int
-    steps_per_epoch: int
-    batches: AlternatingBatches
-
-
 class StageTwoObserver(TrainingObserver):
     """Told what happens in stage two; the base says nothing."""
 
@@ -97,7 +80,7 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     refuse_what_cannot_start(config)
     if config.cache is None:
         raise UserError("no cache was named: give --cache DIR")
-    readers = _open_splits(config.cache, config.unlabeled_alpha)
+    readers = open_splits(config.cache, config.unlabeled_alpha)
     labeled = readers[0]
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
     joined = join(config.cache, config, longest_sample=longest_sample)
@@ -107,7 +90,7 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
         check_position_map(position_map, np.unique(reader.lengths()).tolist())
     # All that can be refused is refused before the folder of the run is made.
     student_config = _student_config(config, labeled, joined, position_map)
-    data = _training_data(config, readers)
+    data = training_data(config, readers)
 
     record = _record(config, readers, joined)
     folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
@@ -150,24 +133,6 @@ def _train(
     return record
 
 
-def _open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
-    """The labelled split and, where it counts, the unlabelled one."""
-    labeled = CacheReader(cache, "labeled")
-    if unlabeled_alpha and "unlabeled" not in labeled.manifest.splits:
-        raise UserError(
-            f"--unlabeled-alpha {unlabeled_alpha:g} needs unlabelled text, and {cache} holds none: "
-            "make a cache with --unlabeled, or leave the option out"
-        )
-    readers = [labeled, *([CacheReader(cache, "unlabeled")] if unlabeled_alpha else [])]
-    for reader in readers:
-        if not len(reader):
-            raise UserError(
-                f"the {reader.split} split of {cache} holds no samples, all its documents are "
-                "empty: cache others, or train without it"
-            )
-    return readers
-
-
 def _record(
     config: TrainStudentConfig, readers: Sequence[CacheReader], joined: Joined
 ) -> RunRecord:
@@ -195,57 +160,6 @@ def _record(
 
 def _settings_hash(record: RunRecord) -> str:
     return hashlib.sha256(canonical_json(record.settings).encode()).hexdigest()[:8]
-
-
-def _training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:
-    labeled = readers[0]
-    is_held_out = held_out(labeled.sample_ids(), config.eval_fraction)
-    _require_two_classes(labeled, ~is_held_out)
-    training = BothKinds(
-        CachedSamples(labeled, np.flatnonzero(~is_held_out), labeled=True),
-        *(CachedSamples(reader, np.arange(len(reader)), labeled=False) for reader in readers[1:]),
-    )
-    evaluation = CachedSamples(labeled, _by_length(labeled, is_held_out), labeled=True)
-    if config.early_stopping is not None and not len(evaluation):
-        raise UserError(
-            "--early-stopping needs an evaluation, and --eval-fraction holds out no sample: raise "
-            "that share"
-        )
-    per_epoch = batches_per_epoch(
-        len(training.labeled),
-        batch_size=config.batch_size,
-        unlabeled_ratio=config.unlabeled_ratio if training.unlabeled else 0.0,
-    )
-    steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
-    num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
-    return TrainingData(
-        training=training,
-        evaluation=evaluation if len(evaluation) else None,
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        batches=AlternatingBatches(
-            training,
-            batch_size=config.batch_size,
-            num_batches=num_steps * config.gradient_accumulation,
-            unlabeled_ratio=config.unlabeled_ratio,
-            seed=config.seed,
-        ),
-    )
-
-
-def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:
-    sample_idxs = np.flatnonzero(chosen)
-    return sample_idxs[np.argsort(reader.lengths()[sample_idxs], kind="stable")]
-
-
-def _require_two_classes(reader: CacheReader, chosen: np.ndarray) -> None:
-    classes = np.unique(reader.column("label")[chosen])
-    if len(classes) < 2:
-        raise UserError(
-            f"the {int(chosen.sum())} labelled samples of {reader.cache} to train on are all of "
-            f"class {classes.tolist()}: cache more of the data (--max-samples), or hold out less "
-            "(--eval-fraction)"
-        )
 
 
 def _student_config(

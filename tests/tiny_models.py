@@ -36,7 +36,12 @@ def write_tiny_gpt2(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: i
     """A 2-layer GPT-2 classifier of width 32, as the imdb preset's teacher; returns its folder."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512, num_labels=2
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=512,
+        id2label={0: "LABEL_0", 1: "LABEL_1"},
     )
     return _save(folder, GPT2ForSequenceClassification(config), tokenizer)
 

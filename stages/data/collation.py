@@ -7,29 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pad_batch(
-    sequences: Sequence[np.ndarray], pad_id: int, pad_to_multiple_of: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+def pad_batch(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Pad token ids on the right to one length.
 
     Args:
         sequences: B arrays of token ids, [S] each.
         pad_id: fills the positions behind a sequence.
-        pad_to_multiple_of: the padded length is the longest one rounded up to a multiple of it.
 
     Returns:
         int64 [B, S] token ids, and bool [B, S], True where there is a token.
 
     Raises:
-        ValueError: if there are no sequences, or the multiple is not positive.
+        ValueError: if there are no sequences.
     """
-    if not sequences or pad_to_multiple_of < 1:
-        raise ValueError(
-            f"expected at least one sequence and a positive multiple, got {len(sequences)} and "
-            f"{pad_to_multiple_of}"
-        )
+    if not sequences:
+        raise ValueError("expected at least one sequence")
     lengths = np.array([len(sequence) for sequence in sequences])
-    width = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
+    width = int(lengths.max())
     attention_mask = np.arange(width)[None, :] < lengths[:, None]  # [B, S]
     input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     for idx, sequence in enumerate(sequences):

@@ -78,11 +78,6 @@ class Corpus:
         return len(self._order)
 
     @property
-    def num_available(self) -> int:
-        """Number of documents of the split, without the limit."""
-        return len(self._texts)
-
-    @property
     def label_names(self) -> tuple[str, ...] | None:
         """The class names in id order, None when the source has none or no labels are read."""
         return self._labels.names if self._labels is not None else None

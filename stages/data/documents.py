@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-SAMPLE_ID_BYTES = 16
+from teacher_cache.cache.schema import SAMPLE_ID_BYTES
 
 
 @dataclass(frozen=True)

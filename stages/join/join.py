@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacher_cache.cache.errors import CheckFailed
-from teacher_cache.cache.writer import TEACHER_FOLDER
+from teacher_cache.cache.manifest import TEACHER_FOLDER
 from teacher_cache.stages.join.compare import check
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import JoinReport, ways_out

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from teacher_cache.cache.commit import explained, fsync_folder, write_json_atomically
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.writer import hash_files
+from teacher_cache.cache.fingerprint import hash_files
 
 MARKER_NAME = "committed.json"
 NUM_KEPT = 2

@@ -52,7 +52,7 @@ def config_of(folder: Path, teacher: Path, **changes: object) -> CacheTeacherCon
 def test_the_head_of_a_half_precision_teacher_is_float32(tiny_bert: Path) -> None:
     teacher = load_teacher(TeacherConfig(teacher=str(tiny_bert), dtype="bfloat16", device="cpu"))
     assert isinstance(teacher.model, BertForSequenceClassification)
-    assert teacher.model.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+    assert teacher.model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
     assert teacher.model.classifier.weight.dtype == torch.float32
     fields = capture(teacher, SAMPLES, batch_tokens=64, on_batch=lambda *_: None).fields
     logits = torch.from_numpy(np.asarray(fields["class_logits"]))

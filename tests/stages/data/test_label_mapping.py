@@ -80,7 +80,7 @@ def test_a_published_order_of_too_many_classes_is_refused():
 
 
 def test_a_published_order_is_not_believed_against_a_teachers_own_names():
-    with pytest.raises(UserError, match="bad, good .* none of the teacher's classes"):
+    with pytest.raises(UserError, match=r"bad, good .* none of the teacher's classes"):
         map_labels(["bad", "good"], NAMED, names_are_ordered=True)
 
 

@@ -1,0 +1,122 @@
+"""The cache as training sees it: what is trained on, what is held out, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.training.batches import (
+    AlternatingBatches,
+    BothKinds,
+    CachedSamples,
+    batches_per_epoch,
+    held_out,
+)
+from teacher_cache.stages.training.config import TrainStudentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Samples and their order.
+
+    Attributes:
+        training: samples to train on, of both kinds.
+        evaluation: labelled samples that are held out, shortest first; None without any.
+        num_steps: optimizer steps of the whole training.
+        steps_per_epoch: until every labelled sample was seen once.
+        batches: every batch of the training.
+    """
+
+    training: BothKinds
+    evaluation: CachedSamples | None
+    num_steps: int
+    steps_per_epoch: int
+    batches: AlternatingBatches
+
+
+def open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
+    """The labelled split and, where it counts, the unlabelled one.
+
+    Raises:
+        UserError: if the unlabelled split is asked for and missing, or a split has no samples.
+    """
+    labeled = CacheReader(cache, "labeled")
+    if unlabeled_alpha and "unlabeled" not in labeled.manifest.splits:
+        raise UserError(
+            f"--unlabeled-alpha {unlabeled_alpha:g} needs unlabelled text, and {cache} holds none: "
+            "make a cache with --unlabeled, or leave the option out"
+        )
+    readers = [labeled, *([CacheReader(cache, "unlabeled")] if unlabeled_alpha else [])]
+    for reader in readers:
+        if not len(reader):
+            raise UserError(
+                f"the {reader.split} split of {cache} holds no samples, all its documents are "
+                "empty: cache others, or train without it"
+            )
+    return readers
+
+
+def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:
+    """Hold a share out, and lay down the order of all batches.
+
+    Args:
+        config: the run's settings.
+        readers: of `open_splits`.
+
+    Raises:
+        UserError: if one class is all there is to train on, or early stopping has nothing to
+            evaluate.
+    """
+    labeled = readers[0]
+    is_held_out = held_out(labeled.sample_ids(), config.eval_fraction)
+    _require_two_classes(labeled, ~is_held_out)
+    training = BothKinds(
+        CachedSamples(labeled, np.flatnonzero(~is_held_out), labeled=True),
+        *(CachedSamples(reader, np.arange(len(reader)), labeled=False) for reader in readers[1:]),
+    )
+    evaluation = CachedSamples(labeled, _by_length(labeled, is_held_out), labeled=True)
+    if config.early_stopping is not None and not len(evaluation):
+        raise UserError(
+            "--early-stopping needs an evaluation, and --eval-fraction holds out no sample: raise "
+            "that share"
+        )
+    per_epoch = batches_per_epoch(
+        len(training.labeled),
+        batch_size=config.batch_size,
+        unlabeled_ratio=config.unlabeled_ratio if training.unlabeled else 0.0,
+    )
+    steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
+    num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
+    return TrainingData(
+        training=training,
+        evaluation=evaluation if len(evaluation) else None,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        batches=AlternatingBatches(
+            training,
+            batch_size=config.batch_size,
+            num_batches=num_steps * config.gradient_accumulation,
+            unlabeled_ratio=config.unlabeled_ratio,
+            seed=config.seed,
+        ),
+    )
+
+
+def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:
+    sample_idxs = np.flatnonzero(chosen)
+    return sample_idxs[np.argsort(reader.lengths()[sample_idxs], kind="stable")]
+
+
+def _require_two_classes(reader: CacheReader, chosen: np.ndarray) -> None:
+    classes = np.unique(reader.column("label")[chosen])
+    if len(classes) < 2:
+        raise UserError(
+            f"the {int(chosen.sum())} labelled samples of {reader.cache} to train on are all of "
+            f"class {classes.tolist()}: cache more of the data (--max-samples), or hold out less "
+            "(--eval-fraction)"
+        )
