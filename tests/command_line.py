@@ -33,14 +33,15 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The one sentence on stderr of a command that failed on purpose.
+        """The one sentence that a command which failed on purpose ends with.
 
-        Asserts that it is one, and that no library said anything beside it.
+        Asserts that it is one, and that nothing but our own notes stands before it.
         """
         assert self.code in (1, 2), f"exit code {self.code}\n{self.stdout}\n{self.stderr}"
         assert "Traceback" not in self.stdout + self.stderr
-        assert re.fullmatch(r"error: [^\n]+\n", self.stderr), self.stderr
-        return self.stderr.removeprefix("error: ").rstrip("\n")
+        found = re.fullmatch(r"(?:(?:INFO|WARNING) +\S.*\n)*error: (.+)\n", self.stderr)
+        assert found, self.stderr
+        return found.group(1)
 
 
 def pipe(*args: str | Path, text: str | None = None) -> Outcome:
