@@ -178,8 +178,8 @@ def test_interrupted_from_the_keyboard(stage_two: StageTwo, tmp_path: Path) -> N
     finally:
         process.kill()
     assert process.returncode == 130
-    assert said.splitlines()[-1] == (
-        f"interrupted: the same command goes on from here: {shlex.join(['pipe', *command])}"
-    )
+    last = said.splitlines()[-1]
+    assert last.startswith("interrupted: ")
+    assert last.endswith(f": {shlex.join(['pipe', *command])}")
     assert "Traceback" not in said
     assert not read_run(run).complete

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from transformers import TrainerState, modeling_utils
 from transformers.utils import logging
 
 from teacher_cache.stages import train_student as stage_two
-from teacher_cache.stages.join.config import JoinConfig
-from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.training.config import TrainStudentConfig
+from tests.tiny_runs import read_tokenizers_once
 
 BEFORE, HALF_WRITTEN, AFTER = "before", "half-written", "after"
 
@@ -86,17 +86,9 @@ class Steps:
 
 
 def warm_up(config: str) -> None:
-    """Train once, so that children find everything imported; and join once for all of them."""
+    """Train once, so that children find everything imported; and join once for all."""
     logging.disable_progress_bar()
-    join = stage_two.join
-    joined: dict[Path, Joined] = {}
-
-    def join_once(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
-        if cache not in joined:
-            joined[cache] = join(cache, config, longest_sample=longest_sample)
-        return joined[cache]
-
-    stage_two.join = join_once
+    read_tokenizers_once(partial(setattr, stage_two))
     train_student(config)
 
 

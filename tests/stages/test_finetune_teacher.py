@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_teacher
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.run_folder import read_run
+from tests.tiny_runs import read_tokenizers_once
 
 CLOCK = ("runtime", "per_second")
 
@@ -52,11 +54,13 @@ class Watcher(TrainingObserver, TrainerCallback):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_old_to_collect() -> Iterator[None]:
-    """Each training begins with a collection of garbage, through all that was ever imported."""
+def quick() -> Iterator[None]:
+    """Leaves out what takes longer than a tiny training: tokenizers, old garbage at its start."""
     gc.collect()
     gc.freeze()
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        read_tokenizers_once(partial(patched.setattr, finetune_teacher, raising=False))
+        yield
     gc.unfreeze()
 
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import cache_teacher, train_student
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.join.config import JoinConfig
-from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
+from teacher_cache.stages.join.join import Joined, TokenizationMismatch
 from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.run_folder import read_run
-from tests.tiny_runs import MAX_LENGTH, student_config
+from tests.tiny_runs import MAX_LENGTH, read_tokenizers_once, student_config
 
 # How long it took is no result.
 CLOCK = ("runtime", "per_second")
@@ -89,19 +89,11 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Each join once, as it is half of a tiny training; and nothing old to collect at its start."""
-
-    def join_once(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
-        key = (cache, *(getattr(config, name) for name in JoinConfig.model_fields), longest_sample)
-        if key not in joined:
-            joined[key] = join(cache, config, longest_sample=longest_sample)
-        return joined[key]
-
-    joined: dict[tuple[Any, ...], Joined] = {}
+    """Leaves out what takes longer than a tiny training: tokenizers, old garbage at its start."""
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_student, "join", join_once)
+        read_tokenizers_once(partial(patched.setattr, train_student))
         yield
     gc.unfreeze()
 
@@ -393,46 +385,6 @@ def test_no_cache(tmp_path: Path, tiny_cache: Path) -> None:
     config = student_config(tiny_cache, tmp_path / "run").model_copy(update={"cache": None})
     with pytest.raises(UserError, match="--cache DIR"):
         train_student.run(config)
-
-
-@pytest.fixture
-def only(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lets the readers see some samples only."""
-
-    def restrict(split: str, keep: Sequence[int]) -> None:
-        class Restricted(CacheReader):
-            def __init__(self, cache: Path, split_name: str = "labeled"):
-                super().__init__(cache, split_name)
-                self.chosen = list(keep) if split_name == split else list(range(super().__len__()))
-
-            def __len__(self) -> int:
-                return len(self.chosen)
-
-            def lengths(self) -> np.ndarray:
-                return super().lengths()[self.chosen]
-
-            def column(self, name: str) -> np.ndarray:
-                return super().column(name)[self.chosen]
-
-            def sample_ids(self) -> Any:
-                ids = list(super().sample_ids())
-                return (ids[sample_idx] for sample_idx in self.chosen)
-
-        monkeypatch.setattr(train_student, "CacheReader", Restricted)
-
-    return restrict
-
-
-def test_samples_of_one_class_are_refused(tiny_cache: Path, tmp_path: Path, only: Any) -> None:
-    only("labeled", np.flatnonzero(CacheReader(tiny_cache).column("label") == 1)[:20].tolist())
-    with pytest.raises(UserError, match=r"are all of class \[1\]: cache more"):
-        train_student.run(student_config(tiny_cache, tmp_path / "run"))
-
-
-def test_a_split_without_samples_is_refused(tiny_cache: Path, tmp_path: Path, only: Any) -> None:
-    only("unlabeled", [])
-    with pytest.raises(UserError, match=r"the unlabeled split of .* holds no samples"):
-        train_student.run(student_config(tiny_cache, tmp_path / "run", unlabeled_alpha=0.3))
 
 
 def test_the_settings_are_recorded_without_paths(run: Path, tiny_cache: Path) -> None:

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.training import data
+from teacher_cache.stages.training.batches import held_out
+from teacher_cache.stages.training.data import TrainingData, open_splits, training_data
+from tests.tiny_runs import student_config
+
+Restrict = Callable[[str, Sequence[int]], None]
+
+
+def prepared(cache: Path, **changes: Any) -> TrainingData:
+    config = student_config(cache, cache, **changes)
+    return training_data(config, open_splits(cache, config.unlabeled_alpha))
+
+
+def test_samples_are_trained_on_or_held_out(tiny_cache: Path) -> None:
+    found = prepared(tiny_cache)
+    reader = CacheReader(tiny_cache)
+    out = held_out(reader.sample_ids(), 0.2)
+    assert found.evaluation is not None
+    evaluated = [found.evaluation[at]["sample_id"].tobytes() for at in range(len(found.evaluation))]
+    trained = [found.training[at]["sample_id"].tobytes() for at in range(len(found.training))]
+    ids = list(reader.sample_ids())
+    assert sorted(evaluated) == sorted(one for one, is_out in zip(ids, out, strict=True) if is_out)
+    assert trained == [one for one, is_out in zip(ids, out, strict=True) if not is_out]
+    assert found.evaluation.lengths.tolist() == sorted(found.evaluation.lengths)
+
+
+def test_both_kinds_where_both_count(tiny_cache: Path) -> None:
+    assert prepared(tiny_cache).training.unlabeled is None
+    both = prepared(tiny_cache, unlabeled_alpha=0.3).training
+    assert both.unlabeled is not None
+    assert len(both.unlabeled) == len(CacheReader(tiny_cache, "unlabeled"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps_per_epoch", "num_steps"),
+    [
+        ({}, 12, 24),
+        ({"unlabeled_alpha": 0.3}, 24, 48),  # one unlabelled batch after each labelled one
+        ({"unlabeled_alpha": 0.3, "unlabeled_ratio": 0.5}, 18, 36),
+        ({"gradient_accumulation": 4}, 3, 6),
+        ({"epochs": 0.001}, 12, 1),
+        ({"epochs": 1.5}, 12, 18),
+        ({"max_steps": 7}, 12, 7),
+    ],
+)
+def test_how_long_it_takes(
+    tiny_cache: Path, changes: dict[str, Any], steps_per_epoch: int, num_steps: int
+) -> None:
+    given = {"max_steps": None, "epochs": 2, "batch_size": 8} | changes
+    found = prepared(tiny_cache, **given)
+    num_labeled = len(found.training.labeled)
+    assert -(-num_labeled // 8) == 12, "the fixture's reviews changed: adapt the numbers here"
+    assert (found.steps_per_epoch, found.num_steps) == (steps_per_epoch, num_steps)
+    assert len(found.batches) == num_steps * given.get("gradient_accumulation", 1)
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Restrict:
+    """Lets the readers see some samples only."""
+
+    def restrict(split: str, keep: Sequence[int]) -> None:
+        class Restricted(CacheReader):
+            def __init__(self, cache: Path, split_name: str = "labeled"):
+                super().__init__(cache, split_name)
+                self.chosen = list(keep) if split_name == split else list(range(super().__len__()))
+
+            def __len__(self) -> int:
+                return len(self.chosen)
+
+            def lengths(self) -> np.ndarray:
+                return super().lengths()[self.chosen]
+
+            def column(self, name: str) -> np.ndarray:
+                return super().column(name)[self.chosen]
+
+            def sample_ids(self) -> Any:
+                ids = list(super().sample_ids())
+                return (ids[sample_idx] for sample_idx in self.chosen)
+
+        monkeypatch.setattr(data, "CacheReader", Restricted)
+
+    return restrict
+
+
+def test_samples_of_one_class_are_refused(tiny_cache: Path, only: Restrict) -> None:
+    only("labeled", np.flatnonzero(CacheReader(tiny_cache).column("label") == 1)[:20].tolist())
+    with pytest.raises(UserError, match=r"are all of class \[1\]: cache more"):
+        prepared(tiny_cache)
+
+
+@pytest.mark.parametrize("split", ["labeled", "unlabeled"])
+def test_a_split_without_samples_is_refused(tiny_cache: Path, only: Restrict, split: str) -> None:
+    only(split, [])
+    with pytest.raises(UserError, match=rf"the {split} split of .* holds no samples"):
+        prepared(tiny_cache, unlabeled_alpha=0.3)
