@@ -31,16 +31,13 @@ def test_the_command_is_installed_under_its_name() -> None:
 
 
 def test_help_goes_to_stdout_and_is_no_error() -> None:
-    for args in (("--help",), ("-h",), ("train-student", "--help")):
+    for args in (("--help",), ("train-student", "-h")):
         ended = start(*args)
         assert (ended.returncode, ended.stderr) == (0, "")
         assert "Usage: " in ended.stdout
 
 
-def test_results_go_to_stdout_and_nothing_to_stderr(bert_cache: Path, bert_run: Path) -> None:
-    ended = start("verify", bert_cache)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.splitlines()[-1].endswith("is sound: 6 shards, 0.04 MB")
+def test_results_go_to_stdout_and_nothing_to_stderr(bert_run: Path) -> None:
     ended = start("predict", bert_run, text="A fine film.\nA bore.\n")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert [line.split("\t")[2] for line in ended.stdout.splitlines()] == [

@@ -46,7 +46,7 @@ for shard in sorted(cache.glob("*/*/*.arrow")):
 """
 
 NUM_TRAIN, NUM_TEST, NUM_UNLABELED = 120, 40, 60  # of both stand-ins
-TEXTS = ("A warm, funny film that never drags.", "Dull.")
+TEXTS = ("A warm, funny film that never drags.", "Dull.", 100 * "long " + "film")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,18 +225,13 @@ def test_evaluation_stands_beside_the_teacher_and_the_majority(
 
 def test_predictions_are_those_of_transformers_pipeline(journey: Journey) -> None:
     printed = done("predict", journey.run, text="\n".join(TEXTS) + "\n")
-    one = done("predict", journey.run, TEXTS[0])
-    assert printed.splitlines()[0] == one.rstrip("\n")
+    # Nor do they depend on what else is in the batch.
+    assert printed.startswith(done("predict", journey.run, TEXTS[0]))
     classify = pipeline("text-classification", model=str(journey.run.resolve()), device="cpu")
     for text, line in zip(TEXTS, printed.splitlines(), strict=True):
         (found,) = classify([text])
         assert line == f"{found['label']}\t{found['score']:.3f}\t{text}"
         assert found["label"] in ("neg", "pos")
-
-
-def test_predictions_do_not_depend_on_what_else_is_in_the_batch(journey: Journey) -> None:
-    together = done("predict", journey.run, text="\n".join([*TEXTS, 200 * "long "])).splitlines()
-    assert together[:2] == [done("predict", journey.run, text).rstrip("\n") for text in TEXTS]
 
 
 def test_predict_refuses_an_empty_text(journey: Journey) -> None:
@@ -288,10 +283,8 @@ def test_verify_finds_the_cache_sound_and_the_teacher_the_same(journey: Journey)
 
 
 def test_the_join_alone(journey: Journey) -> None:
-    assert "✓ tokenization verified" in done("check")
-    assert "✓ tokenization verified" in done(
-        "check", "--cache", journey.cache, "--student-tokenizer", journey.teacher
-    )
+    # Of the newest cache, with the tokenizer where the teacher has it.
+    assert "✓ tokenization verified" in done("check", "--student-tokenizer", journey.teacher)
 
 
 def test_both_commands_again_do_nothing(journey: Journey) -> None:
