@@ -108,9 +108,11 @@ def test_the_order_of_a_save(stage_two: StageTwo) -> None:
     *saves, end = " | ".join(stage_two.steps).split(f"after rename checkpoint/{MARKER_NAME}")
     assert len(saves) == 8
     for save in saves:
-        last_written = save.rindex("write checkpoint/")
-        assert save[last_written:].startswith("write checkpoint/trainer_state.json")
-        assert save[last_written:].endswith(f"before rename checkpoint/{MARKER_NAME} | ")
+        last = save[save.rindex("write checkpoint/") :]
+        assert (
+            last
+            == f"write checkpoint/trainer_state.json | before rename checkpoint/{MARKER_NAME} | "
+        )
     for save in (*saves[3:], end):  # from the third checkpoint on, after its marker
         removed = save.split("write checkpoint/")[0]
         assert removed.index(f"remove checkpoint/{MARKER_NAME}") < removed.index("checkpoint/any")
@@ -123,7 +125,7 @@ def test_killed_at_every_step(stage_two: StageTwo) -> None:
     run = stage_two.folder / "steps"
     kinds = dict.fromkeys(stage_two.steps)
     of_checkpoints = [step for step in kinds if "checkpoint" in step]
-    assert len(of_checkpoints) >= 20
+    assert len(of_checkpoints) >= 14
     at_last = [*(step for step in kinds if "write model.safetensors" in step), f"before {RECORD}"]
     for step in (f"before {RECORD}", f"after {RECORD}", *of_checkpoints, *at_last):
         assert stage_two.run(run, die_at=step) == -signal.SIGKILL, step

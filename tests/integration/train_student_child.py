@@ -50,7 +50,6 @@ class Steps:
 
     def _writes(self, write: Callable[..., Any], *, path_at: int) -> Callable[..., Any]:
         def stepped(*args: Any, **kwargs: Any) -> Any:
-            self._step(BEFORE, "write", args[path_at])
             result = write(*args, **kwargs)
             path = Path(args[path_at])
             if self._is_next(HALF_WRITTEN, "write", path):
