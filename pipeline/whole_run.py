@@ -17,6 +17,7 @@ from teacher_cache.pipeline.options import (
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
 )
+from teacher_cache.pipeline.presets import held_out_corpus, resolve_cache_teacher
 from teacher_cache.pipeline.settings import (
     apply_settings,
     check_sections,
@@ -24,7 +25,8 @@ from teacher_cache.pipeline.settings import (
     require_settings,
     validate,
 )
-from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 
 
 def run_all(
@@ -47,6 +49,7 @@ def run_all(
     if "cache_teacher" not in content:
         raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
     stages = _validated(content)
+    _refuse_early(stages)
 
     teacher = stages.get("finetune_teacher")
     cache_options = stages["cache_teacher"]
@@ -86,7 +89,7 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
         if section in content:
             stages[section] = validate(model, content[section] or {}, where=section)
     shared = content.get("train_student") or {}
-    named = content.get("students") or {"student": {}}
+    named = {str(name): own for name, own in (content.get("students") or {"student": {}}).items()}
     slugs = Counter(_slug(name) for name in named)
     if slugs and slugs.most_common(1)[0][1] > 1:
         raise UserError(
@@ -105,6 +108,18 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
             "another: leave it out, or use `pipe train-student --config`"
         )
     return stages
+
+
+def _refuse_early(stages: Mapping[str, Any]) -> None:
+    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps."""
+    options = stages["cache_teacher"]
+    if "finetune_teacher" in stages:
+        options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
+    resolve_cache_teacher(options)
+    if "evaluate" in stages:
+        held_out_corpus(stages["evaluate"])
+    for student in stages["students"].values():
+        MambaStudentConfig(**student.model_dump(include=set(ArchitectureConfig.model_fields)))
 
 
 def _heading(console: Console, text: str) -> None:

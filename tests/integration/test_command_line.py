@@ -137,12 +137,26 @@ def test_a_whole_run_again_computes_nothing(
     assert before.keys() == after.keys()
 
 
+@pytest.mark.parametrize(
+    ("setting", "saying"),
+    [
+        ("students.distilled.alpah=1", "students.distilled has no setting 'alpah': did you mean"),
+        ("students.distilled.head_dim=7", "head_dim 7 does not divide"),
+        ("students.Labels-Only.alpha=1", "two students would have the folder name 'labels-only'"),
+        ("students.1.cache=x", "trains from the cache that it makes"),
+        ("cache_teacher.data=imbd", "'imbd': did you mean 'imdb'"),
+        ("evaluate.data=null", "evaluate needs --data"),
+        ("evaluate.data=imbd", "'imbd': did you mean 'imdb'"),
+    ],
+)
 def test_a_whole_run_refuses_before_it_begins(
-    whole_run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str,
+    saying: str,
+    whole_run: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, _ = whole_run
     monkeypatch.chdir(tmp_path)
-    command = ("run", "--config", folder / "run.yaml")
-    saying = "students.distilled has no setting 'alpah': did you mean 'alpha'"
-    refused(*command, "--set", "students.distilled.alpah=1", saying=saying)
+    refused("run", "--config", folder / "run.yaml", "--set", setting, saying=saying)
     assert not list(tmp_path.iterdir())
