@@ -12,6 +12,7 @@ from pydantic import Field
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
+from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.label_mapping import is_generic
 from teacher_cache.stages.evaluation.classifier import (
     TEACHER,
@@ -95,13 +96,19 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     teacher = _teacher(config)
     classifiers = [*([teacher] if teacher else []), *students]
     corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
-    labels = _labels(corpus)
+    documents = _documents(corpus)
+    labels = np.array([document.label for document in documents], np.int64)
     teacher_logits = None
     rows = [_majority(labels)]
     for classifier in classifiers:
         say(f"classifying {len(labels):,} documents with {classifier.name}")
         _require_same_classes(classifier, students[0])
-        samples = classifier.tokenize(corpus.documents(0, len(corpus)))
+        samples = classifier.tokenize(documents)
+        if len(samples) < len(documents):
+            raise UserError(
+                f"the tokenizer of {classifier.name} leaves nothing of "
+                f"{len(documents) - len(samples)} documents that are not empty: take them out"
+            )
         logits = classifier.logits(samples, batch_tokens=config.batch_tokens)
         if classifier is teacher:
             teacher_logits = logits
@@ -147,15 +154,15 @@ def _cached_length(config: EvaluateConfig) -> int:
     return max(read_run(folder).about["teacher_max_length"] for folder in config.runs)
 
 
-def _labels(corpus: Corpus) -> np.ndarray:
-    documents = corpus.documents(0, len(corpus))
-    labels = [one.label for one in documents if one.text.strip()]
-    if not labels:
+def _documents(corpus: Corpus) -> list[Document]:
+    """The documents that are not empty."""
+    documents = [one for one in corpus.documents(0, len(corpus)) if one.text.strip()]
+    if not documents:
         raise UserError(
-            f"the {len(documents)} documents of {corpus.config.source} are all empty: check "
+            f"the {len(corpus)} documents of {corpus.config.source} are all empty: check "
             "--text-column"
         )
-    return np.array(labels, np.int64)
+    return documents
 
 
 def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
