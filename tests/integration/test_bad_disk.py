@@ -39,7 +39,7 @@ def _flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit])
 def test_a_damaged_shard_is_named_and_only_that_one_is_rebuilt(
     damage: Callable[[Path], None], own: Copy, bert_cache: Path, acl_imdb: Path, tiny_bert: Path
 ) -> None:
@@ -136,20 +136,25 @@ REFUSALS = {
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_a_folder_that_may_not_be_written(
-    code: int, own: Copy, bert_cache: Path, acl_imdb: Path, tiny_bert: Path
+    code: int, bert_cache: Path, acl_imdb: Path, tiny_bert: Path
+) -> None:
+    with refusing(code, "", Path()):
+        refused(*cache_command(acl_imdb, tiny_bert, Path("new")), saying=REFUSALS[code])
+        command = ("train-student", "--cache", bert_cache, "--out", "run", *TINY_STUDENT)
+        refused(*command, saying=REFUSALS[code])
+    assert not list(Path().iterdir())
+
+
+def test_a_cache_that_may_not_be_written_can_be_read(
+    own: Copy, bert_cache: Path, acl_imdb: Path, tiny_bert: Path
 ) -> None:
     cache = own(bert_cache)
     before = contents(cache)
-    with refusing(code, "", Path()):
-        refused(*cache_command(acl_imdb, tiny_bert, Path("new")), saying=REFUSALS[code])
-        train = ("train-student", "--cache", bert_cache, *TINY_STUDENT)
-        refused(*train, "--out", "run", saying=REFUSALS[code])
-    with refusing(code, "", cache):
-        refused(*cache_command(acl_imdb, tiny_bert, cache), saying=REFUSALS[code])
-        # Reading asks for no permission to write.
+    with refusing(errno.EROFS, "", cache):
+        refused(*cache_command(acl_imdb, tiny_bert, cache), saying=REFUSALS[errno.EROFS])
         done("inspect", cache)
         done("verify", cache)
-        done(*train[:2], cache, *TINY_STUDENT, "--out", "run")
+        done("train-student", "--cache", cache, "--out", "run", *TINY_STUDENT)
     assert contents(cache) == before
 
 
