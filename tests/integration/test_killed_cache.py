@@ -227,7 +227,7 @@ def test_interrupted_says_how_to_go_on_and_does(
     os.kill(process_id, signal.SIGINT)
     assert server.wait() == 130, output.read_text()
     said = output.read_text()
-    assert f"interrupted: the same command goes on from here: pipe {' '.join(arguments)}" in said
+    assert f"interrupted: go on from here with: pipe {' '.join(arguments)}" in said
     assert "Traceback" not in said
     num_done = len(_durable(cache))
     assert 3 <= num_done < 60

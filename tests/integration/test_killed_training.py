@@ -169,6 +169,8 @@ def test_interrupted_from_the_keyboard(stage_two: StageTwo, tmp_path: Path) -> N
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Behind `&` a shell has its commands ignore the interruption, and their children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 60
