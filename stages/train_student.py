@@ -20,8 +20,8 @@ from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtyp
 from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.student import MambaStudentForSequenceClassification, build_student
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
 from teacher_cache.stages.student.position_map import PositionMap, choose
 from teacher_cache.stages.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
@@ -185,7 +185,7 @@ def _pad_id(joined: Joined) -> int:
 def _trainer(
     config: TrainStudentConfig,
     folder: Path,
-    student: MambaForSequenceClassification,
+    student: MambaStudentForSequenceClassification,
     data: TrainingData,
     joined: Joined,
     observer: StageTwoObserver,
@@ -228,7 +228,7 @@ def _best_step(trainer: DistillationTrainer) -> int | None:
 
 
 def _save(
-    folder: Path, student: MambaForSequenceClassification, joined: Joined, record: RunRecord
+    folder: Path, student: MambaStudentForSequenceClassification, joined: Joined, record: RunRecord
 ) -> None:
     """Model and tokenizer, then `run.json`, which makes them the result."""
     tokenizer = joined.tokenizer

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
+from teacher_cache.stages.student.backbone import MambaStudentModel
+from teacher_cache.stages.student.build import build_student
+from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
+from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.position_map import PositionMap, choose
 
 AutoConfig.register(MambaStudentConfig.model_type, MambaStudentConfig)
-AutoModelForSequenceClassification.register(MambaStudentConfig, MambaForSequenceClassification)
+AutoModel.register(MambaStudentConfig, MambaStudentModel)
+AutoModelForCausalLM.register(MambaStudentConfig, MambaStudentForCausalLM)
+AutoModelForSequenceClassification.register(
+    MambaStudentConfig, MambaStudentForSequenceClassification
+)
 
 __all__ = [
-    "MambaForSequenceClassification",
     "MambaStudentConfig",
+    "MambaStudentForCausalLM",
+    "MambaStudentForSequenceClassification",
+    "MambaStudentModel",
     "PositionMap",
     "build_student",
     "choose",

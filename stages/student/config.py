@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -10,7 +11,7 @@ from transformers import PreTrainedConfig
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.stages.student.position_map import PositionMap
 
-ARCHITECTURES = ("mamba2",)
+ARCHITECTURES = ("mamba", "mamba2")
 POOLINGS = ("cls", "mean", "last")
 HEADS = ("mlp", "linear")
 SIZES = (
@@ -28,27 +29,31 @@ SIZES = (
 
 @strict
 class MambaStudentConfig(PreTrainedConfig):
-    """A Mamba student for text classification.
+    """A Mamba student: a text classifier or a language model.
 
-    `num_labels`, `id2label` and `label2id` are transformers' own. The kernels of mamba-ssm want
-    `2 * d_inner + 2 * ngroups * d_state + heads` to be a multiple of 8, as it is by default; the
-    PyTorch scan does not mind.
+    `num_labels`, `id2label` and `label2id` are transformers' own, and so is `tie_word_embeddings`:
+    whether a language model's head is its embedding table. The Mamba-2 kernels of mamba-ssm are
+    fastest where `2 * d_inner + 2 * ngroups * d_state + heads` is a multiple of 8, as it is by
+    default; elsewhere one more copy is made.
 
     Args:
-        arch: the mixer, "mamba2".
+        arch: the mixer, "mamba" (Mamba-1) or "mamba2".
         vocab_size: rows of the embedding.
         d_model: width of the residual stream (`hidden_size` is the same).
         num_layers: mixers (`num_hidden_layers` is the same).
         expand: the mixer's inner width is `expand * d_model`.
-        d_state: state per head and channel.
-        head_dim: channels per head; divides the inner width.
-        d_conv: positions that the mixer's convolution sees.
-        ngroups: groups of heads that share B and C; divides the number of heads.
-        chunk_size: positions per chunk of the scan; changes speed and rounding only.
+        d_state: state per channel.
+        d_conv: positions that the mixer's convolution sees, at least 2.
+        bidirectional: whether each mixer also scans the reversed rows, with a convolution and
+            state-space parameters of its own; then nothing can be generated.
+        dt_rank: rank of Mamba-1's step sizes; a sixteenth of `d_model`, rounded up, if none.
+        head_dim: Mamba-2's channels per head; divides the inner width.
+        ngroups: Mamba-2's groups of heads that share B and C; divides the number of heads.
+        chunk_size: positions per chunk of Mamba-2's scan; changes speed and rounding only.
         dt_min: smallest initial step size.
         dt_max: largest initial step size.
         dt_init_floor: no initial step size is below this.
-        A_init_range: lowest and highest initial decay rate.
+        A_init_range: lowest and highest initial decay rate of Mamba-2.
         norm_epsilon: added to the mean square in every norm.
         pooling: "cls" and "last" read the last real position after `position_map`, "mean" the
             mean over all real positions.
@@ -56,6 +61,7 @@ class MambaStudentConfig(PreTrainedConfig):
         dropout: in the head, 0 to below 1.
         position_map: `PositionMap.to_dict()`: how a sample's positions are reordered first.
         pad_token_id: what a tokenizer pads with; padding is read from the attention mask alone.
+        use_cache: whether a language model returns its state for incremental decoding.
 
     Raises:
         UserError: if a name is unknown or sizes do not fit.
@@ -73,8 +79,10 @@ class MambaStudentConfig(PreTrainedConfig):
     num_layers: int = 4
     expand: int = 3
     d_state: int = 48
-    head_dim: int = 96
     d_conv: int = 4
+    bidirectional: bool = False
+    dt_rank: int | None = None
+    head_dim: int = 96
     ngroups: int = 1
     chunk_size: int = 64
     dt_min: float = 0.001
@@ -87,6 +95,23 @@ class MambaStudentConfig(PreTrainedConfig):
     dropout: float = 0.1
     position_map: dict[str, Any] | None = None
     pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    @property
+    def d_inner(self) -> int:
+        """The mixers' inner width D."""
+        return self.expand * self.d_model
+
+    @property
+    def resolved_dt_rank(self) -> int:
+        """R, the rank of Mamba-1's step sizes."""
+        return self.dt_rank or math.ceil(self.d_model / 16)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches keep for each layer: states, no keys and values."""
+        return ["linear_attention"] * self.num_layers
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the identity where no map is given, then do transformers' part of `__init__`."""
@@ -106,7 +131,12 @@ class MambaStudentConfig(PreTrainedConfig):
             size = getattr(self, field)
             if not isinstance(size, int) or size < 1:
                 raise UserError(f"The student's {field} is {size!r}: give a whole number above 0.")
-        self._check_heads()
+        if self.d_conv < 2:
+            raise UserError(f"The student's d_conv is {self.d_conv}: give 2 or more.")
+        if self.dt_rank is not None and self.dt_rank < 1:
+            raise UserError(f"The student's dt_rank is {self.dt_rank}: give 1 or more, or none.")
+        if self.arch == "mamba2":
+            self._check_heads()
         self._check_ranges()
         appended = PositionMap.from_dict(self.position_map or {}).token_id
         if appended is not None and not 0 <= appended < self.vocab_size:
@@ -116,7 +146,7 @@ class MambaStudentConfig(PreTrainedConfig):
             )
 
     def _check_heads(self) -> None:
-        inner = self.expand * self.d_model
+        inner = self.d_inner
         if inner % self.head_dim:
             fitting = max(size for size in range(1, self.head_dim) if inner % size == 0)
             raise UserError(

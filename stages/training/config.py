@@ -15,13 +15,18 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 class ArchitectureConfig(StageConfig):
     """The Mamba student's shape."""
 
-    arch: Literal["mamba2"] = Field(default="mamba2", description="Student architecture.")
+    arch: Literal["mamba", "mamba2"] = Field(
+        default="mamba2", description="Student architecture: Mamba-1 or Mamba-2."
+    )
     d_model: int = Field(default=256, ge=1, description="Width.")
     num_layers: int = Field(default=4, ge=1, description="Layers.")
     expand: int = Field(default=3, ge=1, description="Inner width, as a multiple of the width.")
-    d_state: int = Field(default=48, ge=1, description="State size N of each head.")
+    d_state: int = Field(default=48, ge=1, description="State size N of each channel.")
     head_dim: int = Field(
-        default=96, ge=1, description="Width P of a head; divides expand * d_model."
+        default=96, ge=1, description="Width P of a head of Mamba-2; divides expand * d_model."
+    )
+    bidirectional: bool = Field(
+        default=False, description="Scan the reversed text too, in every layer."
     )
     pooling: Literal["cls", "mean", "last"] = Field(
         default="cls",

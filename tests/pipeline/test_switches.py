@@ -17,7 +17,7 @@ from teacher_cache.stages import train_student
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.student.model import MambaForSequenceClassification
+from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
 from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
 from tests.command_line import pipe
@@ -75,7 +75,7 @@ def resolved(
     with pytest.raises(Resolved) as raised:
         pipe("train-student", *flags, *switches)
     parts = raised.value.parts
-    student: MambaForSequenceClassification = parts["model"]
+    student: MambaStudentForSequenceClassification = parts["model"]
     weights = hashlib.sha256()
     for name, tensor in student.state_dict().items():
         weights.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
@@ -98,7 +98,7 @@ def resolved(
     return found
 
 
-# Switch -> its value, and what it changes besides its own entry in the run's settings.
+# Switch -> its value, empty for one that is on or off, and what it changes besides its own entry in the run's settings.
 SWITCHES: dict[str, tuple[str, set[str]]] = {
     # The objective.
     "alpha": ("0.9", {"objective.alpha"}),
@@ -119,6 +119,8 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
     "pooling": ("mean", {"model.pooling", "model.position_map"}),
     "head": ("linear", {"model.head", "model.weights"}),
     "dropout": ("0.2", {"model.dropout"}),
+    "arch": ("mamba", {"model.arch", "model.weights"}),
+    "bidirectional": ("", {"model.bidirectional", "model.weights"}),
     # The join.
     "on_mismatch": ("warn", set()),
     # The training.
@@ -146,7 +148,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
     "dtype": ("bfloat16", {"trainer.bf16"}),
 }
 # Tested apart (here or among the wrong inputs): they name files and devices, or have one value.
-APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to", "arch"}
+APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to"}
 
 
 def test_every_switch_is_tested() -> None:
@@ -176,7 +178,7 @@ def test_a_switch_changes_what_it_says_and_nothing_else(
     base: dict[str, Any],
 ) -> None:
     value, expected = SWITCHES[name]
-    flag = f"--{name.replace('_', '-')}={value}"
+    flag = f"--{name.replace('_', '-')}" + (f"={value}" if value else "")
     other = resolved(monkeypatch, tiny_cache, tmp_path / "run", flag)
     own = set() if name in NOT_RESULTS else {f"settings.{name}"}
     assert changed(base, other) == expected | own

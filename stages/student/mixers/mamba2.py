@@ -1,7 +1,9 @@
-"""The Mamba-2 mixer on the PyTorch scan; parameter names and shapes are mamba_ssm's `Mamba2`'s.
+"""The Mamba-2 mixer; parameter names and shapes are mamba_ssm's `Mamba2`'s.
 
 Source: Dao and Gu 2024, arXiv:2405.21060, and `mamba_ssm/modules/mamba2.py`, whose
 initialisation this repeats.
+
+Letters in shape comments: B batch, S sequence, H heads, P head width, G groups, N state.
 """
 
 from __future__ import annotations
@@ -13,107 +15,124 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.layout import Layout
 from teacher_cache.stages.student.mixers.convolution import causal_conv
+from teacher_cache.stages.student.mixers.initial_step import inverse_softplus_steps
+from teacher_cache.stages.student.mixers.layer_state import LayerState
 from teacher_cache.stages.student.norms import RMSNorm
 from teacher_cache.stages.student.scans.ssd import ssd_scan
 
 
-class Mamba2(nn.Module):
-    """Project, convolve causally, scan, gate, normalise, project back.
-
-    Letters in shape comments: B batch, S sequence, H heads, P head width, G groups, N state.
+class Mamba2Direction(nn.Module):
+    """What one direction has for itself: the convolution and the scan's own parameters.
 
     Args:
-        d_model: width of the input and the output.
-        expand: the inner width is `expand * d_model`.
-        d_state: N.
-        head_dim: P; divides the inner width.
-        d_conv: positions that the convolution sees.
-        ngroups: G; divides the number of heads.
-        chunk_size: positions per chunk of the scan.
-        dt_min: smallest initial step size.
-        dt_max: largest initial step size.
-        dt_init_floor: no initial step size is below this.
-        A_init_range: the initial decay rates are drawn uniformly from this interval.
-        norm_epsilon: of the gated norm.
-        num_residuals: layers that add to one residual; scales the output projection's start.
+        config: of the student.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        expand: int,
-        d_state: int,
-        head_dim: int,
-        d_conv: int,
-        ngroups: int,
-        chunk_size: int,
-        dt_min: float,
-        dt_max: float,
-        dt_init_floor: float,
-        A_init_range: tuple[float, float],
-        norm_epsilon: float,
-        num_residuals: int,
-    ) -> None:
+    def __init__(self, config: MambaStudentConfig) -> None:
         super().__init__()
-        self.d_inner = expand * d_model
-        self.d_state = d_state
-        self.head_dim = head_dim
-        self.num_heads = self.d_inner // head_dim
-        self.ngroups = ngroups
-        self.chunk_size = chunk_size
-        self.dt_range = (dt_min, dt_max, dt_init_floor)
-        self.A_init_range = A_init_range
-        self.num_residuals = num_residuals
-
-        # Order of the projection's outputs: z, x, B, C, dt.
-        self.conv_dim = self.d_inner + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.num_heads, bias=False)
-        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim)
+        self.config = config
+        self.num_heads = config.d_inner // config.head_dim
+        conv_dim = config.d_inner + 2 * config.ngroups * config.d_state
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.d_conv, groups=conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log._no_weight_decay = True  # mamba_ssm's mark, which our trainer heeds
         self.D = nn.Parameter(torch.empty(self.num_heads))
-        self.norm = RMSNorm(self.d_inner, epsilon=norm_epsilon)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as mamba_ssm does."""
+        low, high = self.config.A_init_range
+        init.copy_(self.dt_bias, inverse_softplus_steps(self.dt_bias, self.config))
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(low, high).log_())
+        init.ones_(self.D)
+
+    def scan(self, xBC: Tensor, dt: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
+        """Convolve and scan; a position sees itself and those before it.
+
+        Args:
+            xBC: [B, S, H P + 2 G N], of the input projection.
+            dt: [B, S, H] step sizes before bias and softplus.
+            layout: of the rows.
+            state: what an earlier call left, and where this one leaves its own; or none.
+
+        Returns:
+            [B, S, H P].
+        """
+        if layout.mask is not None:  # padding neither writes a state nor lets it decay
+            xBC = xBC * layout.mask[..., None]
+            dt = dt.masked_fill(~layout.mask[..., None], -torch.inf)
+        config = self.config
+        convolved = causal_conv(
+            xBC,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            seq_idx=layout.seq_idx,
+            initial_state=None if state is None else state.convolution,
+        )
+        states = config.ngroups * config.d_state
+        x, B, C = F.silu(convolved).split((config.d_inner, states, states), dim=-1)
+        y, final_state = ssd_scan(
+            x.unflatten(-1, (self.num_heads, config.head_dim)),  # [B, S, H, P]
+            F.softplus(dt + self.dt_bias),
+            -torch.exp(self.A_log),
+            B.unflatten(-1, (config.ngroups, config.d_state)),  # [B, S, G, N]
+            C.unflatten(-1, (config.ngroups, config.d_state)),
+            D=self.D,
+            seq_idx=layout.seq_idx,
+            initial_state=None if state is None else state.scan,
+            chunk_size=config.chunk_size,
+        )
+        if state is not None:
+            state.update(xBC, final_state, reach=config.d_conv - 1)
+        return y.flatten(-2)
+
+
+class Mamba2(Mamba2Direction):
+    """Project, convolve causally, scan, gate, normalise, project back.
+
+    A bidirectional mixer runs the projected rows in reversed order through `reverse` too, which
+    has a convolution and a scan of its own, and adds the two before the gate.
+
+    Args:
+        config: of the student.
+    """
+
+    def __init__(self, config: MambaStudentConfig) -> None:
+        super().__init__(config)
+        # Order of the projection's outputs: z, xBC, dt.
+        self.widths = (config.d_inner, self.conv1d.in_channels, self.num_heads)
+        self.in_proj = nn.Linear(config.d_model, sum(self.widths), bias=False)
+        self.reverse = Mamba2Direction(config) if config.bidirectional else None
+        self.norm = RMSNorm(config.d_inner, epsilon=config.norm_epsilon)
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise this module's own parameters and the output projection as mamba_ssm does."""
-        dt_min, dt_max, dt_floor = self.dt_range
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max))
-        dt = dt.exp_().clamp_(min=dt_floor)
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(*self.A_init_range).log_())
-        init.ones_(self.D)
-        bound = 1 / math.sqrt(self.d_inner * self.num_residuals)
+        super().reset_parameters()
+        bound = 1 / math.sqrt(self.config.d_inner * self.config.num_layers)
         init.uniform_(self.out_proj.weight, -bound, bound)
 
-    def forward(self, hidden: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """Mix along the sequence; a position sees itself and those before it.
+    def forward(self, hidden: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
+        """Mix along the sequence.
 
         Args:
             hidden: [B, S, d_model].
-            seq_idx: [B, S] integers; neither state nor convolution crosses a change of value.
+            layout: of the rows.
+            state: of incremental decoding, or none.
 
         Returns:
             [B, S, d_model].
         """
-        z, xBC, dt = self.in_proj(hidden).split(
-            (self.d_inner, self.conv_dim, self.num_heads), dim=-1
-        )
-        xBC = F.silu(causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, seq_idx))
-        states = self.ngroups * self.d_state
-        x, B, C = xBC.split((self.d_inner, states, states), dim=-1)
-        y = ssd_scan(
-            x.unflatten(-1, (self.num_heads, self.head_dim)),  # [B, S, H, P]
-            F.softplus(dt + self.dt_bias),
-            -torch.exp(self.A_log),
-            B.unflatten(-1, (self.ngroups, self.d_state)),  # [B, S, G, N]
-            C.unflatten(-1, (self.ngroups, self.d_state)),
-            D=self.D,
-            seq_idx=seq_idx,
-            chunk_size=self.chunk_size,
-        )
-        return self.out_proj(self.norm(y.flatten(-2), gate=z))
+        z, xBC, dt = self.in_proj(hidden).split(self.widths, dim=-1)
+        y = self.scan(xBC, dt, layout, state)
+        if self.reverse is not None:
+            backwards = self.reverse.scan(
+                layout.reverse(xBC), layout.reverse(dt), layout.reversed(), None
+            )
+            y = y + layout.reverse(backwards)
+        return self.out_proj(self.norm(y, gate=z))

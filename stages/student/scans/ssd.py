@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from teacher_cache.stages.student.scans.scanned import Scanned
+
 
 def ssd_scan(
     x: Tensor,
@@ -39,8 +41,9 @@ def ssd_scan(
     *,
     D: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
     chunk_size: int = 64,
-) -> Tensor:
+) -> Scanned:
     """Scan a batch of sequences with Mamba-2's recurrence.
 
     Computes in float32 whatever the inputs' dtype and autocast say (float64 stays float64).
@@ -53,19 +56,21 @@ def ssd_scan(
         C: [B, S, G, N] output maps.
         D: [H] weight of the direct path from input to output, or none.
         seq_idx: [B, S] integers; the state is reset wherever the value changes along S.
+        initial_state: [B, H, P, N] state before the first position, a constant; zeros if none.
         chunk_size: most positions per chunk; a shorter sequence is one chunk.
 
     Returns:
-        [B, S, H, P] float32 (float64 for float64 inputs).
+        `y` [B, S, H, P] and `final_state` [B, H, P, N], float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: if shapes disagree or `chunk_size` is not positive.
     """
-    _check_shapes(x, dt, A, B, C, D, seq_idx, chunk_size)
+    _check_shapes(x, dt, A, B, C, D, seq_idx, initial_state, chunk_size)
     batch, length = x.shape[:2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     D = torch.zeros_like(A) if D is None else D.to(dtype)
+    initial_state = None if initial_state is None else initial_state.detach().to(dtype)
 
     # Equal chunks need less padding than full chunks and a short rest.
     num_chunks = math.ceil(length / chunk_size)
@@ -83,12 +88,25 @@ def ssd_scan(
     with torch.autocast(device_type=x.device.type, enabled=False):
         # [Q, L, H] from the chunk's start. A step below -100 decays to 0 whatever its size, and a
         # huge one would swallow the later steps of the sum.
-        log_decay = (dt.double() * A.double()).clamp(min=-100).cumsum(dim=1)
+        wide = _wide(x.device)
+        log_decay = (dt.to(wide) * A.to(wide)).clamp(min=-100).cumsum(dim=1)
         y = _WithinChunks.apply(x, dt, log_decay, B, C, D, segment)
-        if num_chunks > 1:
-            y = _add_between_chunks(y, x, dt, log_decay, B, C, segment, num_chunks)
+        # One chunk that starts from nothing passes nothing on but its final state, a constant.
+        alone = num_chunks == 1 and initial_state is None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
+            to_end, through, from_start = _edge_decays(log_decay, segment, num_chunks, dtype)
+            states = _left_behind(x, dt, B, to_end, num_chunks)
+            entering = _Carry.apply(states, through, initial_state)
+        if not alone:
+            y = _add_entering(y, entering, C, from_start)
+        final_state = entering[:, -1] * through[:, -1, :, None, None] + states[:, -1]
     y = y.reshape(batch, num_chunks * chunk_length, *x.shape[2:])
-    return y[:, :length] if padding else y
+    return Scanned(y[:, :length] if padding else y, final_state.detach())
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """What sums of exponents are taken in; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _WithinChunks(torch.autograd.Function):
@@ -129,7 +147,8 @@ class _WithinChunks(torch.autograd.Function):
         # An exponent on the diagonal is constantly 0; its terms would cancel below, but not
         # exactly, and where all decays are strong they are all there is.
         flow.diagonal(dim1=2, dim2=3).zero_()
-        grad_log_decay = flow.sum(3, dtype=torch.float64) - flow.sum(2, dtype=torch.float64)
+        wide = _wide(flow.device)
+        grad_log_decay = flow.sum(3, dtype=wide) - flow.sum(2, dtype=wide)
 
         grad_steps = grad_steps.transpose(1, 2)  # [Q, L, H, P]
         products = grad * x
@@ -173,29 +192,22 @@ def _exp_(exponent: Tensor) -> Tensor:
     return F.threshold(decay, 1.001 * math.exp(lowest), 0.0, inplace=in_place)
 
 
-def _add_between_chunks(
-    y: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    segment: Tensor | None,
-    num_chunks: int,
-) -> Tensor:
-    """Add to y [Q, L, H, P] what reaches each chunk from the chunks before it."""
+def _left_behind(x: Tensor, dt: Tensor, B: Tensor, to_end: Tensor, num_chunks: int) -> Tensor:
+    """What each chunk's own positions add to the state at its end: [B, K, H, P, N]."""
     num, length, heads, width = x.shape
     groups, num_states = B.shape[2:]
-    per_group = heads // groups * width
-    to_end, through, from_start = _edge_decays(log_decay, segment, num_chunks, x.dtype)
-
-    # What each chunk leaves behind; the heads of a group share one product.
-    steps = (x * (dt * to_end)[..., None]).view(num, length, groups, per_group)
+    # The heads of a group share one product.
+    steps = (x * (dt * to_end)[..., None]).view(num, length, groups, heads // groups * width)
     states = steps.permute(0, 2, 3, 1) @ B.transpose(1, 2)  # [Q, G, H/G P, N]
-    states = states.view(-1, num_chunks, heads, width, num_states)
-    carried = _Carry.apply(states, through).view(num, groups, per_group, num_states)
-    arriving = (C.transpose(1, 2) @ carried.transpose(2, 3)).transpose(1, 2)  # [Q, L, G, H/G P]
-    return torch.addcmul(y, arriving.reshape(x.shape), from_start[..., None])
+    return states.view(-1, num_chunks, heads, width, num_states)
+
+
+def _add_entering(y: Tensor, entering: Tensor, C: Tensor, from_start: Tensor) -> Tensor:
+    """Add to y [Q, L, H, P] what reaches each chunk from before it."""
+    groups, num_states = C.shape[2:]
+    entering = entering.view(len(C), groups, -1, num_states)  # [Q, G, H/G P, N]
+    arriving = (C.transpose(1, 2) @ entering.transpose(2, 3)).transpose(1, 2)  # [Q, L, G, H/G P]
+    return torch.addcmul(y, arriving.reshape(y.shape), from_start[..., None])
 
 
 class _Carry(torch.autograd.Function):
@@ -205,9 +217,9 @@ class _Carry(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, through: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, through: Tensor, initial_state: Tensor | None) -> Tensor:
         entering = torch.empty_like(states)  # [B, K, H, P, N]
-        entering[:, 0] = 0
+        entering[:, 0] = 0 if initial_state is None else initial_state
         for chunk in range(1, states.shape[1]):
             before = chunk - 1
             decay = through[:, before, :, None, None]
@@ -217,7 +229,7 @@ class _Carry(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         entering, through = ctx.saved_tensors
         (grad,) = grads
         smallest = torch.finfo(grad.dtype).tiny / torch.finfo(grad.dtype).eps ** 2
@@ -228,7 +240,7 @@ class _Carry(torch.autograd.Function):
             decay = through[:, after, :, None, None]
             total = torch.addcmul(grad[:, after], grad_states[:, after], decay)
             grad_states[:, chunk] = F.hardshrink(total, smallest)
-        return grad_states, (grad_states * entering).sum((3, 4))
+        return grad_states, (grad_states * entering).sum((3, 4)), None
 
 
 def _edge_decays(
@@ -264,6 +276,7 @@ def _check_shapes(
     C: Tensor,
     D: Tensor | None,
     seq_idx: Tensor | None,
+    initial_state: Tensor | None,
     chunk_size: int,
 ) -> None:
     if chunk_size < 1:
@@ -281,6 +294,7 @@ def _check_shapes(
         "C": (C, (batch, length, groups, num_states)),
         "D": (D, (heads,)),
         "seq_idx": (seq_idx, (batch, length)),
+        "initial_state": (initial_state, (batch, heads, x.shape[3], num_states)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:

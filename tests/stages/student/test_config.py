@@ -14,11 +14,13 @@ from teacher_cache.stages.student import MambaStudentConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"arch": "mamba"}, "arch 'mamba': did you mean 'mamba2'"),
+        ({"arch": "mamba3"}, "arch 'mamba3': did you mean 'mamba'"),
         ({"pooling": "man"}, "pooling 'man': did you mean 'mean'"),
         ({"head": "lineal"}, "head 'lineal': did you mean 'linear'"),
         ({"head_dim": 100}, "head_dim 100 does not divide .* = 768: choose 96"),
         ({"ngroups": 3}, "8 heads do not divide into 3 groups"),
+        ({"d_conv": 1}, "d_conv is 1"),
+        ({"dt_rank": 0}, "dt_rank is 0"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"d_model": "wide"}, "d_model is 'wide'"),
         ({"dropout": 1.0}, "dropout is 1.0"),

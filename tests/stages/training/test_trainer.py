@@ -18,8 +18,8 @@ from transformers import BertForSequenceClassification, TrainerCallback, get_sch
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.student import MambaStudentForSequenceClassification, build_student
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.model import MambaForSequenceClassification, build_student
 from teacher_cache.stages.training.arguments import training_arguments
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
@@ -74,7 +74,7 @@ def data(tiny_cache: Path) -> BothKinds:
     )
 
 
-def make_student() -> MambaForSequenceClassification:
+def make_student() -> MambaStudentForSequenceClassification:
     """A student in float64, without dropout; its logits are spread, so that the terms differ."""
     student = build_student(
         MambaStudentConfig(
@@ -226,7 +226,7 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: values.detach() for name, values in model.state_dict().items()}
 
 
-def train_plainly(data: BothKinds, steps: Order) -> MambaForSequenceClassification:
+def train_plainly(data: BothKinds, steps: Order) -> MambaStudentForSequenceClassification:
     """AdamW over whole steps, written out; one sample at a time, the weights normalised by hand."""
     student = make_student()
     matrices = [p for p in student.parameters() if p.ndim >= 2]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from teacher_cache.stages.student.scans.scanned import Scanned
 from teacher_cache.stages.student.scans.ssd import ssd_scan
 from tests.reference import ssd_scan_loop
 
@@ -44,15 +45,16 @@ def outputs_and_gradients(
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
     positional = [leaves[name] for name in NAMES[:5]]
     y = scan(*positional, D=leaves["D"], **options)
+    y = y.y if isinstance(y, Scanned) else y
     (y * weight.to(y.dtype)).sum().backward()
     return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[dict[str, Tensor], Tensor | None, int]:
+def cases(draw: st.DrawFn, lengths: Any) -> tuple[dict[str, Tensor], Tensor | None, int]:
     """Inputs of any shape, `seq_idx` or none, and a chunk size."""
     seed = draw(st.integers(0, 2**31))
-    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 300))
+    batch, length = draw(st.integers(1, 3)), draw(lengths)
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     width, states = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     inputs = random_inputs(seed, batch, length, groups * per_group, width, groups, states)
@@ -64,10 +66,25 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Tensor], Tensor | None, int]:
     return inputs, seq_idx, draw(st.sampled_from((1, 7, 16, 64)))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @settings(max_examples=25, deadline=None)
-@given(case=cases())
+@given(case=cases(st.integers(1, 300)))
 def test_equals_the_loop_in_output_and_gradients(case, dtype, tolerance) -> None:
+    check_against_the_loop(case, dtype, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@settings(max_examples=20, deadline=None)
+@given(case=cases(st.integers(301, 2049) | st.sampled_from((1024, 2047, 2048, 2049))))
+def test_equals_the_loop_on_long_sequences(case, dtype, tolerance) -> None:
+    check_against_the_loop(case, dtype, tolerance)
+
+
+def check_against_the_loop(case: Any, dtype: torch.dtype, tolerance: float) -> None:
     inputs, seq_idx, chunk_size = case
     inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     weight = torch.randn_like(inputs["x"], dtype=torch.float64)
@@ -111,27 +128,27 @@ def test_no_gradient_is_subnormal() -> None:
 def test_packed_samples_equal_samples_alone() -> None:
     inputs = random_inputs(2, 1, 130, 2, 3, 1, 4)
     seq_idx = torch.tensor([0] * 50 + [1] * 70 + [2] * 10)[None]
-    packed = ssd_scan(*(inputs[name] for name in NAMES[:5]), seq_idx=seq_idx, chunk_size=32)
+    packed = ssd_scan(*(inputs[name] for name in NAMES[:5]), seq_idx=seq_idx, chunk_size=32).y
     for start, end in ((0, 50), (50, 120), (120, 130)):
         x, dt, B, C = (inputs[name][:, start:end] for name in ("x", "dt", "B", "C"))
-        y = ssd_scan(x, dt, inputs["A"], B, C, chunk_size=32)
+        y = ssd_scan(x, dt, inputs["A"], B, C, chunk_size=32).y
         torch.testing.assert_close(packed[:, start:end], y, rtol=0, atol=1e-12)
 
 
 def test_chunk_size_does_not_change_the_result() -> None:
     arguments = [random_inputs(3, 2, 100, 2, 3, 2, 4)[name] for name in NAMES[:5]]
-    whole = ssd_scan(*arguments, chunk_size=100)
+    whole = ssd_scan(*arguments, chunk_size=100).y
     for chunk_size in (1, 9, 50, 64, 1000):
-        torch.testing.assert_close(ssd_scan(*arguments, chunk_size=chunk_size), whole)
+        torch.testing.assert_close(ssd_scan(*arguments, chunk_size=chunk_size).y, whole)
 
 
 def test_computes_in_float32_under_autocast_and_for_half_inputs() -> None:
     inputs = random_inputs(4, 2, 70, 2, 8, 1, 4)
     arguments = [inputs[name].bfloat16() for name in NAMES[:5]]
     leaf = arguments[0].requires_grad_()
-    plain = ssd_scan(*(tensor.float() for tensor in arguments))
+    plain = ssd_scan(*(tensor.float() for tensor in arguments)).y
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = ssd_scan(*arguments)
+        autocast = ssd_scan(*arguments).y
     assert autocast.dtype == torch.float32
     torch.testing.assert_close(autocast, plain)
     gradients = [torch.autograd.grad(y.sum(), leaf)[0] for y in (autocast, plain)]
@@ -161,3 +178,45 @@ def test_refuses_groups_and_chunks_that_do_not_fit() -> None:
     inputs = random_inputs(6, 1, 10, 2, 3, 1, 4)
     with pytest.raises(ValueError, match="chunk_size is 0"):
         ssd_scan(*(inputs[name] for name in NAMES[:5]), chunk_size=0)
+
+
+@pytest.mark.parametrize(("length", "cut"), [(1, None), (40, 1), (40, 39), (200, 130)])
+def test_a_state_carries_a_scan_on(length, cut) -> None:
+    inputs = random_inputs(8, 2, length, 4, 3, 2, 5)
+    seq_idx = torch.arange(length)[None].expand(2, length) // 37
+    arguments = [inputs[name] for name in NAMES[:5]]
+    whole = ssd_scan(*arguments, D=inputs["D"], seq_idx=seq_idx, chunk_size=16)
+    state, outputs = None, []
+    for part in (slice(0, cut), slice(cut, None)) if cut else (slice(None),):
+        x, dt, A, B, C = (
+            t if name == "A" else t[:, part] for name, t in zip(NAMES[:5], arguments, strict=True)
+        )
+        piece = ssd_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=inputs["D"],
+            seq_idx=seq_idx[:, part],
+            initial_state=state,
+            chunk_size=16,
+        )
+        # A scan cannot see that its first position begins a sample: whoever cuts there starts anew.
+        state = piece.final_state
+        outputs.append(piece.y)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole.y)
+    torch.testing.assert_close(piece.final_state, whole.final_state)
+
+
+def test_the_final_state_is_that_of_the_recurrence() -> None:
+    inputs = {name: t.requires_grad_() for name, t in random_inputs(9, 2, 70, 2, 3, 1, 4).items()}
+    state = torch.zeros(2, 2, 3, 4, dtype=torch.float64)
+    for t in range(70):
+        decay = (inputs["dt"][:, t] * inputs["A"]).exp()[..., None, None]
+        written = (inputs["dt"][:, t, :, None] * inputs["x"][:, t])[..., None]
+        state = state * decay + written * inputs["B"][:, t, :, None, :]
+    for chunk_size in (16, 100):
+        got = ssd_scan(*(inputs[name] for name in NAMES[:5]), chunk_size=chunk_size).final_state
+        torch.testing.assert_close(got, state.detach())
+        assert not got.requires_grad

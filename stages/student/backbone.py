@@ -1,0 +1,165 @@
+"""The Mamba student without a head: embedding, residual layers of norm and mixer, last norm.
+
+Names of modules and parameters are those of mamba_ssm's `MixerModel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.layout import Layout, reversed_positions
+from teacher_cache.stages.student.mixers.layer_state import LayerState
+from teacher_cache.stages.student.mixers.mamba import Mamba, MambaDirection
+from teacher_cache.stages.student.mixers.mamba2 import Mamba2, Mamba2Direction
+from teacher_cache.stages.student.norms import RMSNorm
+
+MIXERS: dict[str, type[Mamba] | type[Mamba2]] = {"mamba": Mamba, "mamba2": Mamba2}
+
+
+@dataclass
+class MambaStudentOutput(ModelOutput):
+    """What the backbone makes of a batch.
+
+    Attributes:
+        last_hidden_state: [B, S, d_model] after the last norm.
+        cache_params: the layers' states after the last position, where they were asked for.
+        hidden_states: with `output_hidden_states`, the residual stream [B, S, d_model] before the
+            first layer and after each; not normalised.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cache_params: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MambaLayer(nn.Module):
+    """One mixer behind its norm."""
+
+    def __init__(self, config: MambaStudentConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.mixer = MIXERS[config.arch](config)
+
+    def forward(self, residual: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
+        """Add the mixer's output to the residual stream [B, S, d_model]."""
+        return residual + self.mixer(self.norm(residual), layout, state)
+
+
+class MambaStudentPreTrainedModel(PreTrainedModel):
+    """What the student's models have in common: configuration, names, initial weights."""
+
+    config_class = MambaStudentConfig
+    base_model_prefix = "backbone"
+    _no_split_modules = ("MambaLayer",)
+    _is_stateful = True  # a state cannot be rolled back, so no assisted decoding
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As mamba_ssm: embeddings from N(0, 0.02), linear maps as torch does, without bias."""
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(
+            module,
+            nn.Linear | nn.Conv1d | nn.LayerNorm | RMSNorm | MambaDirection | Mamba2Direction,
+        ):
+            module.reset_parameters()
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            init.zeros_(module.bias)
+
+
+class MambaStudentModel(MambaStudentPreTrainedModel):
+    """Token ids to one vector per position.
+
+    Args:
+        config: sizes and mixers; pooling, head and position map are the classifier's.
+    """
+
+    def __init__(self, config: MambaStudentConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.num_layers))
+        self.norm_f = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding table."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding table in its place."""
+        self.embedding = cast(nn.Embedding, value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+    ) -> MambaStudentOutput:
+        """Run all layers; padding on either side changes nothing at real positions.
+
+        Args:
+            input_ids: [B, S] integers.
+            attention_mask: [B, S], nonzero at real positions; none where all are. A bidirectional
+                student wants padding on the right.
+            inputs_embeds: [B, S, d_model] in place of `input_ids`.
+            seq_idx: [B, S] integers that number the samples packed into one row, or none; neither
+                state nor convolution crosses a change of value.
+            cache_params: the states of an earlier call, to go on from; updated in place.
+            use_cache: start a new cache where none is given.
+            output_hidden_states: return the residual stream too.
+
+        Returns:
+            States in the weights' dtype; the residual stream within is float32.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if a
+                bidirectional student is asked for a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        if self.config.bidirectional and (use_cache or cache_params is not None):
+            raise ValueError("a bidirectional student has no state to go on from")
+        if inputs_embeds is None:
+            inputs_embeds = self.embedding(input_ids)
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=self.config)
+        residual = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
+        layout = self._layout(residual, attention_mask, seq_idx)
+        streams = [residual]
+        for layer_idx, layer in enumerate(self.layers):
+            state = None if cache_params is None else LayerState(cache_params, layer_idx)
+            residual = layer(residual, layout, state)
+            streams.append(residual)
+        return MambaStudentOutput(
+            last_hidden_state=self.norm_f(residual),
+            cache_params=cache_params,
+            hidden_states=tuple(streams) if output_hidden_states else None,
+        )
+
+    def _layout(
+        self, rows: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None
+    ) -> Layout:
+        batch, length = rows.shape[:2]
+        mask = None if attention_mask is None else attention_mask.bool()
+        if not self.config.bidirectional:
+            return Layout(seq_idx=seq_idx, mask=mask)
+        num_real = (
+            torch.full((batch,), length, device=rows.device) if mask is None else mask.sum(dim=1)
+        )
+        positions = reversed_positions(num_real, length)
+        return Layout(seq_idx=seq_idx, mask=mask, reversed_positions=positions)

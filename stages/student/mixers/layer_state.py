@@ -1,0 +1,44 @@
+"""One layer's part of a transformers cache: what incremental decoding carries on."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import Cache
+
+
+class LayerState:
+    """The inputs that the convolution still reaches and the scan's state: constant in the length.
+
+    Args:
+        cache: of the whole model, with a linear-attention layer at `layer_idx`.
+        layer_idx: of the layer.
+    """
+
+    def __init__(self, cache: Cache, layer_idx: int):
+        self._cache = cache
+        self._layer_idx = layer_idx
+
+    @property
+    def convolution(self) -> Tensor | None:
+        """[B, W - 1, D] inputs of the convolution before the next position; none at the start."""
+        state = self._cache.get_conv_state(self._layer_idx)
+        return None if state is None else state.mT
+
+    @property
+    def scan(self) -> Tensor | None:
+        """The scan's state before the next position; none at the start."""
+        return self._cache.get_recurrent_state(self._layer_idx)
+
+    def update(self, conv_inputs: Tensor, scan_state: Tensor, *, reach: int) -> None:
+        """Move on behind the positions that were just computed.
+
+        Args:
+            conv_inputs: [B, S, D], of the positions just computed.
+            scan_state: after the last of them.
+            reach: W - 1, earlier inputs that the convolution sees.
+        """
+        # The convolution's state comes last: it marks the layer as one that has begun.
+        self._cache.update_recurrent_state(scan_state.detach(), self._layer_idx)
+        self._cache.update_conv_state(
+            conv_inputs.detach().mT, self._layer_idx, conv_kernel_size=reach
+        )
