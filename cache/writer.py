@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +57,8 @@ class CacheWriter:
         manifest: what this run wants the cache to be (incomplete, without index).
         plans: the shard plan of each split, in the manifest's order.
         overwrite: start the cache again, whatever its settings were.
+        needed_files: of the `teacher/` folder; a complete cache that an older release made
+            without one of them gets it, and keeps its shards.
 
     Raises:
         UserError: on entering, if another process writes here, the folder is something else, the
@@ -64,12 +66,19 @@ class CacheWriter:
     """
 
     def __init__(
-        self, cache: Path, manifest: Manifest, plans: dict[str, ShardPlan], *, overwrite: bool
+        self,
+        cache: Path,
+        manifest: Manifest,
+        plans: dict[str, ShardPlan],
+        *,
+        overwrite: bool,
+        needed_files: Collection[str] = (),
     ):
         self.cache = cache
         self.manifest = manifest
         self._plans = plans
         self._overwrite = overwrite
+        self._needed_files = needed_files
         self._sidecars: dict[str, dict[int, Sidecar]] = {split: {} for split in plans}
         self._segments: dict[str, str] = {}  # path -> sha256 of segments that are still true
         self._stack = ExitStack()
@@ -254,7 +263,13 @@ class CacheWriter:
         committed = find_committed(self.cache, recorded, self._plans)
         self._sidecars, self._segments = committed.sidecars, committed.segments
         whole = all(len(self._sidecars[split]) == len(plan) for split, plan in self._plans.items())
-        if recorded.complete and whole and is_intact_beside_shards(self.cache, recorded):
+        has_all = set(self._needed_files) <= recorded.teacher_files.keys()
+        if (
+            recorded.complete
+            and whole
+            and has_all
+            and is_intact_beside_shards(self.cache, recorded)
+        ):
             self.manifest = recorded
         else:
             self.manifest = replace(wanted, created_at=recorded.created_at)

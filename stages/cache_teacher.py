@@ -34,6 +34,7 @@ from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.embedding_table import TABLE_FACTS, TABLE_FILE, EmbeddingTable
 from teacher_cache.stages.teacher.load import (
     Teacher,
     described_config,
@@ -109,10 +110,17 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     settings = _settings(teacher, corpora, max_length)
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
     plans = _plan(config, cache, corpora, teacher, max_length)
-    manifest = _manifest(config, settings, corpora, plans, teacher)
-    with CacheWriter(cache, manifest, plans, overwrite=config.overwrite) as writer:
+    num_ids = max(teacher.tokenizer.get_vocab().values()) + 1
+    embeddings = EmbeddingTable.of(teacher.model, num_ids=num_ids)
+    manifest = _manifest(config, settings, corpora, plans, teacher, embeddings)
+    needed = [] if embeddings is None else [TABLE_FILE]
+    with CacheWriter(
+        cache, manifest, plans, overwrite=config.overwrite, needed_files=needed
+    ) as writer:
         todo = writer.begin(
-            lambda folder: _write_teacher_files(folder, teacher, corpora, plans, max_length)
+            lambda folder: _write_teacher_files(
+                folder, teacher, corpora, plans, max_length, embeddings
+            )
         )
         kept = writer.committed()
         observer.on_plan(cache, plans, kept)
@@ -214,6 +222,7 @@ def _manifest(
     corpora: dict[str, Corpus],
     plans: dict[str, ShardPlan],
     teacher: Teacher,
+    embeddings: EmbeddingTable | None,
 ) -> Manifest:
     return Manifest(
         fingerprint=fingerprint(settings),
@@ -243,6 +252,7 @@ def _manifest(
             "fell_back_from": config.labeled.source
             if corpora["labeled"].config != config.labeled
             else None,
+            TABLE_FACTS: None if embeddings is None else embeddings.facts(),
         },
         teacher_files={},
         versions={name: version(name) for name in VERSIONED},
@@ -262,8 +272,9 @@ def _write_teacher_files(
     corpora: dict[str, Corpus],
     plans: dict[str, ShardPlan],
     max_length: int,
+    embeddings: EmbeddingTable | None,
 ) -> None:
-    """Tokenizer, id-to-string table, a probe of cached documents, the teacher's configuration."""
+    """Tokenizer, id-to-string table, a probe of documents, configuration, embeddings."""
     probe = []
     for split, corpus in corpora.items():
         documents = corpus.documents(*plans[split].documents(0))
@@ -273,3 +284,5 @@ def _write_teacher_files(
         probe.extend(choose_probe(kept, samples, num=32 // len(corpora)))
     write_tokenization(folder, teacher.tokenizer, max_length=max_length, probe=probe)
     write_json_atomically(folder / "config.json", described_config(teacher.model))
+    if embeddings is not None:
+        embeddings.write(folder)

@@ -19,9 +19,9 @@ from teacher_cache.stages.training.config import TrainStudentConfig
 MAX_LENGTH = 24
 
 
-def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path) -> Path:
-    """Cache a teacher over reviews in IMDb's layout, labelled and not; returns the folder."""
-    config = CacheTeacherConfig(
+def reviews_config(folder: Path, teacher: Path, acl_imdb: Path) -> CacheTeacherConfig:
+    """Stage one over reviews in IMDb's layout, labelled and not."""
+    return CacheTeacherConfig(
         name="tiny",
         teacher=str(teacher),
         device="cpu",
@@ -30,7 +30,11 @@ def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path) -> Path:
         unlabeled=CorpusConfig(source=str(acl_imdb), split="unsupervised", labeled=False),
         out=folder,
     )
-    return cache_teacher.run(config).cache
+
+
+def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path) -> Path:
+    """Run it; returns the folder."""
+    return cache_teacher.run(reviews_config(folder, teacher, acl_imdb)).cache
 
 
 def student_config(cache: Path, out: Path, **changes: Any) -> TrainStudentConfig:

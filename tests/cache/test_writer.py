@@ -288,6 +288,35 @@ def test_damage_is_found_and_rebuilt_and_nothing_else(
     assert verify(cache).problems == ()
 
 
+def test_a_complete_cache_that_lacks_a_needed_file_gets_it_and_keeps_its_shards(
+    cache: Path,
+) -> None:
+    before, plans, told = contents(cache), make_plans(10, 6), []
+
+    def write_more(folder: Path) -> None:
+        told.append(folder)
+        write_teacher_files(folder)
+        (folder / "table").write_bytes(b"1")
+
+    def write_again(needed_files: list[str]) -> None:
+        manifest = make_manifest(plans)
+        with CacheWriter(cache, manifest, plans, overwrite=False, needed_files=needed_files) as to:
+            assert to.begin(write_more) == []
+            if not to.manifest.complete:
+                to.finish()
+
+    write_again(["config.json"])
+    assert not told and contents(cache) == before
+    write_again(["config.json", "table"])
+    assert len(told) == 1 and (cache / "teacher" / "table").read_bytes() == b"1"
+    after = contents(cache)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {MANIFEST_NAME, "teacher/table"}
+    assert verify(cache).problems == ()
+    write_again(["config.json", "table"])
+    assert len(told) == 1 and contents(cache) == after
+
+
 def test_a_rebuilding_run_that_stops_forgets_no_damage(cache: Path) -> None:
     whole = contents(cache)
     flip(cache / "labeled/000/000000.arrow")
