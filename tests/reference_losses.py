@@ -46,6 +46,8 @@ def objective(
     conf_power: float,
     label_smoothing: float,
     unlabeled_alpha: float,
+    lm_weight: float = 0.0,
+    next_token_losses: Sequence[Sequence[float]] = (),
 ) -> float:
     """Loss of a whole optimizer step; a sample whose label is None is unlabelled."""
     loss = 0.0
@@ -61,6 +63,9 @@ def objective(
         if kind_is_labeled:
             ces = [cross_entropy(student[idx], labels[idx] or 0, label_smoothing) for idx in idxs]
             loss += (1 - alpha) * sum(ces) / len(idxs)
+    positions = [one for sample in next_token_losses for one in sample]
+    if positions:
+        loss += lm_weight * sum(positions) / len(positions)
     return loss
 
 

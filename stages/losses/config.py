@@ -43,3 +43,10 @@ class ObjectiveConfig(StageConfig):
         description="weight of the distillation term on unlabelled samples; 0 leaves them out, "
         "0.3 is a good start",
     )
+    lm_weight: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of predicting each sample's next tokens besides, with the embedding "
+        "table as the head; 0 turns it off",
+    )

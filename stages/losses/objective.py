@@ -1,9 +1,10 @@
 """The distillation objective: what one micro-batch adds to the loss of its optimizer step.
 
-Labelled samples cost `alpha T^2 KD + (1 - alpha) CE`, unlabelled ones `unlabeled_alpha T^2 KD`.
-Each term is a mean over its own samples of the whole optimizer step, all micro-batches and ranks,
-so a micro-batch adds `sum over its samples / count of the step`, and the sum over micro-batches
-is the step's loss however the step was cut.
+Labelled samples cost `alpha T^2 KD + (1 - alpha) CE`, unlabelled ones `unlabeled_alpha T^2 KD`,
+and both kinds `lm_weight` times the cross-entropy of their next tokens. Each term is a mean over
+its own samples (or positions) of the whole optimizer step, all micro-batches and ranks, so a
+micro-batch adds `sum over its samples / count of the step`, and the sum over micro-batches is the
+step's loss however the step was cut.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class StepTotals:
     """What one optimizer step holds, over all its micro-batches and ranks.
 
     Known from the cache before the step's first backward. Totals of parts add up:
-    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the four numbers.
+    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the five numbers.
 
     Attributes:
         num_labeled: labelled samples.
@@ -33,12 +34,15 @@ class StepTotals:
         conf_weight_sum_labeled: sum of the labelled samples' raw confidence weights; unused when
             `conf_power` is 0.
         conf_weight_sum_unlabeled: the same for the unlabelled ones.
+        num_next_tokens: positions of both kinds that have a next token; unused when `lm_weight`
+            is 0.
     """
 
     num_labeled: int = 0
     num_unlabeled: int = 0
     conf_weight_sum_labeled: float = 0.0
     conf_weight_sum_unlabeled: float = 0.0
+    num_next_tokens: int = 0
 
     def __add__(self, other: StepTotals) -> StepTotals:
         """The totals of both parts together."""
@@ -48,16 +52,25 @@ class StepTotals:
             conf_weight_sum_labeled=self.conf_weight_sum_labeled + other.conf_weight_sum_labeled,
             conf_weight_sum_unlabeled=self.conf_weight_sum_unlabeled
             + other.conf_weight_sum_unlabeled,
+            num_next_tokens=self.num_next_tokens + other.num_next_tokens,
         )
 
     @classmethod
-    def of(cls, teacher_logits: Tensor, *, labeled: bool, conf_power: float) -> StepTotals:
+    def of(
+        cls,
+        teacher_logits: Tensor,
+        *,
+        labeled: bool,
+        conf_power: float,
+        num_next_tokens: int = 0,
+    ) -> StepTotals:
         """The totals of one micro-batch.
 
         Args:
             teacher_logits: [B, C], before temperature.
             labeled: which kind the batch is; all its samples are of one kind.
             conf_power: the objective's; at 0 no weight is computed.
+            num_next_tokens: the batch's, where `lm_weight` is above 0.
         """
         num = teacher_logits.shape[0]
         weight_sum = 0.0
@@ -66,8 +79,16 @@ class StepTotals:
             # not every device has it.
             weight_sum = confidence_weights(teacher_logits, conf_power).cpu().double().sum().item()
         if labeled:
-            return cls(num_labeled=num, conf_weight_sum_labeled=weight_sum)
-        return cls(num_unlabeled=num, conf_weight_sum_unlabeled=weight_sum)
+            return cls(
+                num_labeled=num,
+                conf_weight_sum_labeled=weight_sum,
+                num_next_tokens=num_next_tokens,
+            )
+        return cls(
+            num_unlabeled=num,
+            conf_weight_sum_unlabeled=weight_sum,
+            num_next_tokens=num_next_tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +96,8 @@ class ObjectiveTerms:
     """One micro-batch's share of its optimizer step; sum each over the micro-batches for the step.
 
     All are scalars over the counts of the step, not of the micro-batch. Only `loss` carries a
-    gradient; the others are for the log, and are given even where their weight is 0. On a
-    labelled batch, `loss = alpha T^2 kd + (1 - alpha) ce`.
+    gradient; the others are for the log, and `ce` and `kd` are given even where their weight is 0.
+    On a labelled batch, `loss = alpha T^2 kd + (1 - alpha) ce + lm_weight lm`.
 
     Attributes:
         loss: what to call backward on.
@@ -84,6 +105,7 @@ class ObjectiveTerms:
         kd: distillation term, nats, confidence-weighted when that is on, before alpha and T^2.
         conf_w: mean raw confidence weight; None when weighting is off.
         agreement: share of samples on which student and teacher choose the same class.
+        lm: cross-entropy of the next tokens, nats; None when `lm_weight` is 0.
     """
 
     loss: Tensor
@@ -91,6 +113,7 @@ class ObjectiveTerms:
     kd: Tensor
     conf_w: Tensor | None
     agreement: Tensor
+    lm: Tensor | None
 
 
 def smoothed_cross_entropy(
@@ -120,6 +143,7 @@ def distillation_objective(
     *,
     config: ObjectiveConfig,
     totals: StepTotals,
+    next_token_loss_sum: Tensor | None = None,
 ) -> ObjectiveTerms:
     """One micro-batch's share of the optimizer step's loss.
 
@@ -138,10 +162,13 @@ def distillation_objective(
         labels: [B] int64, or None for an unlabelled batch.
         config: the weights of the terms.
         totals: of the whole optimizer step that this micro-batch belongs to.
+        next_token_loss_sum: scalar, the batch's next-token cross-entropies summed, nats; given
+            where `lm_weight` is above 0, and only there.
 
     Raises:
-        ValueError: if shapes disagree, if `totals` does not cover this batch, or for an
-            unlabelled batch when `unlabeled_alpha` is 0, since nothing is to be learned from it.
+        ValueError: if shapes disagree, if `totals` does not cover this batch, if the next-token
+            loss is missing or has no weight, or for an unlabelled batch when `unlabeled_alpha` is
+            0, since nothing is to be learned from it.
         UserError: if `conf_power` is so high that no sample keeps any weight.
     """
     labeled = labels is not None
@@ -150,6 +177,10 @@ def distillation_objective(
         raise ValueError(f"a batch of {student_logits.shape[0]} in a step that counts {num}")
     if not labeled and not config.unlabeled_alpha:
         raise ValueError("an unlabelled batch has no loss when unlabeled_alpha is 0")
+    if (next_token_loss_sum is not None) != bool(config.lm_weight):
+        raise ValueError(
+            f"lm_weight is {config.lm_weight}: a next-token loss goes with one above 0"
+        )
 
     kd, conf_w = _distillation_term(student_logits, teacher_logits, labeled, config, totals)
     ce = None
@@ -158,10 +189,17 @@ def distillation_objective(
         per_sample = smoothed_cross_entropy(student_logits, labels, label_smoothing=smoothing)
         ce = per_sample.sum() / num
 
+    lm = None
+    if next_token_loss_sum is not None:
+        # A step of samples of one token has none, and a sum of 0.
+        lm = next_token_loss_sum / max(1, totals.num_next_tokens)
+
     kd_weight = config.alpha if labeled else config.unlabeled_alpha
     weighted = [(kd_weight * config.temperature**2, kd)]
     if ce is not None:
         weighted.append((1 - config.alpha, ce))
+    if lm is not None:
+        weighted.append((config.lm_weight, lm))
     parts = [weight * term for weight, term in weighted if weight]
     agree = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
     return ObjectiveTerms(
@@ -170,6 +208,7 @@ def distillation_objective(
         kd=kd.detach(),
         conf_w=conf_w,
         agreement=agree.sum() / num,
+        lm=None if lm is None else lm.detach(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,10 +12,23 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.losses.linear_cross_entropy import linear_cross_entropy
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.heads import build_head
 from teacher_cache.stages.student.position_map import PositionMap
+
+
+@dataclass
+class MambaStudentClassifierOutput(SequenceClassifierOutput):
+    """Class logits and what was asked for beside them.
+
+    Attributes:
+        next_token_loss_sum: scalar, nats, float32 or wider: cross-entropies of every position's
+            next token, summed over the batch.
+    """
+
+    next_token_loss_sum: Tensor | None = None
 
 
 class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
@@ -43,7 +57,9 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-    ) -> SequenceClassifierOutput:
+        *,
+        next_token_loss: bool = False,
+    ) -> MambaStudentClassifierOutput:
         """Classify a batch of samples of different lengths, padded on either side.
 
         Args:
@@ -52,13 +68,18 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
                 whatever `pad_token_id` says.
             labels: [B] class indices; with them the output holds the mean cross-entropy.
             token_type_ids: ignored: BERT's tokenizers emit them, the student has no segments.
+            next_token_loss: also predict each position's next token, in the student's order, with
+                the embedding table as the head.
 
         Returns:
             `logits` [B, C] float32, and `loss` where labels are given.
 
         Raises:
             UserError: if a sample has no tokens.
+            ValueError: if a bidirectional student is asked for the next token, which it has read.
         """
+        if next_token_loss and self.config.bidirectional:
+            raise ValueError("a bidirectional student has read the next token")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = attention_mask.bool()
@@ -73,7 +94,31 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
             logits = self.head(pooled)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return MambaStudentClassifierOutput(
+            loss=loss,
+            logits=logits,
+            next_token_loss_sum=self._next_token_loss_sum(hidden.last_hidden_state, input_ids, mask)
+            if next_token_loss
+            else None,
+        )
+
+    def num_next_tokens(self, attention_mask: Tensor) -> int:
+        """How many terms `next_token_loss_sum` has: all real positions but each sample's first.
+
+        Args:
+            attention_mask: [B, S], nonzero at real tokens, as `forward` takes it.
+        """
+        num_appended = 0 if self.position_map.token_id is None else len(attention_mask)
+        return int(attention_mask.bool().sum()) + num_appended - len(attention_mask)
+
+    def _next_token_loss_sum(self, hidden: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Of states [B, S, d_model] after the last norm and ids [B, S], padded on the right."""
+        has_next = mask[:, 1:].flatten().nonzero().flatten()  # [N]
+        return linear_cross_entropy(
+            hidden[:, :-1].flatten(0, 1).index_select(0, has_next),
+            self.backbone.embedding.weight,
+            input_ids[:, 1:].flatten()[has_next],
+        )
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """[B, S, d_model] to [B, d_model]; padding has no part in it."""

@@ -133,7 +133,7 @@ class DistillationTrainer(OrderedTrainer):
         super().__init__(**kwargs)
         self._objective = objective
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
-        self._num_steps: Counter[bool] = Counter()  # by whether they are unlabelled
+        self._num_steps: Counter[str] = Counter()  # by the kind of their samples, and all of them
         # compute_loss divides by the counts of the whole step; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
@@ -144,8 +144,9 @@ class DistillationTrainer(OrderedTrainer):
         # Trainer's own would count labels, and a step's second batch may have none.
         batches = list(islice(epoch_iterator, num_batches))
         totals = sum((self._totals(batch) for batch in batches), StepTotals())
-        self._num_steps[False] += totals.num_labeled > 0
-        self._num_steps[True] += totals.num_unlabeled > 0
+        self._num_steps["labeled"] += totals.num_labeled > 0
+        self._num_steps["unlabeled"] += totals.num_unlabeled > 0
+        self._num_steps["all"] += 1
         return batches, totals
 
     def compute_loss(
@@ -157,13 +158,19 @@ class DistillationTrainer(OrderedTrainer):
     ) -> Any:
         """This micro-batch's share of the step's loss; in evaluation the batch is the step."""
         labels, teacher_logits = inputs.get("labels"), inputs["teacher_logits"]
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        has_lm = self._objective.lm_weight > 0
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            **({"next_token_loss": True} if has_lm else {}),  # only a Mamba student knows it
+        )
         terms = distillation_objective(
             outputs.logits,
             teacher_logits,
             labels,
             config=self._objective,
             totals=num_items_in_batch if model.training else self._totals(inputs),
+            next_token_loss_sum=outputs.next_token_loss_sum if has_lm else None,
         )
         if model.training:
             self._remember(terms)
@@ -176,14 +183,20 @@ class DistillationTrainer(OrderedTrainer):
         super().log(logs, start_time)
 
     def _totals(self, batch: dict[str, torch.Tensor]) -> StepTotals:
+        student: Any = self.model  # as it is, not as a data-parallel wrapper
         return StepTotals.of(
             batch["teacher_logits"],
             labeled="labels" in batch,
             conf_power=self._objective.conf_power,
+            num_next_tokens=student.num_next_tokens(batch["attention_mask"])
+            if self._objective.lm_weight
+            else 0,
         )
 
     def _remember(self, terms: ObjectiveTerms) -> None:
         """Add a micro-batch's shares; on the device, so that nothing waits for it."""
+        if terms.lm is not None:
+            self._sums["lm"] += terms.lm
         if terms.ce is None:
             self._sums["kd_unlabeled"] += terms.kd
             return
@@ -195,8 +208,9 @@ class DistillationTrainer(OrderedTrainer):
 
     def _means(self) -> dict[str, float]:
         """Each term's mean over the steps since the last line that held its kind of sample."""
+        kinds = {"kd_unlabeled": "unlabeled", "lm": "all"}
         means = {
-            name: float(total) / self._num_steps[name == "kd_unlabeled"]
+            name: float(total) / self._num_steps[kinds.get(name, "labeled")]
             for name, total in self._sums.items()
         }
         self._sums.clear()

@@ -98,7 +98,8 @@ def resolved(
     return found
 
 
-# Switch -> its value, empty for one that is on or off, and what it changes besides its own entry in the run's settings.
+# Switch -> its value, empty for one that is on or off, and what it changes besides its own entry
+# in the run's settings.
 SWITCHES: dict[str, tuple[str, set[str]]] = {
     # The objective.
     "alpha": ("0.9", {"objective.alpha"}),
@@ -109,6 +110,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
         "0.3",
         {"objective.unlabeled_alpha", "batches.order", "settings.cache_samples"},
     ),
+    "lm_weight": ("0.5", {"objective.lm_weight"}),
     "unlabeled_ratio": ("2", set()),  # of no unlabelled batches; see below
     # The student's shape.
     "d_model": ("16", {"model.d_model", "model.weights"}),

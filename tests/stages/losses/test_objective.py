@@ -24,12 +24,16 @@ from tests import reference_losses as reference
 
 @dataclass
 class Step:
-    """One optimizer step's samples, float64; the first `num_labeled` of them are labelled."""
+    """One optimizer step's samples, float64; the first `num_labeled` of them are labelled.
+
+    `next_tokens` are the cross-entropies of each sample's next tokens, from none to three.
+    """
 
     student: Tensor
     teacher: Tensor
     labels: Tensor
     num_labeled: int
+    next_tokens: list[list[float]]
 
     def batches(self, borders: list[int]) -> list[tuple[slice, bool]]:
         """The step cut at `borders` and where its kinds meet."""
@@ -45,6 +49,10 @@ def make_step(seed: int, num_labeled: int, num_unlabeled: int, num_classes: int 
         teacher=3 * torch.randn(shape, generator=generator, dtype=torch.float64),
         labels=torch.randint(num_classes, shape[:1], generator=generator),
         num_labeled=num_labeled,
+        next_tokens=[
+            torch.rand(idx % 4, generator=generator, dtype=torch.float64).tolist()
+            for idx in range(shape[0])
+        ],
     )
 
 
@@ -56,7 +64,12 @@ def run(
     batches = step.batches(borders)
     totals = sum(
         (
-            StepTotals.of(step.teacher[where], labeled=labeled, conf_power=config.conf_power)
+            StepTotals.of(
+                step.teacher[where],
+                labeled=labeled,
+                conf_power=config.conf_power,
+                num_next_tokens=sum(map(len, step.next_tokens[where])),
+            )
             for where, labeled in batches
         ),
         StepTotals(),
@@ -64,9 +77,15 @@ def run(
     terms = []
     for where, labeled in batches:
         labels = step.labels[where] if labeled else None
+        next_tokens = torch.tensor(sum(map(sum, step.next_tokens[where])), dtype=torch.float64)
         terms.append(
             distillation_objective(
-                leaf[where], step.teacher[where], labels, config=config, totals=totals
+                leaf[where],
+                step.teacher[where],
+                labels,
+                config=config,
+                totals=totals,
+                next_token_loss_sum=next_tokens if config.lm_weight else None,
             )
         )
         terms[-1].loss.backward()
@@ -85,6 +104,7 @@ configs = st.builds(
     conf_power=st.sampled_from([0.0, 0.5, 2.0]),
     label_smoothing=st.sampled_from([0.0, 0.1, 0.5]),
     unlabeled_alpha=st.floats(0.01, 2),
+    lm_weight=st.sampled_from([0.0, 0.5, 2.0]),
 )
 
 
@@ -117,6 +137,7 @@ def test_no_way_of_cutting_the_step_changes_it(
         step.teacher.tolist(),
         labels + [None] * num_unlabeled,
         **config.model_dump(),
+        next_token_losses=step.next_tokens,
     )
     assert total(parts) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -227,6 +248,55 @@ def test_a_term_of_weight_0_is_left_out_however_bad(bad: float) -> None:
     assert teacher_only[0].loss.isfinite()
 
 
+def test_next_tokens_are_a_mean_over_positions_of_both_kinds() -> None:
+    step = make_step(8, 5, 4)
+    config = ObjectiveConfig(unlabeled_alpha=0.3, lm_weight=0.7)
+    plain, plain_gradient = run(step, config.model_copy(update={"lm_weight": 0.0}), [])
+    terms, gradient = run(step, config, [2, 7])
+    positions = [one for sample in step.next_tokens for one in sample]
+    means = [term.lm for term in terms if term.lm is not None]
+    assert len(means) == len(terms) == 4
+    assert float(sum(means)) == pytest.approx(sum(positions) / len(positions))
+    assert total(terms) == pytest.approx(total(plain) + 0.7 * float(sum(means)))
+    assert [term.lm for term in plain] == [None, None]
+    torch.testing.assert_close(gradient, plain_gradient)
+
+
+def test_the_next_token_loss_carries_its_gradient() -> None:
+    step, loss_sum = make_step(8, 4, 0), torch.tensor(30.0, requires_grad=True)
+    config = ObjectiveConfig(lm_weight=0.7)
+    totals = StepTotals(num_labeled=4, num_next_tokens=20)
+    arguments = (step.student, step.teacher, step.labels)
+    terms = distillation_objective(
+        *arguments, config=config, totals=totals, next_token_loss_sum=loss_sum
+    )
+    terms.loss.backward()
+    assert loss_sum.grad is not None and float(loss_sum.grad) == pytest.approx(0.7 / 20)
+    # Samples of one token have no next ones.
+    none = StepTotals(num_labeled=4)
+    terms = distillation_objective(
+        *arguments, config=config, totals=none, next_token_loss_sum=torch.tensor(0.0)
+    )
+    assert terms.lm == 0 and terms.loss.isfinite()
+
+
+def test_refuses_a_next_token_loss_without_weight_and_a_weight_without_loss() -> None:
+    step, totals = make_step(8, 4, 0), StepTotals(num_labeled=4)
+    for config, loss_sum in (
+        (ObjectiveConfig(), torch.tensor(1.0)),
+        (ObjectiveConfig(lm_weight=1.0), None),
+    ):
+        with pytest.raises(ValueError, match="lm_weight"):
+            distillation_objective(
+                step.student,
+                step.teacher,
+                step.labels,
+                config=config,
+                totals=totals,
+                next_token_loss_sum=loss_sum,
+            )
+
+
 def test_agreement_counts_equal_choices() -> None:
     step = make_step(8, 4, 0)
     step.teacher = step.student.clone()
@@ -242,6 +312,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "conf_power": 0.0,
         "label_smoothing": 0.0,
         "unlabeled_alpha": 0.0,
+        "lm_weight": 0.0,
     }
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     default = smoothed_cross_entropy(logits, labels)
@@ -261,6 +332,8 @@ def test_defaults_are_those_of_the_design() -> None:
         ("label_smoothing", -0.1),
         ("unlabeled_alpha", -0.3),
         ("unlabeled_alpha", math.inf),
+        ("lm_weight", -0.1),
+        ("lm_weight", math.inf),
         ("alhpa", 0.5),
     ],
 )

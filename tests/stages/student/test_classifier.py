@@ -12,11 +12,12 @@ import transformers
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.student import (
     MambaStudentConfig,
+    MambaStudentForCausalLM,
     MambaStudentForSequenceClassification,
     build_student,
     choose,
 )
-from tests.tiny_students import SMALL, small_student
+from tests.tiny_students import SMALL, small_config, small_student
 
 POOLINGS = ("cls", "last", "mean")
 MAPS = ({"mode": "identity"}, {"mode": "move_first_to_last"}, {"mode": "append", "token_id": 3})
@@ -88,6 +89,46 @@ def test_loss_is_the_mean_cross_entropy_and_token_types_are_ignored() -> None:
     assert torch.equal(plain.logits, output.logits)
     log_probs = plain.logits.log_softmax(-1)
     torch.testing.assert_close(output.loss, -(log_probs[0, 2] + log_probs[1, 0]) / 2)
+
+
+@pytest.mark.parametrize("position_map", MAPS)
+@pytest.mark.parametrize("arch", ["mamba", "mamba2"])
+def test_next_tokens_are_predicted_in_the_students_order(position_map, arch) -> None:
+    """Against the language model of the same weights, one sample at a time, without padding."""
+    config = small_config(position_map=position_map, arch=arch)
+    student = build_student(config, seed=0).eval().double()
+    reader = MambaStudentForCausalLM(config).double()
+    reader.backbone.load_state_dict(student.backbone.state_dict())
+    reader.tie_weights()
+    lengths = [1, 2, 17, 40]
+    expected, num_expected = torch.zeros((), dtype=torch.float64), 0
+    for row, length in enumerate(lengths):
+        source = student.position_map.source_positions(length)
+        ids = batch(lengths, 40)[0][row]
+        ids = torch.tensor([3 if one < 0 else int(ids[one]) for one in source])
+        if len(ids) > 1:
+            expected += (len(ids) - 1) * reader(ids[None], labels=ids[None]).loss.double()
+            num_expected += len(ids) - 1
+    expected.backward()
+    for width, left in ((40, False), (57, False), (57, True)):
+        ids, mask = batch(lengths, width, left=left, seed=width)
+        assert student.num_next_tokens(mask) == num_expected
+        output = student(ids, mask, next_token_loss=True)
+        assert torch.equal(output.logits, student(ids, mask).logits)
+        student.zero_grad()
+        output.next_token_loss_sum.backward()
+        torch.testing.assert_close(output.next_token_loss_sum, expected, rtol=1e-9, atol=0)
+        for name, parameter in reader.backbone.named_parameters():
+            found = student.backbone.get_parameter(name).grad
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-8, atol=1e-9)
+
+
+def test_next_tokens_only_when_asked_for_and_only_of_a_causal_student() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    assert small_student()(ids).next_token_loss_sum is None
+    assert small_student()(ids[:, :1], next_token_loss=True).next_token_loss_sum == 0
+    with pytest.raises(ValueError, match="bidirectional"):
+        small_student(bidirectional=True)(ids, next_token_loss=True)
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

@@ -37,7 +37,12 @@ from tests import reference_losses as reference
 
 NUM_LABELED = 40
 OBJECTIVE = ObjectiveConfig(
-    alpha=0.3, temperature=3.0, conf_power=2.0, label_smoothing=0.1, unlabeled_alpha=0.7
+    alpha=0.3,
+    temperature=3.0,
+    conf_power=2.0,
+    label_smoothing=0.1,
+    unlabeled_alpha=0.7,
+    lm_weight=0.4,
 )
 Order = list[list[int]]  # positions of each micro-batch; from NUM_LABELED on they are unlabelled
 
@@ -78,7 +83,14 @@ def make_student() -> MambaStudentForSequenceClassification:
     """A student in float64, without dropout; its logits are spread, so that the terms differ."""
     student = build_student(
         MambaStudentConfig(
-            vocab_size=30522, d_model=8, num_layers=1, expand=2, d_state=4, head_dim=8, dropout=0.0
+            vocab_size=30522,
+            d_model=8,
+            num_layers=1,
+            expand=2,
+            d_state=4,
+            head_dim=8,
+            dropout=0.0,
+            position_map={"mode": "move_first_to_last"},
         ),
         seed=1,
     ).double()
@@ -132,10 +144,19 @@ def steps_log(trainer: OrderedTrainer) -> list[dict[str, float]]:
 def logits_of(model: Any, samples: Sequence[dict[str, Any]]) -> list[list[float]]:
     """Each sample alone, without padding."""
     with torch.no_grad():
-        return [
-            model(torch.from_numpy(one["input_ids"].astype(np.int64))[None]).logits[0].tolist()
-            for one in samples
-        ]
+        return [model(ids_of(one)[None]).logits[0].tolist() for one in samples]
+
+
+def ids_of(sample: dict[str, Any]) -> Tensor:
+    return torch.from_numpy(sample["input_ids"].astype(np.int64))
+
+
+def next_token_losses(student: MambaStudentForSequenceClassification, ids: Tensor) -> Tensor:
+    """Of one sample's ids [S], in the student's order: [S - 1] nats."""
+    moved = torch.cat([ids[1:], ids[:1]])
+    states = student.backbone(moved[None]).last_hidden_state[0]
+    logits = states[:-1] @ student.backbone.embedding.weight.T
+    return F.cross_entropy(logits, moved[1:], reduction="none")
 
 
 def slow_terms(model: Any, samples: list[dict[str, Any]], c: ObjectiveConfig) -> dict[str, float]:
@@ -143,6 +164,8 @@ def slow_terms(model: Any, samples: list[dict[str, Any]], c: ObjectiveConfig) ->
     students = logits_of(model, samples)
     teachers = [one["class_logits"].astype(np.float64).tolist() for one in samples]
     labels = [int(one["label"]) if "label" in one else None for one in samples]
+    with torch.no_grad():
+        next_tokens = [next_token_losses(model, ids_of(one)).tolist() for one in samples]
     loss = reference.objective(
         students,
         teachers,
@@ -152,8 +175,11 @@ def slow_terms(model: Any, samples: list[dict[str, Any]], c: ObjectiveConfig) ->
         conf_power=c.conf_power,
         label_smoothing=c.label_smoothing,
         unlabeled_alpha=c.unlabeled_alpha,
+        lm_weight=c.lm_weight,
+        next_token_losses=next_tokens,
     )
-    terms = {"loss": loss}
+    positions = [one for sample in next_tokens for one in sample]
+    terms = {"loss": loss, "lm": sum(positions) / len(positions)}
     for name, wanted in (("kd", True), ("kd_unlabeled", False)):
         mine = [(s, t) for s, t, y in zip(students, teachers, labels, strict=True)
                 if (y is not None) == wanted]  # fmt: skip
@@ -197,24 +223,25 @@ def test_each_line_of_the_log_is_what_slow_loops_find(tmp_path: Path, data: Both
         positions = [position for batch in MIXED[3 * step : 3 * step + 3] for position in batch]
         expected = slow_terms(model.eval(), [data[position] for position in positions], OBJECTIVE)
         assert logged(line) == pytest.approx(expected, rel=1e-6), step
-    assert set(logged(lines[0])) == {"loss", "ce", "kd", "kd_unlabeled", "conf_w", "agreement"}
-    assert set(logged(lines[1])) == {"loss", "ce", "kd", "conf_w", "agreement"}
-    assert set(logged(lines[2])) == {"loss", "kd_unlabeled"}
+    every = {"loss", "ce", "kd", "kd_unlabeled", "lm", "conf_w", "agreement"}
+    assert set(logged(lines[0])) == every
+    assert set(logged(lines[1])) == every - {"kd_unlabeled"}
+    assert set(logged(lines[2])) == {"loss", "kd_unlabeled", "lm"}
 
 
 def test_a_line_is_the_mean_over_its_steps(tmp_path: Path, data: BothKinds) -> None:
     each = steps_log(trained(make_trainer(tmp_path / "each", data, MIXED, 3)))
     (line,) = steps_log(trained(make_trainer(tmp_path / "one", data, MIXED, 3, log_steps=3)))
     # Terms of a kind are averaged over the steps that held it.
-    for name in ("loss", "ce", "kd", "kd_unlabeled", "conf_w", "agreement"):
+    for name in ("loss", "ce", "kd", "kd_unlabeled", "lm", "conf_w", "agreement"):
         held = [one[name] for one in each if name in one]
         assert line[name] == pytest.approx(sum(held) / len(held), rel=1e-6), name
 
 
-def test_without_weighting_no_weight_is_logged(tmp_path: Path, data: BothKinds) -> None:
-    objective = OBJECTIVE.model_copy(update={"conf_power": 0.0})
+def test_a_term_that_is_off_is_not_logged(tmp_path: Path, data: BothKinds) -> None:
+    objective = OBJECTIVE.model_copy(update={"conf_power": 0.0, "lm_weight": 0.0})
     (line,) = steps_log(trained(make_trainer(tmp_path, data, [[0, 1, 2]], objective=objective)))
-    assert "conf_w" not in line
+    assert set(logged(line)) == {"loss", "ce", "kd", "agreement"}
 
 
 def trained(trainer: DistillationTrainer) -> DistillationTrainer:
@@ -236,14 +263,16 @@ def train_plainly(data: BothKinds, steps: Order) -> MambaStudentForSequenceClass
     scheduler = get_scheduler("linear", optimizer, 0, len(steps))
     c = OBJECTIVE
     for positions in steps:
-        loss = torch.zeros((), dtype=torch.float64)
+        next_tokens = torch.cat(
+            [next_token_losses(student, ids_of(data[one])) for one in positions]
+        )
+        loss = c.lm_weight * next_tokens.mean()
         for is_labeled in (True, False):
             mine = [data[one] for one in positions if (one < NUM_LABELED) == is_labeled]
             teacher = torch.tensor([one["class_logits"].tolist() for one in mine]).double()
             raw = teacher.softmax(-1).amax(-1) ** c.conf_power
             for sample, z, weight in zip(mine, teacher, raw / raw.sum(), strict=True):
-                ids = torch.from_numpy(sample["input_ids"].astype(np.int64))[None]
-                s = student(ids).logits[0]
+                s = student(ids_of(sample)[None]).logits[0]
                 p = (z / c.temperature).softmax(-1)
                 kl = (p * (p.log() - (s / c.temperature).log_softmax(-1))).sum()
                 share = c.alpha if is_labeled else c.unlabeled_alpha
