@@ -79,7 +79,7 @@ def cache_teacher(*, dry_run: bool, **given: Any) -> None:
 @_command("train-student")
 @with_options(TrainStudentConfig)
 def train_student(**given: Any) -> None:
-    """Stage two: train a Mamba student from the cache alone; resumes where it was killed."""
+    """Stage two: train a student from the cache alone; resumes where it was killed."""
     with reported():
         config = _resolve(TrainStudentConfig, "train_student", given)
         from teacher_cache.pipeline import commands
@@ -97,7 +97,7 @@ def check(**given: Any) -> None:
         from teacher_cache.pipeline import commands
 
         quiet_libraries()
-        commands.check(config.cache, config)
+        commands.check(config)
 
 
 @_command("inspect")

@@ -40,9 +40,9 @@ from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.evaluation.classifier import load_student
-from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
 from teacher_cache.stages.join.report import verified_line
+from teacher_cache.stages.student.start import with_own_tokenizer
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 
@@ -90,14 +90,14 @@ def train_student(config: TrainStudentConfig, *, name: str = "student") -> Path:
     return result.run
 
 
-def check(cache: Path | None, config: JoinConfig) -> Joined:
+def check(config: TrainStudentConfig) -> Joined:
     """Run the join alone, on the newest cache if none is named."""
-    cache = cache or newest_cache()
+    cache = config.cache or newest_cache()
     console.print(f"cache {cache}")
     splits = read_manifest(cache).splits
     longest = max(int(CacheReader(cache, split).lengths().max(initial=0)) for split in splits)
     try:
-        joined = join(cache, config, longest_sample=longest)
+        joined = join(cache, with_own_tokenizer(config), longest_sample=longest)
     except TokenizationMismatch as mismatch:
         console.print(join_table(mismatch.report))
         raise

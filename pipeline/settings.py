@@ -160,6 +160,8 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
 
 
 def _explain(model: type[BaseModel], error: Any, where: str) -> str:
+    if not error["loc"]:  # several settings together
+        return f"{where}: {error['msg']}"
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where} has no setting {key!r}: {did_you_mean(key, model.model_fields)}"

@@ -25,8 +25,8 @@ from teacher_cache.pipeline.settings import (
     require_settings,
     validate,
 )
-from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
+from teacher_cache.stages.student.start import check_architecture
+from teacher_cache.stages.training.config import TrainStudentConfig
 
 
 def run_all(
@@ -119,7 +119,7 @@ def _refuse_early(stages: Mapping[str, Any]) -> None:
     if "evaluate" in stages:
         held_out_corpus(stages["evaluate"])
     for student in stages["students"].values():
-        MambaStudentConfig(**student.model_dump(include=set(ArchitectureConfig.model_fields)))
+        check_architecture(student)
 
 
 def _heading(console: Console, text: str) -> None:

@@ -139,7 +139,7 @@ def _train(
     num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
     checkpoint = checkpoint_to_resume(config, folder)
     observer.on_start(folder, num_steps, checkpoint)
-    pad_id = settle_pad_id(config.model, model, tokenizer)
+    pad_id = settle_pad_id(config.model, model.config, tokenizer)
     data = BothKinds(training)
     trainer = ClassificationTrainer(
         model=model,

@@ -60,7 +60,9 @@ def require_folder(name: str, content: str, *, option: str) -> None:
     """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
-        raise UserError(f"{option} {name} is no folder: give a folder with {content}, or a hub id")
+        raise UserError(
+            f"{_given(option, name)} is no folder: give a folder with {content}, or a hub id"
+        )
 
 
 @functools.cache
@@ -92,5 +94,10 @@ def could_not_load(what: str, name: str, error: Exception, *, option: str) -> st
     reason = lines[0].rstrip(".") if lines else type(error).__name__
     return (
         f"the {what} {name!r} could not be loaded ({reason}): give a folder that holds it with "
-        f"{option} DIR, or make the hub reachable"
+        f"{_given(option, 'DIR')}, or make the hub reachable"
     )
+
+
+def _given(option: str, value: str) -> str:
+    """`--model DIR`; or `--arch hf:DIR`, where the option's value begins with a kind."""
+    return f"{option}{value}" if option.endswith(":") else f"{option} {value}"

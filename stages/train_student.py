@@ -1,4 +1,4 @@
-"""Stage two: train a Mamba student from the cached shards alone; no teacher in memory."""
+"""Stage two: train a student from the cached shards alone; no teacher in memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.lock import writer_lock
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
-from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.record import describe
-from teacher_cache.stages.student import MambaStudentForSequenceClassification, build_student
-from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.position_map import PositionMap, choose
+from teacher_cache.stages.student.start import (
+    StartingStudent,
+    start_student,
+    with_own_tokenizer,
+)
 from teacher_cache.stages.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
     checkpoint_to_resume,
@@ -83,22 +84,24 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     readers = open_splits(config.cache, config.unlabeled_alpha)
     labeled = readers[0]
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
-    joined = join(config.cache, config, longest_sample=longest_sample)
+    joined = join(config.cache, with_own_tokenizer(config), longest_sample=longest_sample)
     observer.on_join(joined)
-    position_map = choose(joined.tokenizer, config.pooling)
-    for reader in readers:
-        check_position_map(position_map, np.unique(reader.lengths()).tolist())
     # All that can be refused is refused before the folder of the run is made.
-    student_config = _student_config(config, labeled, joined, position_map)
     data = training_data(config, readers)
+    student = start_student(
+        config,
+        joined,
+        id2label={int(i): name for i, name in labeled.manifest.about["id2label"].items()},
+        lengths=np.concatenate([reader.lengths() for reader in readers]),
+    )
 
-    record = _record(config, readers, joined)
+    record = _record(config, readers, joined, student)
     folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
     with writer_lock(folder):
         record = open_run(folder, record, start_again=config.resume == "never")
         if record.complete:
             return TrainStudentResult(run=folder, record=record, was_complete=True)
-        record = _train(config, folder, record, student_config, data, joined, observer)
+        record = _train(config, folder, record, student, data, joined, observer)
     return TrainStudentResult(run=folder, record=record, was_complete=False)
 
 
@@ -106,7 +109,7 @@ def _train(
     config: TrainStudentConfig,
     folder: Path,
     record: RunRecord,
-    student_config: MambaStudentConfig,
+    student: StartingStudent,
     data: TrainingData,
     joined: Joined,
     observer: StageTwoObserver,
@@ -114,8 +117,7 @@ def _train(
     """Train from the newest checkpoint on and commit the student."""
     checkpoint = checkpoint_to_resume(config, folder)
     observer.on_start(folder, data.num_steps, checkpoint)
-    student = build_student(student_config, seed=config.seed)
-    trainer = _trainer(config, folder, student, data, joined, observer)
+    trainer = _trainer(config, folder, student, data, observer)
     started = time.monotonic()
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     record = replace(
@@ -129,15 +131,20 @@ def _train(
             "log": trainer.state.log_history,
         },
     )
-    _save(folder, student, joined, record)
+    _save(folder, student.model, joined, record)
     return record
 
 
 def _record(
-    config: TrainStudentConfig, readers: Sequence[CacheReader], joined: Joined
+    config: TrainStudentConfig,
+    readers: Sequence[CacheReader],
+    joined: Joined,
+    student: StartingStudent,
 ) -> RunRecord:
     reader = readers[0]
-    settings = config.model_dump(mode="json", exclude={"cache", "student_tokenizer", *NOT_RESULTS})
+    # What the student is, it says itself: not every option applies to every kind.
+    left_out = {"cache", "student_tokenizer", *ArchitectureConfig.model_fields, *NOT_RESULTS}
+    settings = config.model_dump(mode="json", exclude=left_out) | student.settings
     settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
     tokenizer = describe(joined.tokenizer, max_length=joined.max_length)
     settings["student_tokenizer_sha256"] = tokenizer.files_sha256
@@ -154,6 +161,7 @@ def _record(
             "max_length": joined.max_length,
             "teacher_max_length": reader.manifest.settings["max_length"],
             "teacher_weights_sha256": reader.manifest.settings["teacher"]["weights_sha256"],
+            **student.about,
         },
     )
 
@@ -162,39 +170,18 @@ def _settings_hash(record: RunRecord) -> str:
     return hashlib.sha256(canonical_json(record.settings).encode()).hexdigest()[:8]
 
 
-def _student_config(
-    config: TrainStudentConfig, reader: CacheReader, joined: Joined, position_map: PositionMap
-) -> MambaStudentConfig:
-    id2label = {int(i): name for i, name in reader.manifest.about["id2label"].items()}
-    return MambaStudentConfig(
-        vocab_size=max(joined.tokenizer.get_vocab().values()) + 1,
-        **config.model_dump(include=set(ArchitectureConfig.model_fields)),
-        position_map=position_map.to_dict(),
-        pad_token_id=_pad_id(joined),
-        id2label=id2label,
-        label2id={name: class_id for class_id, name in id2label.items()},
-    )
-
-
-def _pad_id(joined: Joined) -> int:
-    """Any id will do: padded positions are masked."""
-    pad_id = joined.tokenizer.pad_token_id
-    return pad_id if isinstance(pad_id, int) else 0
-
-
 def _trainer(
     config: TrainStudentConfig,
     folder: Path,
-    student: MambaStudentForSequenceClassification,
+    student: StartingStudent,
     data: TrainingData,
-    joined: Joined,
     observer: StageTwoObserver,
 ) -> DistillationTrainer:
     callbacks = observer.callbacks()
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping(config.early_stopping))
     return DistillationTrainer(
-        model=student,
+        model=student.model,
         args=training_arguments(
             config,
             folder,
@@ -208,7 +195,7 @@ def _trainer(
         batches=data.batches,
         train_dataset=data.training,
         eval_dataset=data.evaluation,
-        data_collator=Collator(_pad_id(joined)),
+        data_collator=Collator(student.pad_id),
         compute_metrics=_metrics,
         callbacks=callbacks,
     )
@@ -227,9 +214,7 @@ def _best_step(trainer: DistillationTrainer) -> int | None:
     return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 
-def _save(
-    folder: Path, student: MambaStudentForSequenceClassification, joined: Joined, record: RunRecord
-) -> None:
+def _save(folder: Path, student: PreTrainedModel, joined: Joined, record: RunRecord) -> None:
     """Model and tokenizer, then `run.json`, which makes them the result."""
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.

@@ -18,7 +18,7 @@ from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import class_names, load_teacher, on_device
+from teacher_cache.stages.teacher.load import class_names, load_teacher, num_positions, on_device
 from teacher_cache.stages.tokenizers import load_tokenizer
 from teacher_cache.stages.training.run_folder import read_run
 
@@ -55,8 +55,8 @@ class Classifier:
 
     @property
     def num_positions(self) -> float:
-        """The longest sample that the model can read at all; no bound for a student."""
-        return getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+        """The longest sample that the model can read at all; no bound for a Mamba student."""
+        return num_positions(self.model) or float("inf")
 
     @property
     def megabytes(self) -> float:

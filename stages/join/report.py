@@ -61,7 +61,8 @@ def verified_line(report: JoinReport) -> str:
 def ways_out(report: JoinReport) -> list[str]:
     """What the user can do about the differences, the safest first."""
     ways = [
-        "use the cache's own tokenizer: drop --student-tokenizer and --max-length",
+        "use the cache's own tokenizer: drop --student-tokenizer and --max-length, and after "
+        "--arch hf: name a model of that tokenizer",
         "run cache-teacher again with a teacher of the student's tokenizer, and train from that "
         "cache",
     ]

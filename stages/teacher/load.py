@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
@@ -77,7 +77,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
     )
     model = _load_model(config.teacher, config.trust_remote_code)
-    pad_id = settle_pad_id(config.teacher, model, tokenizer)
+    pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     _warn_of_label_smoothing(config.teacher, model)
     weights_sha256 = hash_weights(model)
     return Teacher(
@@ -102,7 +102,7 @@ def longest_sample(
     Raises:
         UserError: if more was requested than the model can read.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = num_positions(model)
     limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if requested is None:
         return min(limit, DEFAULT_MAX_LENGTH)
@@ -112,6 +112,15 @@ def longest_sample(
             f"{limit}"
         )
     return requested
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """The longest sample that the model has positions for; None where nothing bounds it."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # RoBERTa and its kin begin behind their padding's own position.
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    padding_idx = getattr(embeddings, "padding_idx", None)
+    return positions - padding_idx - 1 if positions and padding_idx is not None else positions
 
 
 def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -181,7 +190,7 @@ def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def settle_pad_id(name: str, model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+def settle_pad_id(name: str, config: PreTrainedConfig, tokenizer: Tokenizer) -> int:
     """The id that fills batches: the model's, else the tokenizer's padding or end-of-text token.
 
     Decoders pool at the last token that is not the model's padding, so both must be the same; a
@@ -190,10 +199,10 @@ def settle_pad_id(name: str, model: PreTrainedModel, tokenizer: Tokenizer) -> in
     Raises:
         UserError: if neither names one.
     """
-    candidates = (model.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    candidates = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     for candidate in candidates:
         if isinstance(candidate, int):
-            model.config.pad_token_id = candidate
+            config.pad_token_id = candidate
             return candidate
     raise UserError(
         f"the tokenizer of {name} has neither a padding nor an end-of-text token, so samples "

@@ -5,18 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from teacher_cache.cache.errors import did_you_mean
 from teacher_cache.stages.config import DeviceConfig, StageConfig
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.losses.config import ObjectiveConfig
 
+MAMBA_ARCHITECTURES = ("mamba", "mamba2")
+PRETRAINED = "hf:"
+
 
 class ArchitectureConfig(StageConfig):
-    """The Mamba student's shape."""
+    """The student: a Mamba and its shape, or a pre-trained model."""
 
-    arch: Literal["mamba", "mamba2"] = Field(
-        default="mamba2", description="Student architecture: Mamba-1 or Mamba-2."
+    arch: str = Field(
+        default="mamba2",
+        description="Student: mamba (Mamba-1), mamba2, or hf:ID, the sequence classifier of a hub "
+        "id or folder, which starts from its weights, takes none of the options below, and wants "
+        "a lower --lr, 5e-5 say.",
     )
     d_model: int = Field(default=256, ge=1, description="Width.")
     num_layers: int = Field(default=4, ge=1, description="Layers.")
@@ -37,6 +45,21 @@ class ArchitectureConfig(StageConfig):
     dropout: float = Field(
         default=0.1, ge=0, lt=1, description="Dropout in the classification head."
     )
+
+    @property
+    def pretrained(self) -> str | None:
+        """Hub id or folder that a pre-trained student starts from; None for a Mamba."""
+        return self.arch.removeprefix(PRETRAINED) if self.arch.startswith(PRETRAINED) else None
+
+    @field_validator("arch")
+    @classmethod
+    def _is_known(cls, arch: str) -> str:
+        if arch not in MAMBA_ARCHITECTURES and not arch.removeprefix(PRETRAINED).strip():
+            raise PydanticCustomError("no_id", "expected a hub id or a folder, as in hf:ID")
+        if arch not in MAMBA_ARCHITECTURES and not arch.startswith(PRETRAINED):
+            nearest = did_you_mean(arch, (*MAMBA_ARCHITECTURES, f"{PRETRAINED}ID"))
+            raise PydanticCustomError("no_such_arch", "{nearest}", {"nearest": nearest})
+        return arch
 
 
 class OptimizationConfig(DeviceConfig):
@@ -115,6 +138,20 @@ class TrainingConfig(OptimizationConfig):
 
 class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):
     """Everything stage two needs; the command line finds the newest cache if none is named."""
+
+    @model_validator(mode="after")
+    def _takes_its_own_options(self) -> TrainStudentConfig:
+        given = self.model_fields_set & ArchitectureConfig.model_fields.keys() - {"arch"}
+        if self.pretrained is not None and given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+            raise PydanticCustomError(
+                "mamba_only",
+                "only a Mamba student takes {options}, and --arch {arch} brings its own shape: "
+                "leave out what it does not take (in a file with both kinds of student, give it "
+                "to each Mamba student)",
+                {"options": options, "arch": self.arch},
+            )
+        return self
 
 
 class FinetuneOptions(OptimizationConfig):

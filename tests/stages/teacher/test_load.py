@@ -242,17 +242,17 @@ def test_what_fills_batches(
     """The model's own padding before the tokenizer's: by it a decoder finds the last token."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.pad_token, tokenizer.eos_token = pad_token, eos_token
-    model: Any = SimpleNamespace(config=SimpleNamespace(pad_token_id=of_model))
-    assert settle_pad_id("it", model, tokenizer) == expected
-    assert model.config.pad_token_id == expected
+    config: Any = SimpleNamespace(pad_token_id=of_model)
+    assert settle_pad_id("it", config, tokenizer) == expected
+    assert config.pad_token_id == expected
 
 
 def test_nothing_to_fill_batches_with(tiny_bert: Path) -> None:
     bare = AutoTokenizer.from_pretrained(tiny_bert)
     bare.pad_token = bare.eos_token = None
-    model: Any = SimpleNamespace(config=SimpleNamespace(pad_token_id=None))
+    config: Any = SimpleNamespace(pad_token_id=None)
     with pytest.raises(UserError, match=r"the tokenizer of it has neither.*set its pad_token"):
-        settle_pad_id("it", model, bare)
+        settle_pad_id("it", config, bare)
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt2"])

@@ -1,0 +1,240 @@
+"""A student that is one of transformers' models: its weights and tokenizer, the cache's classes.
+
+It gets no position map: where it pools is its own business (an encoder at its CLS token, a decoder
+at the last token that is not its padding).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.hub import has_file
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.fingerprint import fingerprint
+from teacher_cache.stages.data.label_mapping import is_generic
+from teacher_cache.stages.teacher.load import (
+    described_config,
+    hash_weights,
+    num_positions,
+    settle_pad_id,
+)
+from teacher_cache.stages.tokenizers import could_not_load, is_local_only, require_folder
+
+OPTION = "--arch hf:"
+# With any of these there are weights; those of other libraries are transformers' to refuse.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+)
+# AutoTokenizer would make an empty tokenizer where there is none of these.
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def classifier_config(name: str) -> PreTrainedConfig:
+    """The configuration of a hub id or folder that can be a classifier.
+
+    Raises:
+        UserError: if it is not there, cannot be read, or is of a type without a classifier.
+    """
+    config = _read_config(name)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"hf:{name} is a {config.model_type}, of which transformers has no sequence "
+            "classifier: choose another model"
+        )
+    return config
+
+
+def own_tokenizer(name: str) -> str | None:
+    """Where the model's own tokenizer is, which is where the model is; None if it has none.
+
+    Raises:
+        UserError: if there is no such folder or repository.
+    """
+    require_folder(name, "a model", option=OPTION)
+    is_local = is_local_only(name)
+    try:
+        if any(has_file(name, file, local_files_only=is_local) for file in TOKENIZERS):
+            return name
+    except OSError as error:
+        raise UserError(could_not_load("model", name, error, option=OPTION)) from error
+    logger.warning("hf:%s has no tokenizer of its own here: it gets the cache's", name)
+    return None
+
+
+def pretrained_classifier(
+    name: str, *, tokenizer: Tokenizer, id2label: Mapping[int, str], seed: int
+) -> PreTrainedModel:
+    """A classifier in float32 with the model's weights, and fresh ones where it has none.
+
+    A head is kept if its classes have the names of `id2label`, and replaced by a fresh one if
+    not. What is fresh depends on `seed` alone, and the log names it; a folder that holds only a
+    configuration gives a classifier that is all fresh. The global random state is neither read nor
+    changed.
+
+    Args:
+        name: hub id or folder.
+        tokenizer: the student's, of which every id must have an embedding.
+        id2label: class names by id.
+        seed: of the fresh weights.
+
+    Raises:
+        UserError: if the model cannot be loaded, is no classifier, or does not fit the tokenizer.
+    """
+    config = classifier_config(name)
+    class_names = {int(class_id): label for class_id, label in (config.id2label or {}).items()}
+    keeps_head = class_names == dict(id2label) and not is_generic(id2label)
+    config.id2label = dict(id2label)
+    config.label2id = {label: class_id for class_id, label in id2label.items()}
+    config.problem_type = "single_label_classification"  # what a pipeline makes of the logits
+    pad_id = settle_pad_id(name, config, tokenizer)
+    _refuse_padding_that_is_text(name, pad_id, tokenizer)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            if _is_config_alone(name):
+                logger.warning("hf:%s has no weights: all start fresh, from the seed", name)
+                model = _fresh(config)
+            else:
+                model = _load(name, config, keeps_head=keeps_head)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
+        raise UserError(could_not_load("classifier", name, error, option=OPTION)) from error
+    _refuse_missing_rows(name, model, max(max(tokenizer.get_vocab().values()), pad_id))
+    return model
+
+
+def refuse_too_long(
+    name: str, model: PreTrainedModel, *, longest_sample: int, max_length: int
+) -> None:
+    """Refuse samples, and new texts, that the model has no positions for.
+
+    Args:
+        name: hub id or folder.
+        model: the student.
+        longest_sample: tokens of the longest cached sample.
+        max_length: tokens at which the student will cut new texts.
+
+    Raises:
+        UserError: with the limit that fits.
+    """
+    positions = num_positions(model)
+    if positions is None:
+        return
+    if longest_sample > positions:
+        raise UserError(
+            f"hf:{name} reads {positions:,} tokens, and the longest cached sample has "
+            f"{longest_sample:,}: choose a model that reads more, or make a cache with "
+            f"--max-length {positions}"
+        )
+    if max_length > positions:
+        raise UserError(
+            f"hf:{name} reads {positions:,} tokens, and would get new texts of up to "
+            f"{max_length:,}: give --max-length {positions} (no sample that it trains on is longer)"
+        )
+
+
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What a run's settings record of the weights and configuration that it starts from."""
+    return {
+        "architecture": type(model).__name__,
+        "weights_sha256": hash_weights(model),
+        "config_sha256": fingerprint(described_config(model)),
+        "commit": getattr(model.config, "_commit_hash", None),
+    }
+
+
+def _read_config(name: str) -> PreTrainedConfig:
+    require_folder(name, "a model", option=OPTION)
+    try:
+        return AutoConfig.from_pretrained(
+            name, local_files_only=is_local_only(name), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(could_not_load("model", name, error, option=OPTION)) from error
+
+
+def _is_config_alone(name: str) -> bool:
+    """Whether it is a folder without weights; a hub id without them is transformers' to refuse."""
+    return Path(name).is_dir() and not any((Path(name) / file).is_file() for file in WEIGHTS)
+
+
+def _fresh(config: PreTrainedConfig) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    )
+
+
+def _load(name: str, config: PreTrainedConfig, *, keeps_head: bool) -> PreTrainedModel:
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        config=config,
+        local_files_only=is_local_only(name),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for other classes gives way to a new one
+        trust_remote_code=False,
+    )
+    in_base = {id(parameter) for parameter in model.base_model.parameters()}
+    names = {one: id(parameter) in in_base for one, parameter in model.named_parameters()}
+    fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if fresh.issuperset(one for one, is_base in names.items() if is_base):
+        raise UserError(
+            f"the weights of hf:{name} hold none of a {type(model).__name__}: give a model of the "
+            "type that its config.json names"
+        )
+    if not keeps_head:
+        fresh.update(one for one, is_base in names.items() if not is_base)
+        headless, model = model, _fresh(config)
+        model.base_model.load_state_dict(headless.base_model.state_dict())
+    if fresh:
+        logger.info("hf:%s: fresh, from the seed: %s", name, ", ".join(sorted(fresh)))
+    return model
+
+
+def _refuse_padding_that_is_text(name: str, pad_id: int, tokenizer: Tokenizer) -> None:
+    """A decoder pools at the last token that is not padding, so no text may become that id."""
+    is_special = pad_id in tokenizer.all_special_ids or pad_id in tokenizer.added_tokens_decoder
+    if not is_special and pad_id in tokenizer.get_vocab().values():
+        raise UserError(
+            f"hf:{name} pads with the id {pad_id}, which to the student's tokenizer is the token "
+            f"{tokenizer.convert_ids_to_tokens(pad_id)!r}: set pad_token_id in its config.json to "
+            "the id of a special token, or choose a model of the cache's tokenizer"
+        )
+
+
+def _refuse_missing_rows(name: str, model: PreTrainedModel, highest_id: int) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    num_rows = len(embeddings.weight)
+    if num_rows <= highest_id:
+        raise UserError(
+            f"hf:{name} has embeddings for {num_rows:,} tokens, and the student's tokenizer has "
+            f"ids up to {highest_id:,}: choose a model of the cache's tokenizer"
+        )

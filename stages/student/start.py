@@ -1,0 +1,137 @@
+"""The student before its first step, whichever kind it is: what training needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from teacher_cache.stages.join.compare import check_position_map
+from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.student import pretrained
+from teacher_cache.stages.student.build import build_student
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.position_map import choose
+from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingStudent:
+    """A classifier that has not been trained on the cache yet.
+
+    Attributes:
+        model: in float32, on the CPU.
+        pad_id: fills batches.
+        settings: what a run's settings record of it: all that its first weights depend on besides
+            the seed, and its architecture.
+        about: what a reader wants to know of it besides.
+    """
+
+    model: PreTrainedModel
+    pad_id: int
+    settings: dict[str, Any]
+    about: dict[str, Any]
+
+
+def check_architecture(config: ArchitectureConfig) -> None:
+    """Refuse what needs no cache to be seen: sizes that do not fit, a model that is not there.
+
+    Raises:
+        UserError: saying what to give instead.
+    """
+    if config.pretrained is None:
+        MambaStudentConfig(**_shape(config))
+    else:
+        pretrained.classifier_config(config.pretrained)
+
+
+def with_own_tokenizer(config: TrainStudentConfig) -> TrainStudentConfig:
+    """The settings with a pre-trained student's own tokenizer, unless one is named or it has none.
+
+    Its embeddings mean that tokenizer's tokens, so that is the one to compare with the cache's.
+
+    Raises:
+        UserError: if the pre-trained student is not there.
+    """
+    if config.pretrained is None or config.student_tokenizer is not None:
+        return config
+    own = pretrained.own_tokenizer(config.pretrained)
+    return config.model_copy(update={"student_tokenizer": own})
+
+
+def start_student(
+    config: TrainStudentConfig,
+    joined: Joined,
+    *,
+    id2label: Mapping[int, str],
+    lengths: np.ndarray,
+) -> StartingStudent:
+    """The student that the settings ask for.
+
+    Args:
+        config: the run's settings.
+        joined: the student's tokenizer and maximum length.
+        id2label: class names by id.
+        lengths: [N] tokens of the cached samples, at least one.
+
+    Raises:
+        UserError: if it cannot be built, or does not fit the tokenizer or the samples.
+        CheckFailed: if its position map would lose tokens of some sample.
+    """
+    if config.pretrained is None:
+        return _mamba(config, joined, id2label, lengths)
+    return _pretrained(config, config.pretrained, joined, id2label, lengths)
+
+
+def _mamba(
+    config: TrainStudentConfig, joined: Joined, id2label: Mapping[int, str], lengths: np.ndarray
+) -> StartingStudent:
+    position_map = choose(joined.tokenizer, config.pooling)
+    check_position_map(position_map, np.unique(lengths).tolist())
+    pad_id = joined.tokenizer.pad_token_id
+    # Any id will do: padded positions are masked.
+    pad_id = pad_id if isinstance(pad_id, int) else 0
+    student_config = MambaStudentConfig(
+        vocab_size=max(joined.tokenizer.get_vocab().values()) + 1,
+        **_shape(config),
+        position_map=position_map.to_dict(),
+        pad_token_id=pad_id,
+        id2label=dict(id2label),
+        label2id={name: class_id for class_id, name in id2label.items()},
+    )
+    return StartingStudent(
+        model=build_student(student_config, seed=config.seed),
+        pad_id=pad_id,
+        settings=_shape(config),
+        about={},
+    )
+
+
+def _pretrained(
+    config: TrainStudentConfig,
+    name: str,
+    joined: Joined,
+    id2label: Mapping[int, str],
+    lengths: np.ndarray,
+) -> StartingStudent:
+    model = pretrained.pretrained_classifier(
+        name, tokenizer=joined.tokenizer, id2label=id2label, seed=config.seed
+    )
+    pretrained.refuse_too_long(
+        name, model, longest_sample=int(lengths.max()), max_length=joined.max_length
+    )
+    pad_id = model.config.pad_token_id
+    assert isinstance(pad_id, int), "pretrained_classifier settles it"
+    return StartingStudent(
+        model=model,
+        pad_id=pad_id,
+        settings={"arch": "hf", "start": pretrained.identity(model)},
+        about={"start": config.arch},
+    )
+
+
+def _shape(config: ArchitectureConfig) -> dict[str, Any]:
+    return config.model_dump(include=set(ArchitectureConfig.model_fields))
