@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student import pretrained
 from teacher_cache.stages.student.build import build_student
+from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.embeddings import from_teacher
 from teacher_cache.stages.student.position_map import choose
+from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +111,37 @@ def _mamba(
         id2label=dict(id2label),
         label2id={name: class_id for class_id, name in id2label.items()},
     )
+    model = build_student(student_config, seed=config.seed)
+    table = None if config.embeddings == "random" else _take_embeddings(model, config, joined)
     return StartingStudent(
-        model=build_student(student_config, seed=config.seed),
+        model=model,
         pad_id=pad_id,
-        settings=_shape(config),
+        settings=_shape(config) | {"teacher_embeddings_sha256": table},
         about={},
     )
+
+
+def _take_embeddings(
+    model: MambaStudentForSequenceClassification, config: TrainStudentConfig, joined: Joined
+) -> str:
+    """Start from the teacher's embeddings; returns the SHA-256 of the file that holds them."""
+    if not joined.report.waivable:
+        raise UserError(
+            "--embeddings teacher needs ids that mean the same to teacher and student, and here "
+            "they mean other strings: use the cache's own tokenizer, or leave the option out"
+        )
+    assert config.cache is not None, "the join has read it"
+    manifest = read_manifest(config.cache)
+    weight = model.backbone.embedding.weight
+    taken = from_teacher(weight, read_embedding_table(config.cache, manifest))
+    with torch.no_grad():
+        weight.copy_(taken.rows)
+    logger.info(
+        "embeddings from the teacher's: width %d keeps %.1f %% of its table's energy",
+        config.d_model,
+        100 * taken.energy_kept,
+    )
+    return manifest.teacher_files[TABLE_FILE]
 
 
 def _pretrained(

@@ -134,6 +134,11 @@ class TrainingConfig(OptimizationConfig):
         ge=1,
         description="Stop after so many evaluations without a better accuracy, and keep the best.",
     )
+    embeddings: Literal["random", "teacher"] = Field(
+        default="random",
+        description="What a Mamba student's embeddings start from: random values, or the "
+        "teacher's, cut to the width by a truncated SVD.",
+    )
 
 
 class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):
@@ -141,7 +146,8 @@ class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, Traini
 
     @model_validator(mode="after")
     def _takes_its_own_options(self) -> TrainStudentConfig:
-        given = self.model_fields_set & ArchitectureConfig.model_fields.keys() - {"arch"}
+        mamba_only = {*ArchitectureConfig.model_fields, "embeddings", "lm_weight"} - {"arch"}
+        given = self.model_fields_set & mamba_only
         if self.pretrained is not None and given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
             raise PydanticCustomError(
@@ -150,6 +156,16 @@ class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, Traini
                 "leave out what it does not take (in a file with both kinds of student, give it "
                 "to each Mamba student)",
                 {"options": options, "arch": self.arch},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reads_no_further_than_it_predicts(self) -> TrainStudentConfig:
+        if self.lm_weight and self.bidirectional:
+            raise PydanticCustomError(
+                "reads_ahead",
+                "--lm-weight has the student predict the next token, and with --bidirectional it "
+                "has read it: leave one of the two out",
             )
         return self
 

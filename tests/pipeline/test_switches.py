@@ -20,7 +20,7 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
 from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
-from tests.command_line import pipe
+from tests.command_line import pipe, refused
 from tests.tiny_runs import student_config
 
 
@@ -123,6 +123,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
     "dropout": ("0.2", {"model.dropout"}),
     "arch": ("mamba", {"model.arch", "model.weights"}),
     "bidirectional": ("", {"model.bidirectional", "model.weights"}),
+    "embeddings": ("teacher", {"model.weights", "settings.teacher_embeddings_sha256"}),
     # The join.
     "on_mismatch": ("warn", set()),
     # The training.
@@ -184,6 +185,19 @@ def test_a_switch_changes_what_it_says_and_nothing_else(
     other = resolved(monkeypatch, tiny_cache, tmp_path / "run", flag)
     own = set() if name in NOT_RESULTS else {f"settings.{name}"}
     assert changed(base, other) == expected | own
+
+
+def test_a_student_that_has_read_the_next_token_does_not_predict_it(tiny_cache: Path) -> None:
+    flags = ("train-student", "--cache", tiny_cache, "--lm-weight", "0.5")
+    refused(*flags, "--bidirectional", saying="--lm-weight .* with --bidirectional it has read it")
+
+
+@pytest.mark.parametrize("flag", ["--lm-weight=0.5", "--embeddings=teacher"])
+def test_options_of_a_mamba_are_refused_for_another_student(flag: str, tiny_cache: Path) -> None:
+    refused(
+        *("train-student", "--cache", tiny_cache, "--arch", "hf:a/b", flag),
+        saying=rf"only a Mamba student takes {flag.split('=')[0]}, and --arch hf:a/b",
+    )
 
 
 def test_out_and_device_change_no_result(

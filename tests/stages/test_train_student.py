@@ -228,6 +228,23 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     assert log_of(tmp_path / "run") == log_of(run)
 
 
+def test_next_tokens_and_the_teachers_embeddings_go_on_alike(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    options = {"lm_weight": 0.5, "embeddings": "teacher", "unlabeled_alpha": 0.3, "max_steps": 4}
+    whole = student_config(tiny_cache, tmp_path / "whole", **options)
+    train_student.run(whole)
+    lines = [line for line in log_of(tmp_path / "whole") if "loss" in line]
+    assert len(lines) == 4 and all(9 < line["lm"] < 12 for line in lines)  # log 30,522 is 10.3
+    config = student_config(tiny_cache, tmp_path / "run", **options)
+    interrupt(config, before_save=4)
+    train_student.run(config)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+    table = CacheReader(tiny_cache).manifest.teacher_files["embeddings.safetensors"]
+    assert read_run(tmp_path / "run").settings["teacher_embeddings_sha256"] == table
+
+
 def test_a_named_checkpoint(run: Path, tiny_cache: Path, tmp_path: Path) -> None:
     config = student_config(tiny_cache, tmp_path / "run", unlabeled_alpha=0.3, conf_power=1.0)
     interrupt(config, after_save=4)
