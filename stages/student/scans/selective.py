@@ -83,9 +83,9 @@ def selective_scan(
     y, carried = _scan(x, dt, A, B, C, resets, initial_state, keep)
     if D is not None:
         y = torch.addcmul(y, x, D.to(dtype))
-    # A copy, or whoever holds the state would hold all that the backward needs.
-    final_state = carried[-1].mT.clone(memory_format=torch.contiguous_format)
-    return Scanned(y, final_state.detach())
+    # A copy, or whoever holds the state would hold all that the backward needs. It stays in the
+    # layout in which the next call, if it continues from here, wants it.
+    return Scanned(y, carried[-1].detach().clone().mT)
 
 
 @torch.library.custom_op("teacher_cache::selective_scan", mutates_args=())
