@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "configs", "pipeline", "stages")
+BENCHMARKS = "benchmarks"  # may import all of them, and is no part of the package
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # What each folder may import of the others: pipeline -> stages -> cache, and nothing the other way.
@@ -68,6 +69,7 @@ def test_imports_point_one_way(folder: str) -> None:
         for name in imported_names(module):
             parts = name.split(".")
             assert parts[0] not in FOLDERS, f"{module}: `{name}` lacks its `teacher_cache.`"
+            assert parts[0] != BENCHMARKS, f"{module} may not import `{name}`"
             if parts[0] == "teacher_cache":
                 assert parts[1] in MAY_IMPORT[folder], f"{module} may not import `{name}`"
 
@@ -149,7 +151,7 @@ def test_wheel_contains_everything(tmp_path: Path) -> None:
 
 
 def test_modules_are_short() -> None:
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, BENCHMARKS):
         for path in modules(folder):
             lines = len(path.read_text().splitlines())
             assert lines < HARD_LIMIT_LINES, f"{path} has {lines} lines: split it"
