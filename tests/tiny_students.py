@@ -44,7 +44,8 @@ def small_student(**changes: Any) -> MambaStudentForSequenceClassification:
 
 def started_mixer(arch: str, **changes: Any) -> Mamba | Mamba2:
     """The first mixer of a default student."""
-    config = MambaStudentConfig(arch=arch, **({"vocab_size": 4} | changes))
+    settings: dict[str, Any] = {"arch": arch, "vocab_size": 4} | changes
+    config = MambaStudentConfig(**settings)
     mixer = build_student(config, seed=0).backbone.get_submodule("layers.0.mixer")
     assert isinstance(mixer, Mamba | Mamba2)
     return mixer

@@ -6,14 +6,13 @@ Names of modules and parameters are those of mamba_ssm's `MixerModel`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.layout import Layout, reversed_positions
@@ -59,7 +58,7 @@ class MambaStudentPreTrainedModel(PreTrainedModel):
 
     config_class = MambaStudentConfig
     base_model_prefix = "backbone"
-    _no_split_modules = ("MambaLayer",)
+    _no_split_modules: ClassVar[list[str]] = ["MambaLayer"]
     _is_stateful = True  # a state cannot be rolled back, so no assisted decoding
 
     @torch.no_grad()
@@ -134,11 +133,12 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         if self.config.bidirectional and (use_cache or cache_params is not None):
             raise ValueError("a bidirectional student has no state to go on from")
-        if inputs_embeds is None:
-            inputs_embeds = self.embedding(input_ids)
+        residual = cast(
+            Tensor, self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        )
+        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         if use_cache and cache_params is None:
             cache_params = DynamicCache(config=self.config)
-        residual = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
         layout = self._layout(residual, attention_mask, seq_idx)
         streams = [residual]
         for layer_idx, layer in enumerate(self.layers):

@@ -83,7 +83,8 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = attention_mask.bool()
-        if not mask.any(dim=1).all():
+        # A traced graph cannot raise; what it makes of a sample without tokens means nothing.
+        if not torch.compiler.is_compiling() and not mask.any(dim=1).all():
             sample = int(mask.any(dim=1).logical_not().nonzero()[0])
             raise UserError(f"Sample {sample} of the batch has no tokens: leave out empty texts.")
         input_ids, mask = self.position_map.apply(input_ids, mask)
@@ -125,4 +126,4 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
         num_real = mask.sum(dim=1)
         if self.config.pooling == "mean":
             return (hidden * mask[..., None]).sum(dim=1) / num_real[:, None]
-        return hidden[torch.arange(len(hidden), device=hidden.device), num_real - 1]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), num_real - 1]

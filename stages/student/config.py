@@ -48,7 +48,8 @@ class MambaStudentConfig(PreTrainedConfig):
             state-space parameters of its own; then nothing can be generated.
         dt_rank: rank of Mamba-1's step sizes; a sixteenth of `d_model`, rounded up, if none.
         head_dim: Mamba-2's channels per head; divides the inner width.
-        ngroups: Mamba-2's groups of heads that share B and C; divides the number of heads.
+        ngroups: Mamba-2's groups of heads that share B and C, and whose outputs are normalised
+            together; divides the number of heads.
         chunk_size: positions per chunk of Mamba-2's scan; changes speed and rounding only.
         dt_min: smallest initial step size.
         dt_max: largest initial step size.

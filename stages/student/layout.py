@@ -52,6 +52,6 @@ def reversed_positions(num_real: Tensor, length: int) -> Tensor:
     Returns:
         [B, S] int64.
     """
-    position = torch.arange(length, device=num_real.device).expand(len(num_real), length)
+    position = torch.arange(length, device=num_real.device).expand(num_real.shape[0], length)
     num_real = num_real[:, None]
     return torch.where(position < num_real, num_real - 1 - position, position)

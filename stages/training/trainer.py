@@ -78,14 +78,11 @@ class OrderedTrainer(Trainer):
             )
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Weight decay on matrices alone: not on norms, biases and state-space parameters.
-
-        A model marks a matrix that is none in this sense as mamba_ssm and transformers do.
-        """
+        """Weight decay on matrices alone: not on norms, biases and state-space parameters."""
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
+            if parameter.ndim >= 2 and not name.endswith("A_log")  # Mamba-1's is a matrix
         ]
 
     def final_evaluation(self) -> dict[str, float]:

@@ -22,7 +22,6 @@ from teacher_cache.cache.commit import explained, write_bytes_atomically, write_
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.interchange.weights import (
-    NUM_GROUPS,
     filled,
     refuse_other_values,
     refuse_students,
@@ -97,7 +96,6 @@ MIXER_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "Mamba2": {
         "bias": (False,),
         "conv_bias": (True,),
-        "ngroups": NUM_GROUPS,
         "D_has_hdim": (False,),
         "rmsnorm": (True,),
         "norm_before_gate": (False,),

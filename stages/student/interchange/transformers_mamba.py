@@ -20,7 +20,6 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.student.backbone import MambaStudentModel
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.interchange.weights import (
-    NUM_GROUPS,
     Model,
     filled,
     refuse_other_values,
@@ -58,7 +57,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "residual_in_fp32": (True,),
 }
 ONLY_MAMBA2: dict[str, tuple[Any, ...]] = {
-    "n_groups": NUM_GROUPS,
     "time_step_limit": ((0.0, math.inf),),
 }
 
@@ -128,7 +126,7 @@ def to_transformers(
         The model of transformers that computes the same, with or without a head as the student.
 
     Raises:
-        UserError: for a bidirectional student, more than one group, or a classifier.
+        UserError: for a bidirectional student or a classifier.
     """
     if not isinstance(student, MambaStudentModel | MambaStudentForCausalLM):
         raise UserError(

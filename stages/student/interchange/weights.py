@@ -13,10 +13,6 @@ from transformers import initialization as init
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.student.config import MambaStudentConfig
 
-# mamba_ssm and transformers normalise each group of heads by itself behind the gate, the student
-# all of its inner width: with one group they are the same.
-NUM_GROUPS = (1,)
-
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -45,17 +41,12 @@ def refuse_students(config: MambaStudentConfig, *, target: str) -> None:
     """Refuse to move a student that `target` has no place for.
 
     Raises:
-        UserError: for both directions, or for groups of heads that are normalised together.
+        UserError: for both directions.
     """
     if config.bidirectional:
         raise UserError(
             f"{target} has no bidirectional mixers, so this student cannot be moved there: train "
             "one without bidirectional."
-        )
-    if config.arch == "mamba2" and config.ngroups not in NUM_GROUPS:
-        raise UserError(
-            f"{target} normalises each of the {config.ngroups} groups by itself, the student all "
-            "of them together, so it cannot be moved there: train one with ngroups 1."
         )
 
 

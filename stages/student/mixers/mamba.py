@@ -17,10 +17,9 @@ from transformers import initialization as init
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.layout import Layout
-from teacher_cache.stages.student.mixers.convolution import causal_conv
 from teacher_cache.stages.student.mixers.initial_step import inverse_softplus_steps
 from teacher_cache.stages.student.mixers.layer_state import LayerState
-from teacher_cache.stages.student.scans.selective import selective_scan
+from teacher_cache.stages.student.scans import dispatch
 
 
 class MambaDirection(nn.Module):
@@ -40,7 +39,6 @@ class MambaDirection(nn.Module):
         self.x_proj = nn.Linear(inner, sum(self.widths), bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, num_states))
-        self.A_log._no_weight_decay = True  # mamba_ssm's mark, which our trainer heeds
         self.D = nn.Parameter(torch.empty(inner))
 
     @torch.no_grad()
@@ -66,26 +64,25 @@ class MambaDirection(nn.Module):
         """
         if layout.mask is not None:
             x = x * layout.mask[..., None]
-        convolved = F.silu(
-            causal_conv(
-                x,
-                self.conv1d.weight,
-                self.conv1d.bias,
-                seq_idx=layout.seq_idx,
-                initial_state=None if state is None else state.convolution,
-            )
+        convolved = dispatch.convolve(
+            x,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            seq_idx=layout.seq_idx,
+            initial_state=None if state is None else state.convolution,
         )
         low_rank, B, C = self.x_proj(convolved).split(self.widths, dim=-1)
         dt = F.linear(low_rank, self.dt_proj.weight)  # its bias is added in float32, with softplus
         if layout.mask is not None:  # padding neither writes a state nor lets it decay
             dt = dt.masked_fill(~layout.mask[..., None], -torch.inf)
-        y, final_state = selective_scan(
+        y, final_state = dispatch.selective(
             convolved,
-            F.softplus(dt + self.dt_proj.bias),
+            dt,
             -torch.exp(self.A_log),
             B,
             C,
             D=self.D,
+            dt_bias=self.dt_proj.bias,
             seq_idx=layout.seq_idx,
             initial_state=None if state is None else state.scan,
         )
@@ -133,5 +130,4 @@ class Mamba(MambaDirection):
         y = self.scan(x, layout, state)
         if self.reverse is not None:
             y = y + layout.reverse(self.reverse.scan(layout.reverse(x), layout.reversed(), None))
-        gated = y * F.silu(z.to(y.dtype))
-        return self.out_proj(gated.to(self.out_proj.weight.dtype))
+        return self.out_proj(y * F.silu(z))

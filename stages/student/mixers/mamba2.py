@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.layout import Layout
-from teacher_cache.stages.student.mixers.convolution import causal_conv
 from teacher_cache.stages.student.mixers.initial_step import inverse_softplus_steps
 from teacher_cache.stages.student.mixers.layer_state import LayerState
 from teacher_cache.stages.student.norms import RMSNorm
-from teacher_cache.stages.student.scans.ssd import ssd_scan
+from teacher_cache.stages.student.scans import dispatch
 
 
 class Mamba2Direction(nn.Module):
@@ -39,7 +37,6 @@ class Mamba2Direction(nn.Module):
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, config.d_conv, groups=conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
-        self.A_log._no_weight_decay = True  # mamba_ssm's mark, which our trainer heeds
         self.D = nn.Parameter(torch.empty(self.num_heads))
 
     @torch.no_grad()
@@ -66,7 +63,7 @@ class Mamba2Direction(nn.Module):
             xBC = xBC * layout.mask[..., None]
             dt = dt.masked_fill(~layout.mask[..., None], -torch.inf)
         config = self.config
-        convolved = causal_conv(
+        convolved = dispatch.convolve(
             xBC,
             self.conv1d.weight,
             self.conv1d.bias,
@@ -74,14 +71,15 @@ class Mamba2Direction(nn.Module):
             initial_state=None if state is None else state.convolution,
         )
         states = config.ngroups * config.d_state
-        x, B, C = F.silu(convolved).split((config.d_inner, states, states), dim=-1)
-        y, final_state = ssd_scan(
+        x, B, C = convolved.split((config.d_inner, states, states), dim=-1)
+        y, final_state = dispatch.ssd(
             x.unflatten(-1, (self.num_heads, config.head_dim)),  # [B, S, H, P]
-            F.softplus(dt + self.dt_bias),
+            dt,
             -torch.exp(self.A_log),
             B.unflatten(-1, (config.ngroups, config.d_state)),  # [B, S, G, N]
             C.unflatten(-1, (config.ngroups, config.d_state)),
             D=self.D,
+            dt_bias=self.dt_bias,
             seq_idx=layout.seq_idx,
             initial_state=None if state is None else state.scan,
             chunk_size=config.chunk_size,
@@ -107,7 +105,7 @@ class Mamba2(Mamba2Direction):
         self.widths = (config.d_inner, self.conv1d.in_channels, self.num_heads)
         self.in_proj = nn.Linear(config.d_model, sum(self.widths), bias=False)
         self.reverse = Mamba2Direction(config) if config.bidirectional else None
-        self.norm = RMSNorm(config.d_inner, epsilon=config.norm_epsilon)
+        self.norm = RMSNorm(config.d_inner, epsilon=config.norm_epsilon, num_groups=config.ngroups)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     @torch.no_grad()

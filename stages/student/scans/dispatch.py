@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.student.mixers.convolution import causal_conv
 from teacher_cache.stages.student.scans import adapters, kernels
+from teacher_cache.stages.student.scans.convolution import causal_conv
 from teacher_cache.stages.student.scans.kernels import Kernel
 from teacher_cache.stages.student.scans.scanned import Scanned
 from teacher_cache.stages.student.scans.selective import selective_scan
@@ -210,6 +210,8 @@ def _choose(
     function, note = None, objection(kernel, call)
     if note is None:
         function, note = kernels.find(kernel, tensor)
+    if torch.compiler.is_compiling():
+        return function  # a traced graph says nothing
     if call.is_cuda or kind != "convolution":  # on a CPU the scan's line says it all
         ours = "convolution" if kind == "convolution" else "scan"
         path = f"the PyTorch {ours} ({note})" if function is None else f"{note}'s kernel"

@@ -22,14 +22,18 @@ B and C, N state, L chunk length, K chunks per sequence, Q chunks of the whole b
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from teacher_cache.stages.student.scans.scanned import Scanned
+from teacher_cache.stages.student.scans.ssd_chunks import (
+    exp_,
+    ssd_carry,
+    ssd_within_chunks,
+    wide,
+)
 
 
 def ssd_scan(
@@ -72,15 +76,14 @@ def ssd_scan(
     D = torch.zeros_like(A) if D is None else D.to(dtype)
     initial_state = None if initial_state is None else initial_state.detach().to(dtype)
 
-    # Equal chunks need less padding than full chunks and a short rest.
-    num_chunks = math.ceil(length / chunk_size)
-    chunk_length = math.ceil(length / num_chunks)
+    tracing = torch.compiler.is_compiling()
+    num_chunks, chunk_length = _chunks(length, chunk_size, any_length=tracing)
     padding = num_chunks * chunk_length - length
     segment = None
     if seq_idx is not None:  # counts the resets, so that a value that returns is a new segment
         segment = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, padding)).cumsum(dim=1)
         segment = segment.view(-1, chunk_length)  # [Q, L]
-    if padding:  # dt = 0: padding neither decays nor writes the state
+    if tracing or padding:  # dt = 0: padding neither decays nor writes the state
         x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, padding))
     x, dt, B, C = (t.reshape(-1, chunk_length, *t.shape[2:]) for t in (x, dt, B, C))  # [Q, L, ...]
@@ -88,108 +91,32 @@ def ssd_scan(
     with torch.autocast(device_type=x.device.type, enabled=False):
         # [Q, L, H] from the chunk's start. A step below -100 decays to 0 whatever its size, and a
         # huge one would swallow the later steps of the sum.
-        wide = _wide(x.device)
-        log_decay = (dt.to(wide) * A.to(wide)).clamp(min=-100).cumsum(dim=1)
-        y = _WithinChunks.apply(x, dt, log_decay, B, C, D, segment)
+        dtype_of_sums = wide(x.device)
+        log_decay = (dt.to(dtype_of_sums) * A.to(dtype_of_sums)).clamp(min=-100).cumsum(dim=1)
+        y, *_ = ssd_within_chunks(x, dt, log_decay, B, C, D, segment)
         # One chunk that starts from nothing passes nothing on but its final state, a constant.
-        alone = num_chunks == 1 and initial_state is None
+        alone = not tracing and num_chunks == 1 and initial_state is None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
             to_end, through, from_start = _edge_decays(log_decay, segment, num_chunks, dtype)
             states = _left_behind(x, dt, B, to_end, num_chunks)
-            entering = _Carry.apply(states, through, initial_state)
+            entering = ssd_carry(states, through, initial_state)
         if not alone:
             y = _add_entering(y, entering, C, from_start)
         final_state = entering[:, -1] * through[:, -1, :, None, None] + states[:, -1]
     y = y.reshape(batch, num_chunks * chunk_length, *x.shape[2:])
-    return Scanned(y[:, :length] if padding else y, final_state.detach())
+    return Scanned(y[:, :length] if tracing or padding else y, final_state.detach())
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    """What sums of exponents are taken in; Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def _chunks(length: int, chunk_size: int, *, any_length: bool) -> tuple[int, int]:
+    """Number of chunks and positions in each; equal chunks need less padding than full ones.
 
-
-class _WithinChunks(torch.autograd.Function):
-    """What a chunk's positions pass to each other, and the direct path `D x`: [Q, L, H, P].
-
-    The backward is by hand: autograd's would keep and pass over twice as many [L, L] matrices.
+    A traced graph serves any length, so none is special there: it always has two chunks or more
+    and some padding.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        log_decay: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        segment: Tensor | None,
-    ) -> Tensor:
-        steps = _by_head(x, dt)  # [Q, H, L, P]
-        decay = _decay_matrix(log_decay, segment, x.dtype)  # [Q, H, L, L]
-        scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)  # [Q, G, L, L]
-        y = _times_scores(decay, scores) @ steps  # [Q, H, L, P]
-        ctx.save_for_backward(x, dt, B, C, D, steps, decay, scores)
-        return torch.addcmul(y.transpose(1, 2), x, D[:, None], out=torch.empty_like(x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, B, C, D, steps, decay, scores = ctx.saved_tensors
-        (grad,) = grads
-        grad_y = grad.transpose(1, 2).contiguous()  # [Q, H, L, P]
-        grad_steps = _times_scores(decay, scores).transpose(2, 3) @ grad_y
-        flow = grad_y @ steps.transpose(2, 3)  # [Q, H, L, L], gradient of decay * scores
-        flow *= decay
-        grad_scores = flow.unflatten(1, (scores.shape[1], -1)).sum(2)  # [Q, G, L, L]
-        flow = _times_scores(flow, scores)  # gradient of the exponents
-        # An exponent on the diagonal is constantly 0; its terms would cancel below, but not
-        # exactly, and where all decays are strong they are all there is.
-        flow.diagonal(dim1=2, dim2=3).zero_()
-        wide = _wide(flow.device)
-        grad_log_decay = flow.sum(3, dtype=wide) - flow.sum(2, dtype=wide)
-
-        grad_steps = grad_steps.transpose(1, 2)  # [Q, L, H, P]
-        products = grad * x
-        grad_D = products.sum((0, 1, 3))
-        grad_dt = torch.mul(grad_steps, x, out=products).sum(3)
-        grad_x = torch.mul(grad_steps, dt[..., None], out=products).addcmul_(grad, D[:, None])
-        grad_B = (grad_scores.transpose(2, 3) @ C.transpose(1, 2)).transpose(1, 2)
-        grad_C = (grad_scores @ B.transpose(1, 2)).transpose(1, 2)
-        return grad_x, grad_dt, grad_log_decay.transpose(1, 2), grad_B, grad_C, grad_D, None
-
-
-def _by_head(x: Tensor, dt: Tensor) -> Tensor:
-    """`x dt` laid out [Q, H, L, P] for a product per head, in one pass over x [Q, L, H, P]."""
-    num, length, heads, width = x.shape
-    out = x.new_empty(num, heads, length, width)
-    return torch.mul(x.transpose(1, 2), dt.transpose(1, 2)[..., None], out=out)
-
-
-def _times_scores(matrix: Tensor, scores: Tensor) -> Tensor:
-    """A matrix per head [Q, H, L, L] times its group's scores [Q, G, L, L]."""
-    return (matrix.unflatten(1, (scores.shape[1], -1)) * scores[:, :, None]).flatten(1, 2)
-
-
-def _decay_matrix(log_decay: Tensor, segment: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The exp of the sum of `dt A` over (j, i] for i >= j in one segment, else 0: [Q, H, L, L]."""
-    num, length, heads = log_decay.shape
-    sums = log_decay.transpose(1, 2)
-    exponent = torch.empty(num, heads, length, length, dtype=dtype, device=sums.device)
-    torch.sub(sums[..., :, None], sums[..., None, :], out=exponent)
-    seen = torch.ones(length, length, dtype=torch.bool, device=sums.device).tril()
-    if segment is not None:
-        seen = seen & (segment[:, :, None] == segment[:, None, :])[:, None]  # [Q, 1, L, L]
-    return _exp_(exponent).mul_(seen)
-
-
-def _exp_(exponent: Tensor) -> Tensor:
-    """The exp, overwriting its input; exactly 0 where it would be below the epsilon's square."""
-    lowest = 2 * math.log(torch.finfo(exponent.dtype).eps)
-    in_place = not exponent.requires_grad  # autograd keeps exp's result
-    decay = exponent.clamp_(lowest, 0).exp_()
-    return F.threshold(decay, 1.001 * math.exp(lowest), 0.0, inplace=in_place)
+    if any_length:
+        return length // chunk_size + 2, chunk_size
+    num_chunks = math.ceil(length / chunk_size)
+    return num_chunks, math.ceil(length / num_chunks)
 
 
 def _left_behind(x: Tensor, dt: Tensor, B: Tensor, to_end: Tensor, num_chunks: int) -> Tensor:
@@ -205,42 +132,9 @@ def _left_behind(x: Tensor, dt: Tensor, B: Tensor, to_end: Tensor, num_chunks: i
 def _add_entering(y: Tensor, entering: Tensor, C: Tensor, from_start: Tensor) -> Tensor:
     """Add to y [Q, L, H, P] what reaches each chunk from before it."""
     groups, num_states = C.shape[2:]
-    entering = entering.view(len(C), groups, -1, num_states)  # [Q, G, H/G P, N]
+    entering = entering.view(C.shape[0], groups, -1, num_states)  # [Q, G, H/G P, N]
     arriving = (C.transpose(1, 2) @ entering.transpose(2, 3)).transpose(1, 2)  # [Q, L, G, H/G P]
     return torch.addcmul(y, arriving.reshape(y.shape), from_start[..., None])
-
-
-class _Carry(torch.autograd.Function):
-    """From what each chunk leaves behind to the state that each chunk starts with.
-
-    The backward sets gradients to 0 that the decays of further chunks would make subnormal.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, through: Tensor, initial_state: Tensor | None) -> Tensor:
-        entering = torch.empty_like(states)  # [B, K, H, P, N]
-        entering[:, 0] = 0 if initial_state is None else initial_state
-        for chunk in range(1, states.shape[1]):
-            before = chunk - 1
-            decay = through[:, before, :, None, None]
-            torch.addcmul(states[:, before], entering[:, before], decay, out=entering[:, chunk])
-        ctx.save_for_backward(entering, through)
-        return entering
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        entering, through = ctx.saved_tensors
-        (grad,) = grads
-        smallest = torch.finfo(grad.dtype).tiny / torch.finfo(grad.dtype).eps ** 2
-        grad_states = torch.empty_like(entering)
-        grad_states[:, -1] = 0
-        for chunk in range(entering.shape[1] - 2, -1, -1):
-            after = chunk + 1
-            decay = through[:, after, :, None, None]
-            total = torch.addcmul(grad[:, after], grad_states[:, after], decay)
-            grad_states[:, chunk] = F.hardshrink(total, smallest)
-        return grad_states, (grad_states * entering).sum((3, 4)), None
 
 
 def _edge_decays(
@@ -258,8 +152,8 @@ def _edge_decays(
         [Q, L, H], [B, K, H] and [Q, L, H]; 0 across a reset.
     """
     last = log_decay[:, -1:]
-    to_end = _exp_((last - log_decay).to(dtype))
-    from_start = _exp_(log_decay.to(dtype, copy=True))
+    to_end = exp_((last - log_decay).to(dtype))
+    from_start = exp_(log_decay.to(dtype, copy=True))
     if segment is not None:
         end = segment[:, -1:].view(-1, num_chunks)
         before = F.pad(end[:, :-1], (1, 0))  # the segment that the chunk before ended in

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from teacher_cache.stages.student import MambaStudentModel
-from tests.tiny_students import small_config, small_student
+from tests.tiny_students import small_student
 
 BOTH = pytest.mark.parametrize("arch", ["mamba", "mamba2"])
 
@@ -56,12 +56,3 @@ def test_a_classifiers_folder_is_also_a_backbone(arch, tmp_path) -> None:
     assert isinstance(backbone, MambaStudentModel)
     for name, weight in student.backbone.state_dict().items():
         assert torch.equal(backbone.state_dict()[name], weight), name
-
-
-@BOTH
-def test_decay_rates_are_marked_as_free_of_weight_decay(arch) -> None:
-    backbone = MambaStudentModel(small_config(arch=arch))
-    marked = {
-        name for name, p in backbone.named_parameters() if getattr(p, "_no_weight_decay", False)
-    }
-    assert marked == {f"layers.{layer}.mixer.A_log" for layer in range(2)}

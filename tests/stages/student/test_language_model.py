@@ -60,7 +60,7 @@ def test_the_state_has_one_size_at_any_length(arch) -> None:
 @BOTH
 @pytest.mark.parametrize("left", [0, 3])
 def test_generates_what_reading_it_all_chooses(arch, left) -> None:
-    model = language_model(arch=arch)
+    model: Any = language_model(arch=arch)
     ids = torch.randint(1, 50, (2, 6))
     padded = torch.nn.functional.pad(ids, (left, 0))
     mask = torch.nn.functional.pad(torch.ones_like(ids), (left, 0))
@@ -72,7 +72,7 @@ def test_generates_what_reading_it_all_chooses(arch, left) -> None:
 
 @BOTH
 def test_beam_search_reorders_the_states(arch) -> None:
-    model = language_model(arch=arch)
+    model: Any = language_model(arch=arch)
     ids = torch.randint(1, 50, (2, 4))
     settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
     with_state = model.generate(ids, pad_token_id=0, **settings)

@@ -79,10 +79,11 @@ def data(tiny_cache: Path) -> BothKinds:
     )
 
 
-def make_student() -> MambaStudentForSequenceClassification:
+def make_student(arch: str = "mamba2") -> MambaStudentForSequenceClassification:
     """A student in float64, without dropout; its logits are spread, so that the terms differ."""
     student = build_student(
         MambaStudentConfig(
+            arch=arch,
             vocab_size=30522,
             d_model=8,
             num_layers=1,
@@ -108,6 +109,7 @@ def make_trainer(
     objective: ObjectiveConfig = OBJECTIVE,
     log_steps: int = 1,
     lr: float = 0.01,
+    arch: str = "mamba2",
 ) -> DistillationTrainer:
     config = OptimizationConfig(
         device="cpu",
@@ -120,7 +122,7 @@ def make_trainer(
     )
     num_steps = len(order) // accumulation
     return DistillationTrainer(
-        model=make_student(),
+        model=make_student(arch),
         args=training_arguments(
             config,
             folder,
@@ -367,8 +369,9 @@ def test_a_teachers_step_is_the_mean_over_its_samples(
     assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_matrices_decay(tmp_path: Path, data: BothKinds) -> None:
-    trainer = make_trainer(tmp_path, data, [[0]])
+@pytest.mark.parametrize("arch", ["mamba", "mamba2"])
+def test_only_matrices_decay(tmp_path: Path, data: BothKinds, arch: str) -> None:
+    trainer = make_trainer(tmp_path, data, [[0]], arch=arch)
     optimizer = trainer.create_optimizer()
     decay = {
         id(parameter): group["weight_decay"]
@@ -379,10 +382,12 @@ def test_only_matrices_decay(tmp_path: Path, data: BothKinds) -> None:
     assert model is not None
     found = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
     assert {name for name, value in found.items() if value == 0.0} == {
-        name for name, parameter in model.named_parameters() if parameter.ndim == 1
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 or name.endswith("A_log")
     }
     assert {value for value in found.values() if value} == {0.1}
-    for part in ("A_log", "dt_bias", "norm", "bias"):
+    for part in ("A_log", "mixer.D", "norm", "bias"):
         assert any(part in name for name, value in found.items() if value == 0.0), part
 
 

@@ -77,7 +77,7 @@ def test_both_directions_are_a_forward_and_a_backward_scan(arch) -> None:
     one_way.load_state_dict(
         {name: p for name, p in module.state_dict().items() if not name.startswith("reverse.")}
     )
-    for name, parameter in module.reverse.named_parameters():
+    for name, parameter in module.get_submodule("reverse").named_parameters():
         parameter.data = module.get_parameter(name).data
     symmetric = module(hidden, layout(hidden))
     flipped = module(hidden.flip(1), layout(hidden)).flip(1)

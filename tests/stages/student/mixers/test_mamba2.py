@@ -59,5 +59,8 @@ def test_forward_is_the_recurrence_written_out() -> None:
         D=module.D,
     )
     gated = y.flatten(-2) * torch.nn.functional.silu(z)
-    normed = gated * (gated.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * module.norm.weight
-    torch.testing.assert_close(module(hidden, Layout()), module.out_proj(normed))
+    groups = gated.unflatten(-1, (2, 8))  # each group of heads is normalised by itself
+    normed = (groups * (groups.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2)
+    torch.testing.assert_close(
+        module(hidden, Layout()), module.out_proj(normed * module.norm.weight)
+    )
