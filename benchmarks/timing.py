@@ -69,10 +69,10 @@ def interleaved(
 
 
 def affordable_repeats(run_s: float, left_s: float, most: int) -> int:
-    """How many timed runs a budget allows beside the one that measures memory.
+    """How many timed runs a budget allows.
 
-    The first timed run may take all that is left; further ones may not take more than half of it,
-    so that longer sequences are measured too.
+    The first may take all that is left; all together may not take more than half of it if they
+    are several, so that longer sequences are measured too.
 
     Args:
         run_s: of one run, as far as known.
@@ -82,11 +82,11 @@ def affordable_repeats(run_s: float, left_s: float, most: int) -> int:
     Returns:
         0 (it does not fit) to `most`.
     """
-    if 2 * run_s > left_s:
+    if run_s > left_s:
         return 0
     if run_s == 0:
         return most
-    return min(most, max(1, int(left_s / 2 / run_s) - 1))
+    return min(most, max(1, int(left_s / 2 / run_s)))
 
 
 def predicted(measured: Mapping[Shape, float], shape: Shape) -> float:

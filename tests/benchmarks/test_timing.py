@@ -55,9 +55,10 @@ def test_prediction_follows_the_growth_so_far() -> None:
 
 def test_budget() -> None:
     assert affordable_repeats(0.01, 100, most=5) == 5
-    assert affordable_repeats(10, 100, most=5) == 4, "five runs are half of what is left"
-    assert affordable_repeats(40, 100, most=5) == 1
-    assert affordable_repeats(51, 100, most=5) == 0
+    assert affordable_repeats(12.5, 100, most=5) == 4, "half of what is left"
+    assert affordable_repeats(51, 100, most=5) == 1
+    assert affordable_repeats(100, 100, most=5) == 1
+    assert affordable_repeats(101, 100, most=5) == 0
     assert affordable_repeats(0, 100, most=5) == 5
 
 
