@@ -1,6 +1,6 @@
 # Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format assets clean
+.PHONY: help setup demo test test-slow test-gpu check format assets clean
 
 PYTHON ?=
 export PYTHON
@@ -20,8 +20,12 @@ demo: setup ## fine-tune a teacher, cache it, distil students, print the table
 test: setup assets ## the default tests
 	$(VENV_PYTHON) -m pytest
 
-test-slow: setup assets ## the tests that take minutes; none collected is fine
-	$(VENV_PYTHON) -m pytest -m 'slow and not gpu' || [ $$? -eq 5 ]
+test-slow: setup assets ## the tests that take minutes
+	$(VENV_PYTHON) -m pytest -m 'slow and not gpu'
+
+test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results keeps what they print
+	@mkdir -p benchmarks/results
+	bash -o pipefail -c "$(VENV_PYTHON) -m pytest -m gpu -s -ra 2>&1 | tee benchmarks/results/gpu-tests.log"
 
 check: setup ## ruff, the pre-commit hooks and pyright
 	$(VENV_PYTHON) -m pre_commit run --all-files

@@ -25,7 +25,7 @@ from teacher_cache.pipeline.settings import (
     require_settings,
     validate,
 )
-from teacher_cache.stages.student.start import check_architecture
+from teacher_cache.stages.training.start import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 

@@ -19,11 +19,6 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.record import describe
-from teacher_cache.stages.student.start import (
-    StartingStudent,
-    start_student,
-    with_own_tokenizer,
-)
 from teacher_cache.stages.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
     checkpoint_to_resume,
@@ -42,6 +37,11 @@ from teacher_cache.stages.training.early_stopping import EarlyStopping
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.run_folder import RunRecord, open_run
+from teacher_cache.stages.training.start import (
+    StartingStudent,
+    start_student,
+    with_own_tokenizer,
+)
 from teacher_cache.stages.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import Cache
 
@@ -21,13 +23,20 @@ class LayerState:
     @property
     def convolution(self) -> Tensor | None:
         """[B, W - 1, D] inputs of the convolution before the next position; none at the start."""
-        state = self._cache.get_conv_state(self._layer_idx)
-        return None if state is None else state.mT
+        return self._layer.conv_states[0].mT if self._has_begun else None
 
     @property
     def scan(self) -> Tensor | None:
         """The scan's state before the next position; none at the start."""
-        return self._cache.get_recurrent_state(self._layer_idx)
+        return self._layer.recurrent_states[0] if self._has_begun else None
+
+    @property
+    def _layer(self) -> Any:  # the class that transformers takes for linear attention
+        return self._cache.layers[self._layer_idx]
+
+    @property
+    def _has_begun(self) -> bool:
+        return self._layer.has_previous_state[0]  # a reset cache keeps its tensors
 
     def update(self, conv_inputs: Tensor, scan_state: Tensor, *, reach: int) -> None:
         """Move on behind the positions that were just computed.

@@ -8,8 +8,6 @@ Letters in shape comments: B batch, S sequence, D inner width (channels), N stat
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +15,10 @@ from transformers import initialization as init
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.layout import Layout
-from teacher_cache.stages.student.mixers.initial_step import inverse_softplus_steps
+from teacher_cache.stages.student.mixers.initial_values import (
+    inverse_softplus_steps,
+    reset_output_projection,
+)
 from teacher_cache.stages.student.mixers.layer_state import LayerState
 from teacher_cache.stages.student.scans import dispatch
 
@@ -112,8 +113,7 @@ class Mamba(MambaDirection):
     def reset_parameters(self) -> None:
         """Initialise this module's own parameters and the output projection as mamba_ssm does."""
         super().reset_parameters()
-        bound = 1 / math.sqrt(self.config.d_inner * self.config.num_layers)
-        init.uniform_(self.out_proj.weight, -bound, bound)
+        reset_output_projection(self.out_proj, self.config)
 
     def forward(self, hidden: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
         """Mix along the sequence.

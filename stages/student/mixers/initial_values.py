@@ -1,11 +1,12 @@
-"""The initial step sizes of both mixers, as mamba_ssm draws them."""
+"""Initial values that both mixers share, as mamba_ssm draws them."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import initialization as init
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 
@@ -20,3 +21,14 @@ def inverse_softplus_steps(like: Tensor, config: MambaStudentConfig) -> Tensor:
     dt = torch.empty_like(like).uniform_(math.log(config.dt_min), math.log(config.dt_max))
     dt = dt.exp_().clamp_(min=config.dt_init_floor)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def reset_output_projection(projection: nn.Linear, config: MambaStudentConfig) -> None:
+    """As torch starts a linear map, over the root of the number of layers that add to one residual.
+
+    Args:
+        projection: from the inner width.
+        config: of the student.
+    """
+    bound = 1 / math.sqrt(config.d_inner * config.num_layers)
+    init.uniform_(projection.weight, -bound, bound)
