@@ -1,4 +1,4 @@
-"""The README's commands and program are those that exist and that other tests run."""
+"""The documents' commands exist, and their programs run or are those that other tests run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import typer.main
 from teacher_cache.pipeline.cli import app
 from tests.integration.test_imdb_stand_in import PLAIN_READER
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+STUDENT = (ROOT / "docs" / "student.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pipe_lines() -> list[str]:
     found = re.findall(
-        r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)", README, re.MULTILINE
+        r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)", README + STUDENT, re.MULTILINE
     )
     return [line.strip() for line in found]
 
@@ -45,3 +47,22 @@ def test_every_option_of_the_tables_is_one_of_train_student() -> None:
 
 def test_there_are_commands_to_check() -> None:
     assert len(_pipe_lines()) >= 10
+
+
+def test_the_weights_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = STUDENT.index("    from pathlib import Path\n")
+    program = textwrap.dedent(STUDENT[start : STUDENT.index("\n\n", start)])
+    assert "to_transformers" in program and "assert torch.equal" in program
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    exec(compile(program, "docs/student.md", "exec"), {})
+
+
+def test_the_students_speeds_are_those_of_the_benchmark() -> None:
+    printed = (ROOT / "benchmarks" / "results" / "scan.txt").read_text()
+    rows = [line for line in STUDENT.splitlines() if re.match(r"\| \d × [\d,]+ \|", line)]
+    assert rows
+    for row in rows:
+        shape, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        for number in (re.match(r"[\d.]+", cell) for cell in cells):
+            assert number is None or number[0] in printed, (shape, number[0])
