@@ -46,3 +46,9 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"choose from {', '.join(known)}" if known else "none are known"
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, to stand within a sentence; its name if nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

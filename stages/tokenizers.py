@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacher_cache.cache.commit import write_bytes_atomically
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.stages.join.record import canonical_files
 
 if TYPE_CHECKING:
@@ -90,11 +90,9 @@ def is_local_only(name: str) -> bool:
 
 def could_not_load(what: str, name: str, error: Exception, *, option: str) -> str:
     """One sentence on a model or tokenizer that transformers could not load."""
-    lines = str(error).strip().splitlines()
-    reason = lines[0].rstrip(".") if lines else type(error).__name__
     return (
-        f"the {what} {name!r} could not be loaded ({reason}): give a folder that holds it with "
-        f"{_given(option, 'DIR')}, or make the hub reachable"
+        f"the {what} {name!r} could not be loaded ({first_line(error)}): give a folder that "
+        f"holds it with {_given(option, 'DIR')}, or make the hub reachable"
     )
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import teacher_cache.stages.student  # noqa: F401  (registers the student with the AutoClasses)
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
@@ -83,13 +84,13 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
     """Load a finished run's student.
 
     Raises:
-        UserError: if the folder is no run, or its training has not ended.
+        UserError: if the folder is no run, its training has not ended, or its model is damaged.
     """
     record = read_run(run)
     if not record.complete:
         raise UserError(f"{run} is not finished: run its `pipe train-student` again, it resumes")
     device = resolve_device(config)
-    model = AutoModelForSequenceClassification.from_pretrained(str(run.resolve()))
+    model = _load_model(run)
     tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
     return Classifier(
         name=run.name,
@@ -100,6 +101,16 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
         id2label=class_names(model),
         autocast=resolve_dtype(config, device),
     )
+
+
+def _load_model(run: Path) -> PreTrainedModel:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(str(run.resolve()))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the model in {run} cannot be loaded ({first_line(error)}): its files are damaged or "
+            "of another version; train it again with --resume never"
+        ) from error
 
 
 def load_teacher_classifier(config: TeacherConfig) -> Classifier:

@@ -185,6 +185,18 @@ def test_names_that_are_taken(
         evaluate.run(config(acl_imdb, own(name), run))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("content", [None, b"", b"x" * 100, "half"])
+def test_a_damaged_model_is_named(own: Callable[..., Path], name: str, content: Any) -> None:
+    file = own("damaged") / name
+    whole = file.read_bytes()
+    file.unlink()
+    if content is not None:
+        file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(UserError, match=r"the model in .*damaged cannot be loaded \(.+\): "):
+        load_student(file.parent, DeviceConfig(device="cpu"))
+
+
 def test_a_run_that_is_not_finished(acl_imdb: Path, own: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"half is not finished.*it resumes"):
         evaluate.run(config(acl_imdb, own("half", complete=False)))
