@@ -42,8 +42,8 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
 from teacher_cache.stages.join.report import verified_line
-from teacher_cache.stages.training.start import with_own_tokenizer
 from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.start import with_own_tokenizer
 
 
 def finetune_teacher(options: FinetuneTeacherOptions) -> Path:

@@ -25,8 +25,8 @@ from teacher_cache.pipeline.settings import (
     require_settings,
     validate,
 )
-from teacher_cache.stages.training.start import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.start import check_architecture
 
 
 def run_all(
