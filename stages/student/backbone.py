@@ -113,8 +113,7 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
 
         Args:
             input_ids: [B, S] integers.
-            attention_mask: [B, S], nonzero at real positions; none where all are. A bidirectional
-                student wants padding on the right.
+            attention_mask: [B, S], nonzero at real positions; none where all are.
             inputs_embeds: [B, S, d_model] in place of `input_ids`.
             seq_idx: [B, S] integers that number the samples packed into one row, or none; neither
                 state nor convolution crosses a change of value.
@@ -154,12 +153,9 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
     def _layout(
         self, rows: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None
     ) -> Layout:
-        batch, length = rows.shape[:2]
         mask = None if attention_mask is None else attention_mask.bool()
         if not self.config.bidirectional:
             return Layout(seq_idx=seq_idx, mask=mask)
-        num_real = (
-            torch.full((batch,), length, device=rows.device) if mask is None else mask.sum(dim=1)
-        )
-        positions = reversed_positions(num_real, length)
+        is_real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        positions = reversed_positions(is_real if mask is None else mask)
         return Layout(seq_idx=seq_idx, mask=mask, reversed_positions=positions)

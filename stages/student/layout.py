@@ -40,18 +40,18 @@ class Layout:
         )
 
 
-def reversed_positions(num_real: Tensor, length: int) -> Tensor:
-    """The index that reverses each row's real part and leaves its right padding where it is.
+def reversed_positions(mask: Tensor) -> Tensor:
+    """The index that reverses each row's real positions among themselves and leaves the others.
 
-    A flip of the whole row would put the padding first, and a row's result would depend on it.
+    A flip of the whole row would move the padding, and a row's result would depend on it.
 
     Args:
-        num_real: [B] real positions of each row, which stand first.
-        length: S.
+        mask: [B, S] bool, True at real positions, wherever in the row they stand.
 
     Returns:
         [B, S] int64.
     """
-    position = torch.arange(length, device=num_real.device).expand(num_real.shape[0], length)
-    num_real = num_real[:, None]
-    return torch.where(position < num_real, num_real - 1 - position, position)
+    real_first = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    rank = mask.cumsum(dim=1)  # from 1, at real positions
+    mirrored = real_first.gather(1, (rank[:, -1:] - rank).clamp(min=0, max=mask.shape[1] - 1))
+    return torch.where(mask, mirrored, torch.arange(mask.shape[1], device=mask.device))

@@ -23,6 +23,19 @@ def test_packed_samples_equal_samples_alone(arch, bidirectional) -> None:
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=0, atol=1e-12)
 
 
+@BOTH
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_padding_on_either_side_changes_nothing(arch, bidirectional) -> None:
+    backbone = small_student(arch=arch, bidirectional=bidirectional).backbone.double()
+    ids = torch.randint(0, 50, (2, 11))
+    expected = backbone(ids).last_hidden_state
+    for left, right in ((5, 0), (0, 5), (3, 2)):
+        padded = torch.nn.functional.pad(ids, (left, right), value=7)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
+        got = backbone(padded, mask).last_hidden_state[:, left : left + 11]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 def test_returns_the_residual_stream_and_a_state_where_asked() -> None:
     backbone = small_student().backbone
     ids = torch.randint(0, 50, (2, 7))

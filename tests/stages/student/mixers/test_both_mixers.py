@@ -86,9 +86,12 @@ def test_both_directions_are_a_forward_and_a_backward_scan(arch) -> None:
 
 
 def test_reversing_twice_is_the_identity_and_padding_stays() -> None:
-    positions = reversed_positions(torch.tensor([4, 1, 0]), 4)
-    assert positions.tolist() == [[3, 2, 1, 0], [0, 1, 2, 3], [0, 1, 2, 3]]
-    rows = torch.randn(3, 4, 2)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]])
+    positions = reversed_positions(mask.bool())
+    assert positions.tolist() == [
+        [3, 2, 1, 0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 1, 3], [3, 1, 2, 0],
+    ]  # fmt: skip
+    rows = torch.randn(5, 4, 2)
     both = Layout(reversed_positions=positions)
     assert torch.equal(both.reverse(both.reverse(rows)), rows)
 
@@ -101,4 +104,5 @@ def layout(
 ) -> Layout:
     batch, length = hidden.shape[:2]
     num_real = torch.full((batch,), length) if num_real is None else num_real
-    return Layout(seq_idx=seq_idx, reversed_positions=reversed_positions(num_real, length))
+    mask = torch.arange(length) < num_real[:, None]
+    return Layout(seq_idx=seq_idx, reversed_positions=reversed_positions(mask))
