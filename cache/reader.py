@@ -59,7 +59,8 @@ class CacheReader:
             sample_idx: 0 to len - 1, in cache order.
 
         Returns:
-            `sample_id` V16, `input_ids` u32 [S], `label` i32 (-1 for none), `class_logits` f32 [C].
+            `sample_id` V16, `input_ids` u32 [S], `label` i32 (-1 for none), `class_logits` f32 [C],
+            and `pooled` f16 [D] where it was cached.
 
         Raises:
             IndexError: if there is no such sample.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ FORMAT_VERSION = 1
 
 SAMPLE_ID_BYTES = 16
 NO_LABEL = -1
+POOLED = "pooled"
 
 Dimension = int | Literal["S"]
 
@@ -62,14 +64,39 @@ class FieldSpec:
 Schema = tuple[FieldSpec, ...]
 
 
-def classification_schema(num_classes: int) -> Schema:
-    """Fields of a text-classification cache: ids, label, the teacher's exact logits (float32)."""
-    return (
+def classification_schema(num_classes: int, *, pooled_width: int | None = None) -> Schema:
+    """Fields of a text-classification cache: ids, label, the teacher's exact logits (float32).
+
+    Args:
+        num_classes: C.
+        pooled_width: D of the teacher's pooled states (float16); None where they are not cached.
+    """
+    fields = (
         FieldSpec(name="sample_id", dtype=f"V{SAMPLE_ID_BYTES}"),
         FieldSpec(name="input_ids", dtype="uint32", shape=("S",)),
         FieldSpec(name="label", dtype="int32", nullable=True),
         FieldSpec(name="class_logits", dtype="float32", shape=(num_classes,)),
     )
+    if pooled_width is None:
+        return fields
+    return (*fields, FieldSpec(name=POOLED, dtype="float16", shape=(pooled_width,)))
+
+
+def fixed_bytes(schema: Schema) -> int:
+    """Bytes of a sample's fields that are of one size in every sample."""
+    return sum(
+        np.dtype(spec.dtype).itemsize * math.prod(int(size) for size in spec.shape)
+        for spec in schema
+        if not spec.is_ragged
+    )
+
+
+def width_of_pooled(schema: Schema) -> int | None:
+    """D of the teacher's pooled states; None where they are not cached."""
+    for spec in schema:
+        if spec.name == POOLED:
+            return int(spec.shape[0])
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

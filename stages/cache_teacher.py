@@ -21,10 +21,7 @@ from teacher_cache.cache.manifest import (
     utc_now,
 )
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
-from teacher_cache.cache.schema import (
-    SAMPLE_ID_BYTES,
-    classification_schema,
-)
+from teacher_cache.cache.schema import Schema, classification_schema, fixed_bytes
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
@@ -35,6 +32,7 @@ from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokeniz
 from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.embedding_table import TABLE_FACTS, TABLE_FILE, EmbeddingTable
+from teacher_cache.stages.teacher.forward import find_pooled_width
 from teacher_cache.stages.teacher.load import (
     Teacher,
     described_config,
@@ -107,12 +105,14 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     corpora["labeled"] = corpora["labeled"].with_class_names(teacher.id2label)
     _require_two_classes(corpora["labeled"])
     max_length = teacher.max_length(config.max_length)
-    settings = _settings(teacher, corpora, max_length)
+    pooled_width = find_pooled_width(teacher) if config.hidden == "pooled" else None
+    settings = _settings(config, teacher, corpora, max_length)
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
-    plans = _plan(config, cache, corpora, teacher, max_length)
+    schema = classification_schema(len(teacher.id2label), pooled_width=pooled_width)
+    plans = _plan(config, cache, corpora, teacher, max_length, schema)
     num_ids = max(teacher.tokenizer.get_vocab().values()) + 1
     embeddings = EmbeddingTable.of(teacher.model, num_ids=num_ids)
-    manifest = _manifest(config, settings, corpora, plans, teacher, embeddings)
+    manifest = _manifest(config, settings, schema, corpora, plans, teacher, embeddings)
     needed = [] if embeddings is None else [TABLE_FILE]
     with CacheWriter(
         cache, manifest, plans, overwrite=config.overwrite, needed_files=needed
@@ -128,7 +128,11 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
             documents = corpora[split].documents(*plans[split].documents(shard_idx))
             samples = tokenize(documents, teacher.tokenizer, max_length=max_length)
             captured = capture(
-                teacher, samples, batch_tokens=config.batch_tokens, on_batch=observer.on_batch
+                teacher,
+                samples,
+                batch_tokens=config.batch_tokens,
+                on_batch=observer.on_batch,
+                pooled_width=pooled_width,
             )
             sidecar = writer.commit(
                 split,
@@ -170,7 +174,9 @@ def _require_two_classes(corpus: Corpus) -> None:
         )
 
 
-def _settings(teacher: Teacher, corpora: dict[str, Corpus], max_length: int) -> dict[str, Any]:
+def _settings(
+    config: CacheTeacherConfig, teacher: Teacher, corpora: dict[str, Corpus], max_length: int
+) -> dict[str, Any]:
     """All that changes the cached values; limits on the number of documents do not."""
     record = describe(teacher.tokenizer, max_length=max_length)
     return {
@@ -180,6 +186,8 @@ def _settings(teacher: Teacher, corpora: dict[str, Corpus], max_length: int) -> 
         "data": {split: corpus.identity for split, corpus in corpora.items()},
         "max_length": max_length,
         "truncation_side": record.truncation_side,
+        # Absent where it is off, so that caches from before it keep their fingerprints.
+        **({} if config.hidden == "none" else {"hidden": config.hidden}),
     }
 
 
@@ -189,6 +197,7 @@ def _plan(
     corpora: dict[str, Corpus],
     teacher: Teacher,
     max_length: int,
+    schema: Schema,
 ) -> dict[str, ShardPlan]:
     """Shards of a recorded size; a new cache's size comes from the first documents' tokens."""
     if (cache / MANIFEST_NAME).exists() and not config.overwrite:
@@ -204,9 +213,9 @@ def _plan(
                 "check --text-column"
             )
         tokens = sum(len(sample.input_ids) for sample in samples) / len(samples)
-        logit_bytes = 4 * len(teacher.id2label)
+        ids_bytes = 4 * tokens + 4  # the ids and where they end
         per_shard = documents_per_shard(
-            SAMPLE_ID_BYTES + 4 * tokens + 4 + 4 + logit_bytes,
+            fixed_bytes(schema) + ids_bytes,
             shard_mb=config.shard_mb,
             max_documents=config.shard_documents,
         )
@@ -219,6 +228,7 @@ def _plan(
 def _manifest(
     config: CacheTeacherConfig,
     settings: dict[str, Any],
+    schema: Schema,
     corpora: dict[str, Corpus],
     plans: dict[str, ShardPlan],
     teacher: Teacher,
@@ -232,7 +242,7 @@ def _manifest(
             "shard_documents": config.shard_documents,
             "documents_per_shard": plans["labeled"].documents_per_shard,
         },
-        schema=classification_schema(len(teacher.id2label)),
+        schema=schema,
         splits={
             split: SplitSummary(
                 num_documents=len(corpus),

@@ -1,9 +1,9 @@
-"""Class logits of any sequence classifier, teacher or student, over many samples."""
+"""What a sequence classifier, teacher or student, says of many samples, batch by batch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,21 @@ from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
 logger = logging.getLogger(__name__)
 
 OnBatch = Callable[[int, int], None]  # called with samples and tokens done
+# From ids [B, S] int64 and mask [B, S] to named vectors, each [B, width].
+BatchForward = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Named vectors of every sample, in the samples' order.
+
+    Attributes:
+        vectors: each [N, width] float32, by name.
+        num_halvings: how often a batch ran out of memory and was halved.
+    """
+
+    vectors: dict[str, np.ndarray]
+    num_halvings: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +56,7 @@ def class_logits(
     autocast: torch.dtype = torch.float32,
     on_batch: OnBatch | None = None,
 ) -> ClassLogits:
-    """Run a classifier over samples in length-sorted batches of at most `max_tokens` positions.
-
-    A batch that runs out of memory is halved, and that is said and counted.
+    """A classifier's logits of samples, as `run_in_batches` runs it.
 
     Args:
         model: in evaluation mode, on its device.
@@ -58,7 +71,42 @@ def class_logits(
     Raises:
         UserError: if a single sample does not fit into memory.
     """
-    logits = np.empty((len(input_ids), num_classes), np.float32)
+    outputs = run_in_batches(
+        lambda ids, mask: {"logits": forward(model, ids, mask, autocast)},
+        input_ids,
+        widths={"logits": num_classes},
+        pad_id=pad_id,
+        max_tokens=max_tokens,
+        on_batch=on_batch,
+    )
+    return ClassLogits(logits=outputs.vectors["logits"], num_halvings=outputs.num_halvings)
+
+
+def run_in_batches(
+    batch_forward: BatchForward,
+    input_ids: Sequence[np.ndarray],
+    *,
+    widths: Mapping[str, int],
+    pad_id: int,
+    max_tokens: int,
+    on_batch: OnBatch | None = None,
+) -> Outputs:
+    """Run a model over samples in length-sorted batches of at most `max_tokens` positions.
+
+    A batch that runs out of memory is halved, and that is said and counted.
+
+    Args:
+        batch_forward: one forward pass of a batch.
+        input_ids: token ids of each sample, [S_i], S_i > 0.
+        widths: of the vectors that `batch_forward` returns, by name.
+        pad_id: fills the right end of shorter samples; masked.
+        max_tokens: padded positions in a batch; a longer sample is a batch of its own.
+        on_batch: called after each batch.
+
+    Raises:
+        UserError: if a single sample does not fit into memory.
+    """
+    vectors = {name: np.empty((len(input_ids), w), np.float32) for name, w in widths.items()}
     num_halvings = 0
     lengths = np.array([len(ids) for ids in input_ids], np.int64)
     pending = list(reversed(length_sorted_batches(lengths, max_tokens=max_tokens)))
@@ -66,8 +114,9 @@ def class_logits(
         batch = pending.pop()
         try:
             padded, mask = pad_batch([input_ids[i] for i in batch], pad_id)
-            output = forward(model, torch.from_numpy(padded), torch.from_numpy(mask), autocast)
-            logits[batch] = output.cpu().numpy()
+            found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask))
+            for name, values in vectors.items():
+                values[batch] = found[name].cpu().numpy()
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -76,7 +125,7 @@ def class_logits(
             continue
         if on_batch is not None:
             on_batch(len(batch), int(lengths[batch].sum()))
-    return ClassLogits(logits=logits, num_halvings=num_halvings)
+    return Outputs(vectors=vectors, num_halvings=num_halvings)
 
 
 def forward(

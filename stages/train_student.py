@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import EvalPrediction, PreTrainedModel
 
 from teacher_cache.cache.commit import canonical_json
@@ -19,6 +20,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
     checkpoint_to_resume,
@@ -36,6 +38,7 @@ from teacher_cache.stages.training.data import TrainingData, open_splits, traini
 from teacher_cache.stages.training.early_stopping import EarlyStopping
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
+from teacher_cache.stages.training.projected_student import ProjectedStudent
 from teacher_cache.stages.training.run_folder import RunRecord, open_run
 from teacher_cache.stages.training.start import (
     StartingStudent,
@@ -181,7 +184,7 @@ def _trainer(
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping(config.early_stopping))
     return DistillationTrainer(
-        model=student.model,
+        model=_trained_module(config, student.model, data),
         args=training_arguments(
             config,
             folder,
@@ -199,6 +202,16 @@ def _trainer(
         compute_metrics=_metrics,
         callbacks=callbacks,
     )
+
+
+def _trained_module(
+    config: TrainStudentConfig, student: PreTrainedModel, data: TrainingData
+) -> torch.nn.Module:
+    """The student, with a projection of its pooled state where the teacher's is matched."""
+    if data.pooled_width is None:
+        return student
+    assert isinstance(student, MambaStudentForSequenceClassification), "the settings see to it"
+    return ProjectedStudent(student, teacher_width=data.pooled_width, seed=config.seed)
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -8,18 +8,23 @@ import numpy as np
 
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import POOLED, width_of_pooled
 from teacher_cache.stages.device import resolve_device, resolve_dtype
-from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.load import load_teacher
 
 # Batches of other shapes round otherwise: a few units in the last place of the format, amplified
 # by the depth of the model.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+# Of a pooled state's length: what float16 rounds off on disk, and the same roundings.
+POOLED_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
 def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) -> float:
-    """Compare cached logits with the teacher's, on samples evenly spaced over all splits.
+    """Compare cached logits, and pooled states, with the teacher's.
+
+    On samples that are evenly spaced over all splits.
 
     Args:
         cache: the cache's folder.
@@ -30,8 +35,8 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
         The largest absolute difference of a logit.
 
     Raises:
-        CheckFailed: if the teacher's weights are others, or a logit differs by more than the
-            number format explains.
+        CheckFailed: if the teacher's weights are others, or a logit or a pooled state differs
+            by more than the number format explains.
         UserError: if the teacher cannot be loaded.
     """
     manifest = CacheReader(cache).manifest
@@ -43,28 +48,46 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
             f"the teacher {loaded.name} has other weights or another configuration than the one "
             f"that made {cache}: name the right one with --teacher"
         )
-    worst = 0.0
+    worst = worst_pooled = 0.0
+    pooled_width = width_of_pooled(manifest.schema)
     for split in manifest.splits:
         reader = CacheReader(cache, split)
         if not len(reader):
             continue
         chosen = np.unique(np.linspace(0, len(reader) - 1, num_samples).astype(int))
         samples = [reader.sample(int(sample_idx)) for sample_idx in chosen]
-        again = class_logits(
-            loaded.model,
+        again = run_teacher(
+            loaded,
             [sample["input_ids"] for sample in samples],
-            num_classes=len(loaded.id2label),
-            pad_id=loaded.pad_id,
-            max_tokens=8192,
-        ).logits
+            batch_tokens=8192,
+            pooled_width=pooled_width,
+        ).vectors
         cached = np.stack([sample["class_logits"] for sample in samples])
-        worst = float(np.maximum(worst, np.abs(again - cached).max()))  # a NaN stays one
+        # A NaN stays one.
+        worst = float(np.maximum(worst, np.abs(again["class_logits"] - cached).max()))
+        if pooled_width is not None:
+            pooled = np.stack([sample[POOLED] for sample in samples])
+            worst_pooled = float(np.maximum(worst_pooled, _apart(again[POOLED], pooled).max()))
     if not worst <= TOLERANCE[recorded["dtype"]]:
         raise CheckFailed(
             f"the teacher's logits differ by up to {worst:.2g} from those in {cache}, expected at "
             f"most {TOLERANCE[recorded['dtype']]}: make the cache again with --overwrite"
         )
+    if not worst_pooled <= POOLED_TOLERANCE[recorded["dtype"]]:
+        raise CheckFailed(
+            f"the teacher's pooled states are up to {worst_pooled:.2g} of their length away from "
+            f"those in {cache}, expected at most {POOLED_TOLERANCE[recorded['dtype']]}: make the "
+            "cache again with --overwrite"
+        )
     return worst
+
+
+def _apart(again: np.ndarray, cached: np.ndarray) -> np.ndarray:
+    """[N] distances between vectors [N, D], each as a share of the cached one's length."""
+    wide = cached.astype(np.float64)
+    # A vector of zeros is as far from itself as nothing.
+    length = np.maximum(np.linalg.norm(wide, axis=1), np.finfo(np.float64).tiny)
+    return np.linalg.norm(again - wide, axis=1) / length
 
 
 def _config(teacher: str, recorded_dtype: str) -> TeacherConfig:

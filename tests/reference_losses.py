@@ -48,6 +48,8 @@ def objective(
     unlabeled_alpha: float,
     lm_weight: float = 0.0,
     next_token_losses: Sequence[Sequence[float]] = (),
+    pooled_weight: float = 0.0,
+    pooled: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
 ) -> float:
     """Loss of a whole optimizer step; a sample whose label is None is unlabelled."""
     loss = 0.0
@@ -66,7 +68,27 @@ def objective(
     positions = [one for sample in next_token_losses for one in sample]
     if positions:
         loss += lm_weight * sum(positions) / len(positions)
+    if pooled:
+        distances = [1 - cosine(projected, state) for projected, state in pooled]
+        loss += pooled_weight * sum(distances) / len(distances)
     return loss
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of the angle between two vectors."""
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+
+def cosine_gradient(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """d cosine / d a: what of b's direction is across a, over the length of a."""
+    length_a, length_b = math.sqrt(dot(a, a)), math.sqrt(dot(b, b))
+    cos = cosine(a, b)
+    return [(y / length_b - cos * x / length_a) / length_a for x, y in zip(a, b, strict=True)]
+
+
+def dot(a: Sequence[float], b: Sequence[float]) -> float:
+    """Inner product."""
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def expected_calibration_error(

@@ -19,22 +19,25 @@ from teacher_cache.stages.training.config import TrainStudentConfig
 MAX_LENGTH = 24
 
 
-def reviews_config(folder: Path, teacher: Path, acl_imdb: Path) -> CacheTeacherConfig:
+def reviews_config(
+    folder: Path, teacher: Path, acl_imdb: Path, **changes: Any
+) -> CacheTeacherConfig:
     """Stage one over reviews in IMDb's layout, labelled and not."""
-    return CacheTeacherConfig(
-        name="tiny",
-        teacher=str(teacher),
-        device="cpu",
-        max_length=MAX_LENGTH,
-        labeled=CorpusConfig(source=str(acl_imdb), split="train"),
-        unlabeled=CorpusConfig(source=str(acl_imdb), split="unsupervised", labeled=False),
-        out=folder,
-    )
+    settings: dict[str, Any] = {
+        "name": "tiny",
+        "teacher": str(teacher),
+        "device": "cpu",
+        "max_length": MAX_LENGTH,
+        "labeled": CorpusConfig(source=str(acl_imdb), split="train"),
+        "unlabeled": CorpusConfig(source=str(acl_imdb), split="unsupervised", labeled=False),
+        "out": folder,
+    }
+    return CacheTeacherConfig(**(settings | changes))
 
 
-def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path) -> Path:
+def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path, **changes: Any) -> Path:
     """Run it; returns the folder."""
-    return cache_teacher.run(reviews_config(folder, teacher, acl_imdb)).cache
+    return cache_teacher.run(reviews_config(folder, teacher, acl_imdb, **changes)).cache
 
 
 def student_config(cache: Path, out: Path, **changes: Any) -> TrainStudentConfig:

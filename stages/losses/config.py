@@ -50,3 +50,10 @@ class ObjectiveConfig(StageConfig):
         description="weight of predicting each sample's next tokens besides, with the embedding "
         "table as the head; 0 turns it off",
     )
+    pooled_weight: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of matching the teacher's pooled state (cached with --hidden pooled) "
+        "through a learned projection: 1 - cosine, both kinds of sample; 0 turns it off",
+    )

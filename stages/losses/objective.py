@@ -1,10 +1,11 @@
 """The distillation objective: what one micro-batch adds to the loss of its optimizer step.
 
 Labelled samples cost `alpha T^2 KD + (1 - alpha) CE`, unlabelled ones `unlabeled_alpha T^2 KD`,
-and both kinds `lm_weight` times the cross-entropy of their next tokens. Each term is a mean over
-its own samples (or positions) of the whole optimizer step, all micro-batches and ranks, so a
-micro-batch adds `sum over its samples / count of the step`, and the sum over micro-batches is the
-step's loss however the step was cut.
+and both kinds `lm_weight` times the cross-entropy of their next tokens and `pooled_weight` times
+the cosine distance of their pooled states. Each term is a mean over its own samples (or positions)
+of the whole optimizer step, all micro-batches and ranks, so a micro-batch adds `sum over its
+samples / count of the step`, and the sum over micro-batches is the step's loss however the step was
+cut.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class ObjectiveTerms:
 
     All are scalars over the counts of the step, not of the micro-batch. Only `loss` carries a
     gradient; the others are for the log, and `ce` and `kd` are given even where their weight is 0.
-    On a labelled batch, `loss = alpha T^2 kd + (1 - alpha) ce + lm_weight lm`.
+    On a labelled batch, `loss = alpha T^2 kd + (1 - alpha) ce + lm_weight lm +
+    pooled_weight pooled`.
 
     Attributes:
         loss: what to call backward on.
@@ -106,6 +108,7 @@ class ObjectiveTerms:
         conf_w: mean raw confidence weight; None when weighting is off.
         agreement: share of samples on which student and teacher choose the same class.
         lm: cross-entropy of the next tokens, nats; None when `lm_weight` is 0.
+        pooled: cosine distance of the pooled states, 0 to 2; None when `pooled_weight` is 0.
     """
 
     loss: Tensor
@@ -114,6 +117,7 @@ class ObjectiveTerms:
     conf_w: Tensor | None
     agreement: Tensor
     lm: Tensor | None
+    pooled: Tensor | None
 
 
 def smoothed_cross_entropy(
@@ -144,6 +148,7 @@ def distillation_objective(
     config: ObjectiveConfig,
     totals: StepTotals,
     next_token_loss_sum: Tensor | None = None,
+    pooled_distance_sum: Tensor | None = None,
 ) -> ObjectiveTerms:
     """One micro-batch's share of the optimizer step's loss.
 
@@ -164,11 +169,13 @@ def distillation_objective(
         totals: of the whole optimizer step that this micro-batch belongs to.
         next_token_loss_sum: scalar, the batch's next-token cross-entropies summed, nats; given
             where `lm_weight` is above 0, and only there.
+        pooled_distance_sum: scalar, the batch's `pooled_distance` summed; given where
+            `pooled_weight` is above 0, and only there. No confidence weights, no T^2.
 
     Raises:
         ValueError: if shapes disagree, if `totals` does not cover this batch, if the next-token
-            loss is missing or has no weight, or for an unlabelled batch when `unlabeled_alpha` is
-            0, since nothing is to be learned from it.
+            loss or the pooled distance is missing or has no weight, or for an unlabelled batch
+            when `unlabeled_alpha` is 0, since nothing is to be learned from it.
         UserError: if `conf_power` is so high that no sample keeps any weight.
     """
     labeled = labels is not None
@@ -180,6 +187,10 @@ def distillation_objective(
     if (next_token_loss_sum is not None) != bool(config.lm_weight):
         raise ValueError(
             f"lm_weight is {config.lm_weight}: a next-token loss goes with one above 0"
+        )
+    if (pooled_distance_sum is not None) != bool(config.pooled_weight):
+        raise ValueError(
+            f"pooled_weight is {config.pooled_weight}: a pooled distance goes with one above 0"
         )
 
     kd, conf_w = _distillation_term(student_logits, teacher_logits, labeled, config, totals)
@@ -194,12 +205,18 @@ def distillation_objective(
         # A step of samples of one token has none, and a sum of 0.
         lm = next_token_loss_sum / max(1, totals.num_next_tokens)
 
+    pooled = None
+    if pooled_distance_sum is not None:
+        pooled = pooled_distance_sum / (totals.num_labeled + totals.num_unlabeled)
+
     kd_weight = config.alpha if labeled else config.unlabeled_alpha
     weighted = [(kd_weight * config.temperature**2, kd)]
     if ce is not None:
         weighted.append((1 - config.alpha, ce))
     if lm is not None:
         weighted.append((config.lm_weight, lm))
+    if pooled is not None:
+        weighted.append((config.pooled_weight, pooled))
     parts = [weight * term for weight, term in weighted if weight]
     agree = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
     return ObjectiveTerms(
@@ -209,6 +226,7 @@ def distillation_objective(
         conf_w=conf_w,
         agreement=agree.sum() / num,
         lm=None if lm is None else lm.detach(),
+        pooled=None if pooled is None else pooled.detach(),
     )
 
 

@@ -26,9 +26,11 @@ class MambaStudentClassifierOutput(SequenceClassifierOutput):
     Attributes:
         next_token_loss_sum: scalar, nats, float32 or wider: cross-entropies of every position's
             next token, summed over the batch.
+        pooled: [B, d_model], what the head reads.
     """
 
     next_token_loss_sum: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
@@ -59,6 +61,7 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
         token_type_ids: Tensor | None = None,
         *,
         next_token_loss: bool = False,
+        pooled_state: bool = False,
     ) -> MambaStudentClassifierOutput:
         """Classify a batch of samples of different lengths, padded on either side.
 
@@ -70,6 +73,7 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
             token_type_ids: ignored: BERT's tokenizers emit them, the student has no segments.
             next_token_loss: also predict each position's next token, in the student's order, with
                 the embedding table as the head.
+            pooled_state: also return what the head reads.
 
         Returns:
             `logits` [B, C] float32, and `loss` where labels are given.
@@ -101,6 +105,7 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
             next_token_loss_sum=self._next_token_loss_sum(hidden.last_hidden_state, input_ids, mask)
             if next_token_loss
             else None,
+            pooled=pooled if pooled_state else None,
         )
 
     def num_next_tokens(self, attention_mask: Tensor) -> int:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.schema import NO_LABEL, SAMPLE_ID_BYTES, Fields, Ragged
+from teacher_cache.cache.schema import NO_LABEL, POOLED, SAMPLE_ID_BYTES, Fields, Ragged
 from teacher_cache.stages.data.tokenization import Sample
 from teacher_cache.stages.device import dtype_name, environment
-from teacher_cache.stages.inference import OnBatch, class_logits
+from teacher_cache.stages.inference import OnBatch
+from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.load import Teacher
 
 
@@ -31,28 +32,37 @@ class Captured:
 
 
 def capture(
-    teacher: Teacher, samples: Sequence[Sample], *, batch_tokens: int, on_batch: OnBatch
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    *,
+    batch_tokens: int,
+    on_batch: OnBatch,
+    pooled_width: int | None = None,
 ) -> Captured:
     """Run the teacher over a shard's samples and keep its class logits, exactly.
+
+    Its pooled states too, in float16, where they are asked for.
 
     Args:
         teacher: on its device.
         samples: of one shard.
         batch_tokens: padded tokens in a forward batch.
         on_batch: called with samples and tokens after each batch.
+        pooled_width: D of the pooled states; None leaves them out.
 
     Raises:
-        UserError: if a single sample does not fit into memory, or a logit is not finite.
+        UserError: if a single sample does not fit into memory, a logit is not finite, or a pooled
+            state has a value that float16 does not hold.
     """
-    result = class_logits(
-        teacher.model,
+    outputs = run_teacher(
+        teacher,
         [sample.input_ids for sample in samples],
-        num_classes=len(teacher.id2label),
-        pad_id=teacher.pad_id,
-        max_tokens=batch_tokens,
+        batch_tokens=batch_tokens,
+        pooled_width=pooled_width,
         on_batch=on_batch,
     )
-    finite = np.isfinite(result.logits).all(axis=1)
+    logits = outputs.vectors["class_logits"]
+    finite = np.isfinite(logits).all(axis=1)
     if not finite.all():
         first = samples[int(np.argmin(finite))].sample_id.hex()
         raise UserError(
@@ -66,14 +76,31 @@ def capture(
             "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
             "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
             "label": np.array(labels, np.int32),
-            "class_logits": result.logits,
+            "class_logits": logits,
+            **({} if pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}),
         },
         environment={
             **environment(teacher.device),
             "dtype": dtype_name(teacher.dtype),
             "batch_tokens": batch_tokens,
-            "num_halvings": result.num_halvings,
+            "num_halvings": outputs.num_halvings,
             "torch": version("torch"),
             "transformers": version("transformers"),
         },
     )
+
+
+def _half(pooled: np.ndarray) -> np.ndarray:
+    """Pooled states [N, D] in float16.
+
+    Raises:
+        UserError: if a value is too large for it, or no number.
+    """
+    largest = np.finfo(np.float16).max  # 65,504
+    fits = (np.abs(pooled) <= largest).all(axis=1)
+    if not fits.all():
+        raise UserError(
+            f"the teacher's pooled states of {int((~fits).sum())} samples have values beyond "
+            f"{largest:,.0f}, the most that float16 holds: make the cache without --hidden pooled"
+        )
+    return pooled.astype(np.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -30,8 +31,13 @@ class TeacherConfig(DeviceConfig):
 
 
 class ShardConfig(TeacherConfig):
-    """Where the cache goes and how it is cut."""
+    """What is cached besides the logits, where the cache goes and how it is cut."""
 
+    hidden: Literal["none", "pooled"] = Field(
+        default="none",
+        description="States to cache besides the logits: none, or pooled, the vector that the "
+        "teacher's classification head reads (float16), for train-student --pooled-weight.",
+    )
     out: Path | None = Field(
         default=None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
     )

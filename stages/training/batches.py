@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.data.collation import pad_batch
 
 Batch = dict[str, torch.Tensor]
@@ -141,7 +142,7 @@ class Collator:
     """Stack samples of one kind into a batch.
 
     Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64 and, where the samples have
-    them, `teacher_logits` [B, C] float32 and `labels` [B] int64.
+    them, `teacher_logits` [B, C] float32, `teacher_pooled` [B, D] float16 and `labels` [B] int64.
     """
 
     def __init__(self, pad_id: int):
@@ -157,6 +158,9 @@ class Collator:
         if "class_logits" in samples[0]:
             logits = np.stack([sample["class_logits"] for sample in samples])
             batch["teacher_logits"] = torch.from_numpy(logits)
+        if POOLED in samples[0]:
+            pooled = np.stack([sample[POOLED] for sample in samples])
+            batch["teacher_pooled"] = torch.from_numpy(pooled)
         if "label" in samples[0]:
             labels = np.array([sample["label"] for sample in samples], np.int64)
             batch["labels"] = torch.from_numpy(labels)

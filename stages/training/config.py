@@ -146,7 +146,8 @@ class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, Traini
 
     @model_validator(mode="after")
     def _takes_its_own_options(self) -> TrainStudentConfig:
-        mamba_only = {*ArchitectureConfig.model_fields, "embeddings", "lm_weight"} - {"arch"}
+        of_a_mamba = {"embeddings", "lm_weight", "pooled_weight"}
+        mamba_only = {*ArchitectureConfig.model_fields, *of_a_mamba} - {"arch"}
         given = self.model_fields_set & mamba_only
         if self.pretrained is not None and given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))

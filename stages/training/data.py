@@ -10,6 +10,7 @@ import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import width_of_pooled
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
@@ -30,6 +31,7 @@ class TrainingData:
         num_steps: optimizer steps of the whole training.
         steps_per_epoch: until every labelled sample was seen once.
         batches: every batch of the training.
+        pooled_width: D of the teacher's pooled states, where they are matched; None elsewhere.
     """
 
     training: BothKinds
@@ -37,6 +39,7 @@ class TrainingData:
     num_steps: int
     steps_per_epoch: int
     batches: AlternatingBatches
+    pooled_width: int | None
 
 
 def open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
@@ -69,10 +72,11 @@ def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) ->
         readers: of `open_splits`.
 
     Raises:
-        UserError: if one class is all there is to train on, or early stopping has nothing to
-            evaluate.
+        UserError: if one class is all there is to train on, early stopping has nothing to
+            evaluate, or the cache lacks the pooled states that are to be matched.
     """
     labeled = readers[0]
+    pooled_width = _pooled_width(config, labeled) if config.pooled_weight else None
     is_held_out = held_out(labeled.sample_ids(), config.eval_fraction)
     _require_two_classes(labeled, ~is_held_out)
     training = BothKinds(
@@ -104,7 +108,19 @@ def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) ->
             unlabeled_ratio=config.unlabeled_ratio,
             seed=config.seed,
         ),
+        pooled_width=pooled_width,
     )
+
+
+def _pooled_width(config: TrainStudentConfig, reader: CacheReader) -> int:
+    width = width_of_pooled(reader.manifest.schema)
+    if width is None:
+        raise UserError(
+            f"--pooled-weight {config.pooled_weight:g} needs the teacher's pooled states, and "
+            f"{reader.cache} holds none: make a cache with `pipe cache-teacher --hidden pooled`, "
+            "or leave the option out"
+        )
+    return width
 
 
 def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from teacher_cache.stages.losses.objective import (
     StepTotals,
     distillation_objective,
 )
+from teacher_cache.stages.losses.pooled import pooled_distance
 from teacher_cache.stages.training.batches import AlternatingBatches
 from teacher_cache.stages.training.checkpoints import (
     commit_checkpoint,
@@ -121,6 +122,8 @@ class ClassificationTrainer(OrderedTrainer):
 class DistillationTrainer(OrderedTrainer):
     """Train a student from cached teacher logits.
 
+    The model is a `ProjectedStudent` where pooled states are matched.
+
     Args:
         objective: weights of the terms.
         **kwargs: of `OrderedTrainer`.
@@ -168,6 +171,9 @@ class DistillationTrainer(OrderedTrainer):
             config=self._objective,
             totals=num_items_in_batch if model.training else self._totals(inputs),
             next_token_loss_sum=outputs.next_token_loss_sum if has_lm else None,
+            pooled_distance_sum=pooled_distance(outputs.projected, inputs["teacher_pooled"]).sum()
+            if self._objective.pooled_weight
+            else None,
         )
         if model.training:
             self._remember(terms)
@@ -194,6 +200,8 @@ class DistillationTrainer(OrderedTrainer):
         """Add a micro-batch's shares; on the device, so that nothing waits for it."""
         if terms.lm is not None:
             self._sums["lm"] += terms.lm
+        if terms.pooled is not None:
+            self._sums["pooled"] += terms.pooled
         if terms.ce is None:
             self._sums["kd_unlabeled"] += terms.kd
             return
@@ -205,7 +213,7 @@ class DistillationTrainer(OrderedTrainer):
 
     def _means(self) -> dict[str, float]:
         """Each term's mean over the steps since the last line that held its kind of sample."""
-        kinds = {"kd_unlabeled": "unlabeled", "lm": "all"}
+        kinds = {"kd_unlabeled": "unlabeled", "lm": "all", "pooled": "all"}
         means = {
             name: float(total) / self._num_steps[kinds.get(name, "labeled")]
             for name, total in self._sums.items()

@@ -12,6 +12,8 @@ from teacher_cache.cache.schema import (
     Ragged,
     check_fields,
     classification_schema,
+    fixed_bytes,
+    width_of_pooled,
 )
 from tests.small_caches import SCHEMA, make_fields
 
@@ -24,6 +26,17 @@ def test_classification_holds_ids_label_and_exact_logits() -> None:
         ("label", "int32", (), True),
         ("class_logits", "float32", (2,), False),
     ]
+
+
+def test_pooled_states_are_in_half_precision() -> None:
+    *plain, pooled = classification_schema(2, pooled_width=8)
+    assert tuple(plain) == classification_schema(2)
+    assert pooled == FieldSpec(name="pooled", dtype="float16", shape=(8,))
+    assert width_of_pooled((*plain, pooled)) == 8
+    assert width_of_pooled(tuple(plain)) is None
+    # Id, label, two logits; then eight states.
+    assert fixed_bytes(tuple(plain)) == 16 + 4 + 2 * 4
+    assert fixed_bytes((*plain, pooled)) == 16 + 4 + 2 * 4 + 8 * 2
 
 
 def test_specs_survive_json() -> None:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,26 @@ def test_killed_between_any_two_steps(stage_one: StageOne) -> None:
         assert _run(stage_one, cache, die_at=step) == -signal.SIGKILL, step
         assert _lines(cache, "step")[-1] == step
         _complete(stage_one, cache, f"at: {step}")
+
+
+def test_with_pooled_states_killed_at_every_shard(stage_one: StageOne) -> None:
+    cache = stage_one.folder / "pooled-whole"
+    pooled = replace(stage_one, config=stage_one.config.model_copy(update={"hidden": "pooled"}))
+    assert _run(pooled, cache) == 0, pooled.server.output.read_text()
+    pooled = replace(pooled, whole=contents(cache))
+    assert CacheReader(cache).column("pooled").shape == (10, 32)
+    steps = [one for one in _moments(_lines(cache, "step")) if "labeled/" in one]
+    shards = [one for one in steps if ".arrow" in one and one.startswith(HALF_WRITTEN)]
+    committed = [one for one in steps if ".json" in one and not one.startswith(HALF_WRITTEN)]
+    cache, num_killed = pooled.folder / "pooled", 0
+    for step in [*shards, *committed]:
+        if _run(pooled, cache, die_at=step) == 0:  # it had come past this step before
+            _compare(pooled, cache, f"at: {step}")
+            continue
+        assert _lines(cache, "step")[-1] == step
+        num_killed += 1
+    assert num_killed >= 6
+    _complete(pooled, cache, "at every shard")
 
 
 def test_killed_at_random_moments_again_and_again(stage_one: StageOne) -> None:

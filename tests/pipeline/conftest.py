@@ -23,5 +23,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
-    """The tiny BERT's logits over 120 labelled and 60 unlabelled reviews."""
-    return cache_reviews(tmp_path_factory.mktemp("caches") / "tiny", tiny_bert, acl_imdb)
+    """The tiny BERT's logits and pooled states over 120 labelled and 60 unlabelled reviews."""
+    folder = tmp_path_factory.mktemp("caches") / "tiny"
+    return cache_reviews(folder, tiny_bert, acl_imdb, hidden="pooled")

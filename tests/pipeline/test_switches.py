@@ -20,6 +20,7 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
 from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
+from teacher_cache.stages.training.projected_student import ProjectedStudent
 from tests.command_line import pipe, refused
 from tests.tiny_runs import student_config
 
@@ -75,12 +76,15 @@ def resolved(
     with pytest.raises(Resolved) as raised:
         pipe("train-student", *flags, *switches)
     parts = raised.value.parts
-    student: MambaStudentForSequenceClassification = parts["model"]
+    trained: MambaStudentForSequenceClassification | ProjectedStudent = parts["model"]
+    is_projected = isinstance(trained, ProjectedStudent)
+    student = trained.student if is_projected else trained
     weights = hashlib.sha256()
     for name, tensor in student.state_dict().items():
         weights.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     batches, evaluation = parts["batches"], parts["eval_dataset"]
     found = {"model.weights": weights.hexdigest(), "resume": resumed}
+    found["projection"] = tuple(trained.projection.weight.shape) if is_projected else None
     found |= {f"model.{name}": value for name, value in student.config.to_dict().items()}
     found |= {f"trainer.{name}": value for name, value in parts["args"].to_dict().items()}
     found |= {
@@ -111,6 +115,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
         {"objective.unlabeled_alpha", "batches.order", "settings.cache_samples"},
     ),
     "lm_weight": ("0.5", {"objective.lm_weight"}),
+    "pooled_weight": ("0.5", {"objective.pooled_weight", "projection"}),
     "unlabeled_ratio": ("2", set()),  # of no unlabelled batches; see below
     # The student's shape.
     "d_model": ("16", {"model.d_model", "model.weights"}),
@@ -192,7 +197,7 @@ def test_a_student_that_has_read_the_next_token_does_not_predict_it(tiny_cache: 
     refused(*flags, "--bidirectional", saying="--lm-weight .* with --bidirectional it has read it")
 
 
-@pytest.mark.parametrize("flag", ["--lm-weight=0.5", "--embeddings=teacher"])
+@pytest.mark.parametrize("flag", ["--lm-weight=0.5", "--embeddings=teacher", "--pooled-weight=1"])
 def test_options_of_a_mamba_are_refused_for_another_student(flag: str, tiny_cache: Path) -> None:
     refused(
         *("train-student", "--cache", tiny_cache, "--arch", "hf:a/b", flag),

@@ -9,3 +9,10 @@ from tests.tiny_runs import cache_reviews
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
     """The tiny BERT's logits over 120 labelled and 60 unlabelled reviews, cut to 24 tokens."""
     return cache_reviews(tmp_path_factory.mktemp("caches") / "tiny", tiny_bert, acl_imdb)
+
+
+@pytest.fixture(scope="session")
+def pooled_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
+    """The same with the teacher's pooled states, of width 32."""
+    folder = tmp_path_factory.mktemp("caches") / "pooled"
+    return cache_reviews(folder, tiny_bert, acl_imdb, hidden="pooled")

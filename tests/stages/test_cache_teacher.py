@@ -24,6 +24,7 @@ from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import identity, load_teacher
 from tests.tiny_models import write_tiny_gpt2
+from tests.tiny_runs import reviews_config
 
 
 def sample_of(*ids: int) -> Sample:
@@ -103,6 +104,38 @@ def test_one_class_behind_a_limit_is_refused(tmp_path: Path, tiny_bert: Path) ->
     config = config_of(tmp_path / "c", tiny_bert, labeled=labeled)
     with pytest.raises(UserError, match=r"of the class \w+: a classifier needs two"):
         cache_teacher.run(config.model_copy(update={"labeled": named(labeled)}))
+
+
+def test_pooled_states_are_cached_beside_the_same_logits(
+    tiny_cache: Path, pooled_cache: Path, tiny_bert: Path
+) -> None:
+    model = BertForSequenceClassification.from_pretrained(tiny_bert).eval()
+    for split in ("labeled", "unlabeled"):
+        plain, pooled = CacheReader(tiny_cache, split), CacheReader(pooled_cache, split)
+        for name in ("class_logits", "label"):
+            assert np.array_equal(plain.column(name), pooled.column(name))
+        for sample_idx in (0, len(pooled) - 1):
+            sample = pooled.sample(sample_idx)
+            with torch.no_grad():
+                ids = torch.from_numpy(sample["input_ids"].astype(np.int64))[None]
+                expected = model.bert(ids).pooler_output[0].numpy()
+            assert sample["pooled"].dtype == np.float16
+            np.testing.assert_allclose(sample["pooled"], expected, rtol=1e-3, atol=1e-5)
+    # D is in the schema; a cache without the states has the settings that it always had.
+    assert CacheReader(pooled_cache).manifest.schema[-1].shape == (32,)
+    settings, other = (CacheReader(one).manifest.settings for one in (tiny_cache, pooled_cache))
+    assert "hidden" not in settings and other == settings | {"hidden": "pooled"}
+
+
+def test_other_states_on_an_existing_cache_are_refused(
+    tiny_cache: Path, pooled_cache: Path, tiny_bert: Path, acl_imdb: Path
+) -> None:
+    asked = reviews_config(tiny_cache, tiny_bert, acl_imdb, hidden="pooled")
+    with pytest.raises(UserError, match=r"hidden is None there and 'pooled' in .* --overwrite"):
+        cache_teacher.run(asked)
+    asked = reviews_config(pooled_cache, tiny_bert, acl_imdb)
+    with pytest.raises(UserError, match=r"hidden is 'pooled' there and None in .* --overwrite"):
+        cache_teacher.run(asked)
 
 
 def named(corpus: CorpusConfig) -> CorpusConfig:

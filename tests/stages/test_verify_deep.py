@@ -12,7 +12,8 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import verify_deep as module
-from teacher_cache.stages.inference import ClassLogits, class_logits
+from teacher_cache.stages.inference import Outputs
+from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.verify_deep import verify_deep
 from tests.tiny_models import write_tiny_bert
 
@@ -26,11 +27,11 @@ def test_samples_of_every_split_are_compared(
 ) -> None:
     compared: list[int] = []
 
-    def counted(model: Any, input_ids: Any, **given: Any) -> ClassLogits:
+    def counted(teacher: Any, input_ids: Any, **given: Any) -> Outputs:
         compared.append(len(input_ids))
-        return class_logits(model, input_ids, **given)
+        return run_teacher(teacher, input_ids, **given)
 
-    monkeypatch.setattr(module, "class_logits", counted)
+    monkeypatch.setattr(module, "run_teacher", counted)
     verify_deep(tiny_cache, 5)
     verify_deep(tiny_cache, 1)
     verify_deep(tiny_cache, 10**6)
@@ -45,15 +46,35 @@ def test_a_logit_that_differs(
 ) -> None:
     first = CacheReader(tiny_cache, split).sample(0)["input_ids"]
 
-    def altered(model: Any, input_ids: Any, **given: Any) -> ClassLogits:
-        found = class_logits(model, input_ids, **given)
+    def altered(teacher: Any, input_ids: Any, **given: Any) -> Outputs:
+        found = run_teacher(teacher, input_ids, **given)
         if np.array_equal(input_ids[0], first):
-            found.logits[0, 0] += wrong
+            found.vectors["class_logits"][0, 0] += wrong
         return found
 
-    monkeypatch.setattr(module, "class_logits", altered)
+    monkeypatch.setattr(module, "run_teacher", altered)
     with pytest.raises(CheckFailed, match=rf"differ by up to {wrong:.2g} .*at most 0\.001"):
         verify_deep(tiny_cache, 4)
+
+
+def test_pooled_states_are_compared_too(
+    pooled_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify_deep(pooled_cache, 8) < 1e-5
+    wrong = 0.01
+
+    def altered(teacher: Any, input_ids: Any, **given: Any) -> Outputs:
+        found = run_teacher(teacher, input_ids, **given)
+        states = found.vectors["pooled"]
+        states[-1, 0] += wrong * np.linalg.norm(states[-1])
+        return found
+
+    monkeypatch.setattr(module, "run_teacher", altered)
+    with pytest.raises(CheckFailed, match=r"pooled states are up to 0\.01 .*at most 0\.002"):
+        verify_deep(pooled_cache, 4)
+    wrong = np.nan
+    with pytest.raises(CheckFailed, match="pooled states are up to nan"):
+        verify_deep(pooled_cache, 4)
 
 
 def test_another_teacher(

@@ -18,6 +18,7 @@ from teacher_cache.stages.losses.objective import (
     distillation_objective,
     smoothed_cross_entropy,
 )
+from teacher_cache.stages.losses.pooled import pooled_distance
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 from tests import reference_losses as reference
 
@@ -26,7 +27,8 @@ from tests import reference_losses as reference
 class Step:
     """One optimizer step's samples, float64; the first `num_labeled` of them are labelled.
 
-    `next_tokens` are the cross-entropies of each sample's next tokens, from none to three.
+    `next_tokens` are the cross-entropies of each sample's next tokens, from none to three; `pooled`
+    the student's pooled states (projected) and the teacher's.
     """
 
     student: Tensor
@@ -34,6 +36,7 @@ class Step:
     labels: Tensor
     num_labeled: int
     next_tokens: list[list[float]]
+    pooled: tuple[Tensor, Tensor]
 
     def batches(self, borders: list[int]) -> list[tuple[slice, bool]]:
         """The step cut at `borders` and where its kinds meet."""
@@ -53,14 +56,22 @@ def make_step(seed: int, num_labeled: int, num_unlabeled: int, num_classes: int 
             torch.rand(idx % 4, generator=generator, dtype=torch.float64).tolist()
             for idx in range(shape[0])
         ],
+        pooled=(
+            torch.randn(shape[0], 5, generator=generator, dtype=torch.float64),
+            10 * torch.randn(shape[0], 5, generator=generator, dtype=torch.float64),
+        ),
     )
 
 
 def run(
-    step: Step, config: ObjectiveConfig, borders: list[int]
+    step: Step, config: ObjectiveConfig, borders: list[int], *, pooled_leaf: Tensor | None = None
 ) -> tuple[list[ObjectiveTerms], Tensor]:
-    """Terms of every micro-batch, and the step's accumulated gradient."""
+    """Terms of every micro-batch, and the step's accumulated gradient.
+
+    That of `pooled_leaf`, which stands for the student's pooled states, is added to it.
+    """
     leaf = step.student.clone().requires_grad_()
+    projected = step.pooled[0] if pooled_leaf is None else pooled_leaf
     batches = step.batches(borders)
     totals = sum(
         (
@@ -86,6 +97,9 @@ def run(
                 config=config,
                 totals=totals,
                 next_token_loss_sum=next_tokens if config.lm_weight else None,
+                pooled_distance_sum=pooled_distance(projected[where], step.pooled[1][where]).sum()
+                if config.pooled_weight
+                else None,
             )
         )
         terms[-1].loss.backward()
@@ -105,6 +119,7 @@ configs = st.builds(
     label_smoothing=st.sampled_from([0.0, 0.1, 0.5]),
     unlabeled_alpha=st.floats(0.01, 2),
     lm_weight=st.sampled_from([0.0, 0.5, 2.0]),
+    pooled_weight=st.sampled_from([0.0, 0.5, 3.0]),
 )
 
 
@@ -121,10 +136,12 @@ def test_no_way_of_cutting_the_step_changes_it(
 ) -> None:
     step = make_step(seed, num_labeled, num_unlabeled)
     inside = [border for border in borders if border < num_labeled + num_unlabeled]
-    whole, whole_gradient = run(step, config, [])
-    parts, gradient = run(step, config, inside)
+    leaves = [step.pooled[0].clone().requires_grad_() for _ in range(2)]
+    whole, whole_gradient = run(step, config, [], pooled_leaf=leaves[0])
+    parts, gradient = run(step, config, inside, pooled_leaf=leaves[1])
     assert total(parts) == pytest.approx(total(whole), rel=1e-10, abs=1e-12)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-9, atol=1e-12)
     labeled = [term for term in parts if term.ce is not None]
     assert sum(float(term.kd) for term in labeled) == pytest.approx(float(whole[0].kd))
     assert sum(float(term.agreement) for term in labeled) == pytest.approx(
@@ -132,13 +149,24 @@ def test_no_way_of_cutting_the_step_changes_it(
     )
 
     labels: list[int | None] = list(step.labels[:num_labeled].tolist())
+    pairs = list(zip(*(states.tolist() for states in step.pooled), strict=True))
     expected = reference.objective(
         step.student.tolist(),
         step.teacher.tolist(),
         labels + [None] * num_unlabeled,
         **config.model_dump(),
         next_token_losses=step.next_tokens,
+        pooled=pairs,
     )
+    if config.pooled_weight:
+        share = -config.pooled_weight / len(pairs)
+        expected_gradient = [
+            [share * one for one in reference.cosine_gradient(s, t)] for s, t in pairs
+        ]
+        assert leaves[1].grad is not None
+        torch.testing.assert_close(
+            leaves[1].grad, torch.tensor(expected_gradient).double(), rtol=1e-6, atol=1e-8
+        )
     assert total(parts) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
@@ -297,6 +325,36 @@ def test_refuses_a_next_token_loss_without_weight_and_a_weight_without_loss() ->
             )
 
 
+def test_the_pooled_distance_is_a_mean_over_samples_of_both_kinds() -> None:
+    step = make_step(12, 5, 4)
+    # Neither T^2 nor the confidence weights touch it.
+    config = ObjectiveConfig(unlabeled_alpha=0.3, conf_power=2.0, temperature=4.0)
+    plain, _ = run(step, config, [])
+    terms, _ = run(step, config.model_copy(update={"pooled_weight": 0.7}), [2, 7])
+    mean = sum(float(term.pooled) for term in terms if term.pooled is not None)
+    pairs = zip(*(states.tolist() for states in step.pooled), strict=True)
+    assert mean == pytest.approx(sum(1 - reference.cosine(s, t) for s, t in pairs) / 9)
+    assert total(terms) == pytest.approx(total(plain) + 0.7 * mean)
+    assert [term.pooled for term in plain] == [None, None]
+
+
+def test_refuses_a_pooled_distance_without_weight_and_a_weight_without_distance() -> None:
+    step, totals = make_step(12, 4, 0), StepTotals(num_labeled=4)
+    for config, distance in (
+        (ObjectiveConfig(), torch.tensor(1.0)),
+        (ObjectiveConfig(pooled_weight=1.0), None),
+    ):
+        with pytest.raises(ValueError, match="pooled_weight"):
+            distillation_objective(
+                step.student,
+                step.teacher,
+                step.labels,
+                config=config,
+                totals=totals,
+                pooled_distance_sum=distance,
+            )
+
+
 def test_agreement_counts_equal_choices() -> None:
     step = make_step(8, 4, 0)
     step.teacher = step.student.clone()
@@ -313,6 +371,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "label_smoothing": 0.0,
         "unlabeled_alpha": 0.0,
         "lm_weight": 0.0,
+        "pooled_weight": 0.0,
     }
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     default = smoothed_cross_entropy(logits, labels)
@@ -334,6 +393,8 @@ def test_defaults_are_those_of_the_design() -> None:
         ("unlabeled_alpha", math.inf),
         ("lm_weight", -0.1),
         ("lm_weight", math.inf),
+        ("pooled_weight", -0.1),
+        ("pooled_weight", math.nan),
         ("alhpa", 0.5),
     ],
 )

@@ -159,6 +159,12 @@ def test_a_labelled_batch() -> None:
     }
 
 
+def test_pooled_states_are_stacked_as_cached() -> None:
+    samples = [sample(2, 1, 3) | {"pooled": np.full(4, i, np.float16)} for i in range(2)]
+    pooled = Collator(0)(samples)["teacher_pooled"]
+    assert (pooled.dtype, pooled.tolist()) == (torch.float16, [[0] * 4, [1] * 4])
+
+
 def test_a_batch_has_what_its_samples_have() -> None:
     assert "labels" not in Collator(0)([sample(2, None, 3)])
     assert "teacher_logits" not in Collator(0)([sample(2, 1)])
