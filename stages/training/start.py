@@ -63,8 +63,9 @@ def with_own_tokenizer(config: TrainStudentConfig) -> TrainStudentConfig:
     Its embeddings mean that tokenizer's tokens, so that is the one to compare with the cache's.
 
     Raises:
-        UserError: if the pre-trained student is not there.
+        UserError: if the student cannot be had: sizes that do not fit, a model that is not there.
     """
+    check_architecture(config)
     if config.pretrained is None or config.student_tokenizer is not None:
         return config
     own = pretrained.own_tokenizer(config.pretrained)
