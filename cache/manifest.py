@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class SplitSummary:
         num_tokens: positions over all samples.
         num_truncated: samples cut at the maximum length.
         num_bytes: of the shards' files.
+        settings: what decides this split's values beside the cache's own settings, and is checked
+            like them: how views are made. A cache of an older release has none.
         report: what the survey of the corpus counted (empty, duplicate, labels).
     """
 
@@ -36,6 +38,7 @@ class SplitSummary:
     num_tokens: int = 0
     num_truncated: int = 0
     num_bytes: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any]
 
 

@@ -23,7 +23,7 @@ class CacheReader:
 
     Args:
         cache: the cache's folder.
-        split: `labeled` or `unlabeled`.
+        split: `labeled`, `unlabeled` or views of one of them (`labeled_views_1`).
 
     Raises:
         UserError: if there is no cache, it is not complete, its format is newer than this

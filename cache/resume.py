@@ -41,8 +41,8 @@ def refuse_fewer_documents(cache: Path, recorded: Manifest, plans: dict[str, Sha
         if asked < summary.num_documents:
             raise UserError(
                 f"{cache} was started for {summary.num_documents:,} {split} documents, this run "
-                f"asks for {asked:,}: raise the limit to at least that, give another --out for "
-                "the smaller cache, or --overwrite"
+                f"asks for {asked:,}: raise the limit (or --views) to at least that, give another "
+                "--out for the smaller cache, or --overwrite"
             )
 
 

@@ -25,7 +25,7 @@ class Sidecar:
     """A committed shard. It exists only once the shard's bytes are durable.
 
     Attributes:
-        split: the corpus, `labeled` or `unlabeled`.
+        split: the corpus, `labeled` or `unlabeled`, or views of one (`splits.py`).
         shard_idx: its number in the split.
         path: of the shard, relative to the cache.
         documents: first and one-past-last source document, in corpus order.

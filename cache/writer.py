@@ -42,9 +42,8 @@ from teacher_cache.cache.resume import (
 )
 from teacher_cache.cache.schema import Fields, Ragged
 from teacher_cache.cache.sidecar import SHARDS_PER_FOLDER, Sidecar, shard_path, sidecar_path
+from teacher_cache.cache.splits import is_split
 from teacher_cache.cache.stores import arrow
-
-SPLITS = ("labeled", "unlabeled")
 
 logger = logging.getLogger(__name__)
 
@@ -236,9 +235,9 @@ class CacheWriter:
         except UserError as error:
             logger.warning("%s (starting it again)", error)
         with explained(self.cache):
-            for folder in ("index", TEACHER_FOLDER, *SPLITS):
-                if (self.cache / folder).exists():
-                    shutil.rmtree(self.cache / folder)
+            for folder in [path for path in self.cache.iterdir() if path.is_dir()]:
+                if folder.name in ("index", TEACHER_FOLDER) or is_split(folder.name):
+                    shutil.rmtree(folder)
             (self.cache / MANIFEST_NAME).unlink()
 
     def _refuse_foreign_folder(self) -> None:
@@ -253,10 +252,11 @@ class CacheWriter:
     def _adopt(self, recorded: Manifest) -> None:
         """Go on from the recorded state: check that it is the same cache, find what is done."""
         wanted = self.manifest
+        shared = recorded.splits.keys() & wanted.splits.keys()
         refuse_changed_settings(
             self.cache,
-            {"settings": recorded.settings, "layout": recorded.layout},
-            {"settings": wanted.settings, "layout": wanted.layout},
+            _compared(recorded, shared),
+            _compared(wanted, shared),
             start_again="--overwrite",
         )
         refuse_fewer_documents(self.cache, recorded, self._plans)
@@ -273,3 +273,12 @@ class CacheWriter:
             self.manifest = recorded
         else:
             self.manifest = replace(wanted, created_at=recorded.created_at)
+
+
+def _compared(manifest: Manifest, splits: Collection[str]) -> dict[str, Any]:
+    """What two runs that write to one cache must agree on, of the splits that both have."""
+    return {
+        "settings": manifest.settings,
+        "layout": manifest.layout,
+        "splits": {split: manifest.splits[split].settings for split in splits},
+    }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from teacher_cache.cache.manifest import Manifest, SplitSummary
+from teacher_cache.cache.splits import viewed_split
 from teacher_cache.stages.join.report import JoinReport
 
 if TYPE_CHECKING:  # it imports torch
@@ -81,28 +82,46 @@ QUALITY: dict[str, Callable[[Evaluation], str]] = {
 
 
 def manifest_table(manifest: Manifest) -> Table:
-    """What a cache holds, a column a split."""
+    """What a cache holds: a column for each corpus, and one for all views of it."""
+    columns: dict[str, list[SplitSummary]] = {}
+    for name, split in manifest.splits.items():
+        viewed = viewed_split(name)
+        columns.setdefault(f"views of {viewed}" if viewed else name, []).append(split)
     table = Table(title="what the cache holds", title_justify="left")
     table.add_column("")
-    for name in manifest.splits:
+    for name in columns:
         table.add_column(name, justify="right")
     for heading, count in COUNTS.items():
-        table.add_row(heading, *(count(split) for split in manifest.splits.values()))
+        cells = [sum(count(split) for split in splits) for splits in columns.values()]
+        table.add_row(heading, *(f"{cell:,}" for cell in cells))
+    for heading, size in SIZES.items():
+        table.add_row(heading, *(size(splits) for splits in columns.values()))
     return table
 
 
-COUNTS: dict[str, Callable[[SplitSummary], str]] = {
-    "documents": lambda split: f"{split.num_documents:,}",
-    "empty (left out)": lambda split: f"{split.report['num_empty']:,}",
-    "duplicates (kept)": lambda split: f"{split.report['num_duplicates']:,}",
-    "samples": lambda split: f"{split.num_samples:,}",
-    "cut at the maximum length": lambda split: f"{split.num_truncated:,}",
-    "tokens": lambda split: f"{split.num_tokens:,}",
-    "shards": lambda split: f"{split.num_shards:,}",
-    "MB": lambda split: f"{split.num_bytes / 1e6:,.2f}",
-    "bytes a sample": lambda split: (
-        f"{split.num_bytes / split.num_samples:,.0f}" if split.num_samples else NONE
-    ),
+def _bytes_a_sample(splits: list[SplitSummary]) -> str:
+    num_samples = sum(split.num_samples for split in splits)
+    return f"{_bytes(splits) / num_samples:,.0f}" if num_samples else NONE
+
+
+def _bytes(splits: list[SplitSummary]) -> int:
+    return sum(split.num_bytes for split in splits)
+
+
+COUNTS: dict[str, Callable[[SplitSummary], int]] = {
+    "documents": lambda split: split.num_documents,
+    "empty (left out)": lambda split: split.report["num_empty"],
+    # Reports of older releases, which knew no views, do not count these.
+    "no such view (left out)": lambda split: split.report.get("num_unchanged", 0),
+    "duplicates (kept)": lambda split: split.report["num_duplicates"],
+    "samples": lambda split: split.num_samples,
+    "cut at the maximum length": lambda split: split.num_truncated,
+    "tokens": lambda split: split.num_tokens,
+    "shards": lambda split: split.num_shards,
+}
+SIZES: dict[str, Callable[[list[SplitSummary]], str]] = {
+    "MB": lambda splits: f"{_bytes(splits) / 1e6:,.2f}",
+    "bytes a sample": _bytes_a_sample,
 }
 
 

@@ -25,8 +25,9 @@ from teacher_cache.cache.schema import Schema, classification_schema, fixed_byte
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
-from teacher_cache.stages.data.survey import survey
+from teacher_cache.stages.data.survey import survey_splits
 from teacher_cache.stages.data.tokenization import tokenize
+from teacher_cache.stages.data.views import Views, split_settings, with_views
 from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.teacher.capture import capture
@@ -109,7 +110,8 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     settings = _settings(config, teacher, corpora, max_length)
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
     schema = classification_schema(len(teacher.id2label), pooled_width=pooled_width)
-    plans = _plan(config, cache, corpora, teacher, max_length, schema)
+    splits = with_views(corpora, config.views, teacher.mask_token)
+    plans = _plan(config, cache, splits, teacher, max_length, schema)
     num_ids = max(teacher.tokenizer.get_vocab().values()) + 1
     embeddings = EmbeddingTable.of(teacher.model, num_ids=num_ids)
     manifest = _manifest(config, settings, schema, corpora, plans, teacher, embeddings)
@@ -125,7 +127,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         kept = writer.committed()
         observer.on_plan(cache, plans, kept)
         for split, shard_idx in todo:
-            documents = corpora[split].documents(*plans[split].documents(shard_idx))
+            documents = splits[split].documents(*plans[split].documents(shard_idx))
             samples = tokenize(documents, teacher.tokenizer, max_length=max_length)
             captured = capture(
                 teacher,
@@ -194,7 +196,7 @@ def _settings(
 def _plan(
     config: CacheTeacherConfig,
     cache: Path,
-    corpora: dict[str, Corpus],
+    splits: dict[str, Corpus | Views],
     teacher: Teacher,
     max_length: int,
     schema: Schema,
@@ -203,9 +205,7 @@ def _plan(
     if (cache / MANIFEST_NAME).exists() and not config.overwrite:
         per_shard = read_manifest(cache).layout["documents_per_shard"]
     else:
-        documents = corpora["labeled"].documents(
-            0, min(NUM_PROBED_FOR_SIZE, len(corpora["labeled"]))
-        )
+        documents = splits["labeled"].documents(0, min(NUM_PROBED_FOR_SIZE, len(splits["labeled"])))
         samples = tokenize(documents, teacher.tokenizer, max_length=max_length)
         if not samples:
             raise UserError(
@@ -220,8 +220,8 @@ def _plan(
             max_documents=config.shard_documents,
         )
     return {
-        split: ShardPlan(num_documents=len(corpus), documents_per_shard=per_shard)
-        for split, corpus in corpora.items()
+        split: ShardPlan(num_documents=len(documents), documents_per_shard=per_shard)
+        for split, documents in splits.items()
     }
 
 
@@ -234,6 +234,9 @@ def _manifest(
     teacher: Teacher,
     embeddings: EmbeddingTable | None,
 ) -> Manifest:
+    reports = survey_splits(corpora, config.views, teacher.mask_token)
+    for split, report in reports.items():
+        logger.info("%s: %s", split, report.describe())
     return Manifest(
         fingerprint=fingerprint(settings),
         settings=settings,
@@ -245,11 +248,12 @@ def _manifest(
         schema=schema,
         splits={
             split: SplitSummary(
-                num_documents=len(corpus),
-                num_shards=len(plans[split]),
-                report=_surveyed(split, corpus),
+                num_documents=plan.num_documents,
+                num_shards=len(plan),
+                settings=split_settings(split),
+                report=reports[split].model_dump(),
             )
-            for split, corpus in corpora.items()
+            for split, plan in plans.items()
         },
         about={
             "name": config.name,
@@ -268,12 +272,6 @@ def _manifest(
         versions={name: version(name) for name in VERSIONED},
         created_at=utc_now(),
     )
-
-
-def _surveyed(split: str, corpus: Corpus) -> dict[str, Any]:
-    report = survey(corpus)
-    logger.info("%s: %s", split, report.describe())
-    return report.model_dump()
 
 
 def _write_teacher_files(

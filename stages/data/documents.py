@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from teacher_cache.cache.schema import SAMPLE_ID_BYTES
 
+# What of an id decides whether its sample is held out.
+PLACE_BYTES = 8
+
 
 @dataclass(frozen=True)
 class Document:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pydantic import Field
 
+from teacher_cache.cache.splits import views_split
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.corpus import Corpus
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.views import views_of
 
 _CHUNK_DOCUMENTS = 4096
 
@@ -18,6 +23,11 @@ class CorpusReport(StageConfig):
     num_documents: int = Field(description="all documents")
     num_empty: int = Field(description="whitespace only: left out of the samples")
     num_duplicates: int = Field(description="not empty, and the text of an earlier document: kept")
+    num_unchanged: int = Field(
+        default=0,
+        description="of views: not empty, and without a view that differs from the document and "
+        "from its earlier views: left out",
+    )
     label_counts: dict[str, int] | None = Field(
         default=None, description="documents by class name or integer, None without labels"
     )
@@ -32,24 +42,66 @@ class CorpusReport(StageConfig):
             parts.append(f"{self.num_empty:,} empty (left out)")
         if self.num_duplicates:
             parts.append(f"{self.num_duplicates:,} duplicates (kept)")
+        if self.num_unchanged:
+            parts.append(f"{self.num_unchanged:,} without another such view (left out)")
         return ", ".join(parts)
 
 
 def survey(corpus: Corpus) -> CorpusReport:
     """Read every text once and count the empty and the repeated ones."""
-    seen: set[bytes] = set()
-    num_empty = num_duplicates = 0
+    texts = _Texts()
     for start in range(0, len(corpus), _CHUNK_DOCUMENTS):
         for document in corpus.documents(start, min(start + _CHUNK_DOCUMENTS, len(corpus))):
-            if not document.text.strip():
-                num_empty += 1
-                continue
-            digest = hashlib.sha256(document.text.encode("utf-8")).digest()[:16]
-            num_duplicates += digest in seen
-            seen.add(digest)
+            texts.add(document)
     return CorpusReport(
         num_documents=len(corpus),
-        num_empty=num_empty,
-        num_duplicates=num_duplicates,
+        num_empty=len(corpus) - texts.num,
+        num_duplicates=texts.num_duplicates,
         label_counts=corpus.label_counts(),
     )
+
+
+def survey_splits(
+    corpora: Mapping[str, Corpus], num_views: int, mask_token: str | None
+) -> dict[str, CorpusReport]:
+    """The reports on the corpora and on their views, by the names of their splits.
+
+    Args:
+        corpora: by split.
+        num_views: of each document.
+        mask_token: the teacher's, None without one.
+    """
+    reports = {split: survey(corpus) for split, corpus in corpora.items()}
+    for split, corpus in corpora.items():
+        views = [_Texts() for _ in range(num_views)]
+        if views:
+            for made in views_of(corpus, 0, len(corpus), num=num_views, mask_token=mask_token):
+                for texts, view in zip(views, made, strict=True):
+                    if view is not None:
+                        texts.add(view)
+        num_empty = reports[split].num_empty
+        for number, texts in enumerate(views, 1):
+            reports[views_split(split, number)] = CorpusReport(
+                num_documents=len(corpus),
+                num_empty=num_empty,
+                num_duplicates=texts.num_duplicates,
+                num_unchanged=len(corpus) - num_empty - texts.num,
+            )
+    return reports
+
+
+@dataclass
+class _Texts:
+    """Counts texts that are not empty, and those that were there before."""
+
+    num: int = 0
+    num_duplicates: int = 0
+    _seen: set[bytes] = field(default_factory=set)
+
+    def add(self, document: Document) -> None:
+        if not document.text.strip():
+            return
+        digest = hashlib.sha256(document.text.encode("utf-8")).digest()[:16]
+        self.num += 1
+        self.num_duplicates += digest in self._seen
+        self._seen.add(digest)

@@ -42,6 +42,11 @@ class ShardConfig(TeacherConfig):
         default=None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
     )
     overwrite: bool = Field(default=False, description="Start the cache again if it exists.")
+    views: int = Field(
+        default=0,
+        ge=0,
+        description="Perturbed copies of each document to cache too, as unlabelled text.",
+    )
     shard_mb: int = Field(default=64, ge=1, description="Estimated size of a shard, in megabytes.")
     shard_documents: int = Field(
         default=1024,

@@ -14,6 +14,7 @@ from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.data.collation import pad_batch
+from teacher_cache.stages.data.documents import PLACE_BYTES
 
 Batch = dict[str, torch.Tensor]
 
@@ -50,6 +51,23 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int, /) -> dict[str, np.ndarray]: ...
+
+
+class SeveralSplits(Dataset[dict[str, np.ndarray]]):
+    """Samples of one kind from several splits, one split behind the other."""
+
+    def __init__(self, splits: Sequence[Samples]):
+        self._splits = splits
+        self._starts = np.cumsum([0, *(len(split) for split in splits)])
+        self.lengths = np.concatenate([split.lengths for split in splits])
+
+    def __len__(self) -> int:
+        """The number of samples of all splits."""
+        return len(self.lengths)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        split_idx = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self._splits[split_idx][position - int(self._starts[split_idx])]
 
 
 class BothKinds(Dataset[dict[str, np.ndarray]]):
@@ -172,8 +190,9 @@ def held_out(sample_ids: Iterable[bytes], fraction: float) -> np.ndarray:
 
     Args:
         sample_ids: 16 bytes each; they are hashes, so their first 8 bytes are a uniform number.
+            Views have the first bytes of their document, so they are held out with it.
         fraction: the share, 0 to 1.
     """
     ids = np.frombuffer(b"".join(sample_ids), np.uint8).reshape(-1, 16)
-    place = ids[:, :8].copy().view(">u8").reshape(-1) / 2.0**64
+    place = ids[:, :PLACE_BYTES].copy().view(">u8").reshape(-1) / 2.0**64
     return place < fraction

@@ -11,10 +11,12 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import width_of_pooled
+from teacher_cache.cache.splits import LABELED, viewed_split
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
     CachedSamples,
+    SeveralSplits,
     batches_per_epoch,
     held_out,
 )
@@ -43,25 +45,30 @@ class TrainingData:
 
 
 def open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
-    """The labelled split and, where it counts, the unlabelled one.
+    """The labelled split and, where they count, the unlabelled one and all views.
+
+    A split of views may be empty, where documents are too short for so many: it is left out.
 
     Raises:
-        UserError: if the unlabelled split is asked for and missing, or a split has no samples.
+        UserError: if unlabelled text is asked for and missing, or a corpus has no samples.
     """
-    labeled = CacheReader(cache, "labeled")
-    if unlabeled_alpha and "unlabeled" not in labeled.manifest.splits:
+    labeled = CacheReader(cache, LABELED)
+    unlabeled = [split for split in labeled.manifest.splits if split != LABELED]
+    if unlabeled_alpha and not unlabeled:
         raise UserError(
             f"--unlabeled-alpha {unlabeled_alpha:g} needs unlabelled text, and {cache} holds none: "
-            "make a cache with --unlabeled, or leave the option out"
+            "make a cache with --unlabeled or --views, or leave the option out"
         )
-    readers = [labeled, *([CacheReader(cache, "unlabeled")] if unlabeled_alpha else [])]
+    readers = [labeled]
+    if unlabeled_alpha:
+        readers += [CacheReader(cache, split) for split in unlabeled]
     for reader in readers:
-        if not len(reader):
+        if not len(reader) and viewed_split(reader.split) is None:
             raise UserError(
                 f"the {reader.split} split of {cache} holds no samples, all its documents are "
                 "empty: cache others, or train without it"
             )
-    return readers
+    return [reader for reader in readers if len(reader)]
 
 
 def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:
@@ -72,8 +79,8 @@ def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) ->
         readers: of `open_splits`.
 
     Raises:
-        UserError: if one class is all there is to train on, early stopping has nothing to
-            evaluate, or the cache lacks the pooled states that are to be matched.
+        UserError: if one class is all there is to train on, or no unlabelled sample, early stopping
+            has nothing to evaluate, or the cache lacks the pooled states that are to be matched.
     """
     labeled = readers[0]
     pooled_width = _pooled_width(config, labeled) if config.pooled_weight else None
@@ -81,7 +88,7 @@ def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) ->
     _require_two_classes(labeled, ~is_held_out)
     training = BothKinds(
         CachedSamples(labeled, np.flatnonzero(~is_held_out), labeled=True),
-        *(CachedSamples(reader, np.arange(len(reader)), labeled=False) for reader in readers[1:]),
+        _unlabeled_samples(config, readers[1:]),
     )
     evaluation = CachedSamples(labeled, _by_length(labeled, is_held_out), labeled=True)
     if config.early_stopping is not None and not len(evaluation):
@@ -121,6 +128,27 @@ def _pooled_width(config: TrainStudentConfig, reader: CacheReader) -> int:
             "or leave the option out"
         )
     return width
+
+
+def _unlabeled_samples(
+    config: TrainStudentConfig, readers: Sequence[CacheReader]
+) -> SeveralSplits | None:
+    """All but the views of labelled documents that are held out; None where none take part."""
+    if not config.unlabeled_alpha:
+        return None
+    splits: list[CachedSamples] = []
+    for reader in readers:
+        sample_idxs = np.arange(len(reader))
+        if viewed_split(reader.split) == LABELED:
+            sample_idxs = sample_idxs[~held_out(reader.sample_ids(), config.eval_fraction)]
+        splits.append(CachedSamples(reader, sample_idxs, labeled=False))
+    if not any(len(samples) for samples in splits):
+        raise UserError(
+            f"{config.cache} holds no unlabelled text and no view of a document that is trained "
+            f"on, which --unlabeled-alpha {config.unlabeled_alpha:g} needs: cache more of the "
+            "data, or leave the option out"
+        )
+    return SeveralSplits(splits)
 
 
 def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:

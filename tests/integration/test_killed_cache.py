@@ -17,6 +17,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.splits import is_split, viewed_split
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
@@ -72,7 +73,7 @@ def _shards(cache: Path, kind: str) -> set[Shard]:
 
 def _durable(cache: Path) -> set[Shard]:
     """Shards whose sidecar has its name: from then on they are never computed again."""
-    paths = [path for split in ("labeled", "unlabeled") for path in cache.glob(f"{split}/*/*.json")]
+    paths = [path for path in cache.glob("*/*/*.json") if is_split(path.parent.parent.name)]
     return {(path.parent.parent.name, int(path.stem)) for path in paths}
 
 
@@ -115,11 +116,17 @@ def stage_one(
     )
     warm = config.model_copy(update={"out": folder / "warm"})
     server.call("warm_up", config=warm.model_dump_json())
+    return _uninterrupted(server, config, folder, num_shards=5)
+
+
+def _uninterrupted(
+    server: ForkServer, config: CacheTeacherConfig, folder: Path, *, num_shards: int
+) -> StageOne:
     cache = folder / "whole"
     started = time.monotonic()
     assert server.run("cache_teacher", **_arguments(config, cache)) == 0, server.output.read_text()
     seconds = time.monotonic() - started
-    assert len(_shards(cache, "forward")) == 5
+    assert len(_shards(cache, "forward")) == num_shards
     with pytest.MonkeyPatch.context() as patch:
         set_shards_per_folder(patch.setattr, SHARDS_PER_FOLDER)
         assert verify(cache).problems == ()
@@ -210,6 +217,28 @@ def test_with_pooled_states_killed_at_every_shard(stage_one: StageOne) -> None:
         num_killed += 1
     assert num_killed >= 6
     _complete(pooled, cache, "at every shard")
+
+
+@pytest.mark.parametrize("has_corpora", [False, True])
+def test_killed_while_it_makes_views(
+    tmp_path: Path, stage_one: StageOne, has_corpora: bool
+) -> None:
+    changes = {"views": 1, "shard_documents": 6}
+    config = stage_one.config.model_copy(update=changes)
+    viewing = _uninterrupted(stage_one.server, config, tmp_path, num_shards=2 * (2 + 2))
+    before = replace(viewing, config=config.model_copy(update={"views": 0}))
+    shards = [
+        step
+        for step in viewing.steps
+        if viewed_split(step.split()[1].split("/")[0]) and not step.startswith(HALF_WRITTEN)
+    ]
+    assert len(shards) == 2 * 2 * (2 + 2)  # shard and sidecar, before and after they get a name
+    for idx, step in enumerate(shards):
+        cache = tmp_path / f"views-{idx}"
+        if has_corpora:
+            assert _run(before, cache) == 0
+        assert _run(viewing, cache, die_at=step) == -signal.SIGKILL, step
+        _complete(viewing, cache, f"at: {step}")
 
 
 def test_killed_at_random_moments_again_and_again(stage_one: StageOne) -> None:

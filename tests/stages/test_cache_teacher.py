@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +17,17 @@ from transformers import (
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.data.tokenization import Sample
+from teacher_cache.stages.data import views
+from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.inference import class_logits
-from teacher_cache.stages.teacher.capture import capture
+from teacher_cache.stages.teacher.capture import Captured, capture
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import identity, load_teacher
+from teacher_cache.stages.teacher.load import Teacher, identity, load_teacher
+from tests.small_caches import contents
 from tests.tiny_models import write_tiny_gpt2
 from tests.tiny_runs import reviews_config
 
@@ -163,3 +168,78 @@ def test_a_fallback_leaves_out_text_that_only_the_preset_implied(
     with pytest.raises(UserError, match=r"missing\.txt"):
         chosen = config.model_copy(update={"unlabeled_is_named": True, "out": tmp_path / "d"})
         cache_teacher.run(chosen)
+
+
+def viewed(folder: Path, teacher: Path, views: int, num: int = 20) -> CacheTeacherConfig:
+    labeled = named(CorpusConfig(source="reviews", split="train", max_samples=num))
+    return config_of(folder, teacher, labeled=labeled, views=views, shard_documents=8)
+
+
+def test_a_cache_gains_views_and_computes_nothing_else(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(teacher: Teacher, samples: Sequence[Sample], **given: Any) -> Captured:
+        seen.extend(sample.sample_id for sample in samples)
+        return capture(teacher, samples, **given)
+
+    def computed(views: int, num: int = 20) -> int:
+        seen.clear()
+        cache_teacher.run(viewed(cache, tiny_bert, views, num))
+        return len(seen)
+
+    seen: list[bytes] = []
+    cache = tmp_path / "c"
+    monkeypatch.setattr(cache_teacher, "capture", counted)
+    assert computed(views=0) == 20
+    labeled = contents(cache)
+    first, second = (f"labeled_views_{number}" for number in (1, 2))
+    assert computed(views=1) == 20
+    assert list(CacheReader(cache, first).sample_ids()) == seen
+    assert computed(views=2) == 20
+    assert list(CacheReader(cache, second).sample_ids()) == seen
+    assert computed(views=2) == 0
+    grown = contents(cache)
+    kept = [name for name in labeled if not name.startswith("manifest")]
+    assert [labeled[name] for name in kept] == [grown[name] for name in kept]
+    # The last, partial shard of each split, and the new documents: 16 of 20 stay.
+    assert computed(views=2, num=23) == 3 * (23 - 16)
+    assert verify(cache).problems == ()
+    at_once = tmp_path / "at-once"
+    cache_teacher.run(viewed(at_once, tiny_bert, views=2, num=23))
+    assert contents(cache) == contents(at_once)
+    with pytest.raises(UserError, match=r"23 labeled_views_2 documents.* asks for 0.*--views"):
+        cache_teacher.run(viewed(cache, tiny_bert, views=1, num=23))
+
+
+def test_views_made_in_another_way_are_not_mixed(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_teacher.run(viewed(tmp_path / "c", tiny_bert, views=1))
+    monkeypatch.setitem(views.PERTURBATION, "version", 99)
+    with pytest.raises(UserError, match=r"splits\.labeled_views_1\.version is 1 .* and 99 in"):
+        cache_teacher.run(viewed(tmp_path / "c", tiny_bert, views=1))
+    without = viewed(tmp_path / "c", tiny_bert, views=0)
+    cache_teacher.run(without.model_copy(update={"overwrite": True}))
+    assert not (tmp_path / "c" / "labeled_views_1").exists()
+
+
+def test_views_of_both_corpora_are_what_the_teacher_saw(tmp_path: Path, tiny_bert: Path) -> None:
+    unlabeled = CorpusConfig(source="reviews", split="unlabeled", labeled=False, max_samples=5)
+    labeled = named(CorpusConfig(source="reviews", split="train", max_samples=20))
+    config = config_of(tmp_path / "c", tiny_bert, labeled=labeled, unlabeled=unlabeled, views=2)
+    result = cache_teacher.run(config)
+    teacher = load_teacher(config)
+    assert list(result.manifest.splits) == [
+        *("labeled", "unlabeled", "labeled_views_1", "labeled_views_2"),
+        *("unlabeled_views_1", "unlabeled_views_2"),
+    ]
+    for split, corpus in (("labeled", labeled), ("unlabeled", unlabeled)):
+        made = views.Views(load_corpus(corpus), 2, "[MASK]").documents(0, corpus.max_samples or 0)
+        found = CacheReader(tmp_path / "c", f"{split}_views_2")
+        assert [view.sample_id for view in made] == list(found.sample_ids())
+        assert (found.column("label") == -1).all()
+        for sample_idx, sample in enumerate(tokenize(made, teacher.tokenizer, max_length=32)):
+            assert found.sample(sample_idx)["input_ids"].tolist() == sample.input_ids.tolist()
+    mask_id = teacher.tokenizer.mask_token_id
+    first = CacheReader(tmp_path / "c", "labeled_views_1")
+    assert any(mask_id in first.sample(idx)["input_ids"] for idx in range(len(first)))

@@ -160,6 +160,7 @@ def test_survey_counts_what_is_empty_and_repeated(tmp_path):
         "num_documents": 7,
         "num_empty": 2,
         "num_duplicates": 2,
+        "num_unchanged": 0,
         "label_counts": {"0": 3, "1": 4},
     }
     described = "7 documents (3 0, 4 1), 2 empty (left out), 2 duplicates (kept)"

@@ -9,10 +9,13 @@ import pytest
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages import cache_teacher
+from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.views import Views
 from teacher_cache.stages.training import data
 from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.data import TrainingData, open_splits, training_data
-from tests.tiny_runs import student_config
+from tests.tiny_runs import reviews_config, student_config
 
 Restrict = Callable[[str, Sequence[int]], None]
 
@@ -104,3 +107,72 @@ def test_a_split_without_samples_is_refused(tiny_cache: Path, only: Restrict, sp
     only(split, [])
     with pytest.raises(UserError, match=rf"the {split} split of .* holds no samples"):
         prepared(tiny_cache, unlabeled_alpha=0.3)
+
+
+@pytest.fixture(scope="module")
+def viewed_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
+    """60 labelled documents and two views of each, and no unlabelled corpus."""
+    config = reviews_config(tmp_path_factory.mktemp("viewed") / "c", tiny_bert, acl_imdb)
+    labeled = config.labeled.model_copy(update={"max_samples": 60})
+    changes = {"labeled": labeled, "unlabeled": None, "views": 2}
+    return cache_teacher.run(config.model_copy(update=changes)).cache
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5])
+def test_views_of_held_out_documents_are_left_out(
+    viewed_cache: Path, acl_imdb: Path, fraction: float
+) -> None:
+    corpus = load_corpus(CorpusConfig(source=str(acl_imdb), split="train", max_samples=60))
+    documents = corpus.documents(0, 60)
+    texts = {one.sample_id: set(one.text.split()) for one in documents}
+    out = held_out(texts, fraction)
+    held = {one for one, is_out in zip(texts, out, strict=True) if is_out}
+    trained = prepared(viewed_cache, unlabeled_alpha=0.3, eval_fraction=fraction).training
+    assert trained.unlabeled is not None
+    num_both = len(trained.unlabeled)
+    ids = {trained.unlabeled[idx]["sample_id"].tobytes() for idx in range(num_both)}
+    made = [view for number in (1, 2) for view in Views(corpus, number, "[MASK]").documents(0, 60)]
+    by_position = {one.position: one.sample_id for one in documents}
+    foreign = set().union(*(texts[one] for one in held))
+    foreign -= set().union(*(words for one, words in texts.items() if one not in held))
+    num_own = 0
+    for view in made:
+        if by_position[view.position] in held:
+            num_own += 1
+            assert view.sample_id not in ids
+        elif view.sample_id in ids:
+            # Nor is anything trained on that only a held-out document says.
+            assert not set(view.text.split()) & foreign
+    # A splice with a document that is held out goes too: about a quarter of the views are splices.
+    assert 120 - num_own - num_both <= 40
+    assert (num_both == 120 and not held) if fraction == 0 else num_both < 120 - num_own
+    assert len(trained) == len(trained.labeled) + num_both
+
+
+def test_views_alone_are_unlabelled_text(viewed_cache: Path, tiny_cache: Path) -> None:
+    assert prepared(viewed_cache).training.unlabeled is None
+    readers = open_splits(viewed_cache, 0.3)
+    assert [reader.split for reader in readers] == [
+        *("labeled", "labeled_views_1", "labeled_views_2")
+    ]
+    data = prepared(viewed_cache, unlabeled_alpha=0.3, eval_fraction=0).training
+    assert data.unlabeled is not None
+    expected = [reader.sample(idx) for reader in readers[1:] for idx in range(len(reader))]
+    for idx, sample in enumerate(expected):
+        found = data.unlabeled[idx]
+        assert found["sample_id"] == sample["sample_id"] and "label" not in found
+        assert len(sample["input_ids"]) == data.unlabeled.lengths[idx]
+
+
+def test_empty_views_take_no_part(viewed_cache: Path, only: Restrict) -> None:
+    only("labeled_views_1", [])
+    readers = open_splits(viewed_cache, 0.3)
+    assert [reader.split for reader in readers] == ["labeled", "labeled_views_2"]
+
+
+def test_nothing_unlabelled_to_train_on(viewed_cache: Path, only: Restrict) -> None:
+    only("labeled_views_1", [])
+    readers = open_splits(viewed_cache, 0.3)[:1]
+    config = student_config(viewed_cache, viewed_cache, unlabeled_alpha=0.3)
+    with pytest.raises(UserError, match="no view of a document that is trained on"):
+        training_data(config, readers)
