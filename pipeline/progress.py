@@ -27,7 +27,7 @@ from teacher_cache.stages.join.report import verified_line
 from teacher_cache.stages.train_student import StageTwoObserver
 
 # Terms of the log line, in order; those that are off are not there.
-TERMS = ("loss", "ce", "kd", "kd_unlabeled", "lm", "conf_w", "agreement")
+TERMS = ("loss", "ce", "kd", "kd_unlabeled", "lm", "pooled", "conf_w", "agreement")
 EVALUATED = ("eval_accuracy", "eval_f1", "eval_agreement", "eval_kl")
 
 

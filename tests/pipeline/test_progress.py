@@ -1,0 +1,12 @@
+"""What the progress bar shows."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from teacher_cache.pipeline.progress import TERMS
+from teacher_cache.stages.losses.objective import ObjectiveTerms
+
+
+def test_every_term_of_the_objective_is_shown() -> None:
+    assert set(TERMS) == {field.name for field in fields(ObjectiveTerms)} | {"kd_unlabeled"}
