@@ -161,6 +161,16 @@ class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, Traini
         return self
 
     @model_validator(mode="after")
+    def _has_heads_where_they_are_sized(self) -> TrainStudentConfig:
+        if self.arch == "mamba" and "head_dim" in self.model_fields_set:
+            raise PydanticCustomError(
+                "no_heads",
+                "--head-dim sizes the heads of a Mamba-2, and --arch mamba has none: leave it out "
+                "(in a file with both kinds of student, give it to each Mamba-2)",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reads_no_further_than_it_predicts(self) -> TrainStudentConfig:
         if self.lm_weight and self.bidirectional:
             raise PydanticCustomError(

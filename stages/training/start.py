@@ -169,4 +169,8 @@ def _pretrained(
 
 
 def _shape(config: ArchitectureConfig) -> dict[str, Any]:
-    return config.model_dump(include=set(ArchitectureConfig.model_fields))
+    """What of the settings applies to the Mamba that they ask for."""
+    shape = config.model_dump(include=set(ArchitectureConfig.model_fields))
+    if config.arch == "mamba":
+        del shape["head_dim"]
+    return shape

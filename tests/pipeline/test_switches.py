@@ -126,7 +126,6 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
     "pooling": ("mean", {"model.pooling", "model.position_map"}),
     "head": ("linear", {"model.head", "model.weights"}),
     "dropout": ("0.2", {"model.dropout"}),
-    "arch": ("mamba", {"model.arch", "model.weights"}),
     "bidirectional": ("", {"model.bidirectional", "model.weights"}),
     "embeddings": ("teacher", {"model.weights", "settings.teacher_embeddings_sha256"}),
     # The join.
@@ -156,7 +155,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
     "dtype": ("bfloat16", {"trainer.bf16"}),
 }
 # Tested apart (here or among the wrong inputs): they name files and devices, or have one value.
-APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to"}
+APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to", "arch"}
 
 
 def test_every_switch_is_tested() -> None:
@@ -250,6 +249,21 @@ def test_epochs_are_passes_over_the_labelled_samples(
     assert changed(one, two) == {
         "trainer.max_steps", "trainer.warmup_steps", "batches.num", "settings.epochs",
     }  # fmt: skip
+
+
+def test_a_mamba_1_has_no_heads_to_size(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: dict[str, Any]
+) -> None:
+    flags = ("--arch", "mamba")
+    other = resolved(monkeypatch, tiny_cache, tmp_path / "run", *flags, without="head_dim")
+    assert base.keys() - other.keys() == {"settings.head_dim"}
+    shared = {name: base[name] for name in other}
+    assert changed(shared, other) == {
+        "model.arch", "model.weights", "model.head_dim", "settings.arch",
+    }  # fmt: skip
+    refused = pipe("train-student", "--cache", tiny_cache, *flags, "--head-dim", "8")
+    assert refused.code == 2
+    assert "--arch mamba has none: leave it out" in " ".join(refused.stderr.split())
 
 
 def test_unlabelled_batches_leave_the_labelled_ones_as_they_are(
