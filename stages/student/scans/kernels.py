@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from teacher_cache.cache.errors import first_line
 from teacher_cache.stages.student.scans import adapters
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,8 @@ def _try_out(kernel: Kernel, tensor: Tensor) -> Found:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             return Found(None, f"{kernel.library} is not installed")
         logger.debug("%s on %s", kernel.module, tensor.device, exc_info=True)
-        message = (str(error).strip() or "no message").splitlines()[0]
-        return Found(None, f"{kernel.library} cannot be used: {type(error).__name__}: {message}")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return Found(None, f"{kernel.library} cannot be used: {reason}")
 
 
 def _probe_triton(_: Callable[..., Any], tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -308,20 +309,20 @@ def test_the_next_token_loss_carries_its_gradient() -> None:
     assert terms.lm == 0 and terms.loss.isfinite()
 
 
-def test_refuses_a_next_token_loss_without_weight_and_a_weight_without_loss() -> None:
+@pytest.mark.parametrize(
+    ("weight", "given"),
+    [("lm_weight", "next_token_loss_sum"), ("pooled_weight", "pooled_distance_sum")],
+)
+def test_refuses_a_term_without_weight_and_a_weight_without_term(weight: str, given: str) -> None:
     step, totals = make_step(8, 4, 0), StepTotals(num_labeled=4)
-    for config, loss_sum in (
+    for config, value in (
         (ObjectiveConfig(), torch.tensor(1.0)),
-        (ObjectiveConfig(lm_weight=1.0), None),
+        (ObjectiveConfig(**{weight: 1.0}), None),
     ):
-        with pytest.raises(ValueError, match="lm_weight"):
+        terms: dict[str, Any] = {given: value}
+        with pytest.raises(ValueError, match=weight):
             distillation_objective(
-                step.student,
-                step.teacher,
-                step.labels,
-                config=config,
-                totals=totals,
-                next_token_loss_sum=loss_sum,
+                step.student, step.teacher, step.labels, config=config, totals=totals, **terms
             )
 
 
@@ -336,23 +337,6 @@ def test_the_pooled_distance_is_a_mean_over_samples_of_both_kinds() -> None:
     assert mean == pytest.approx(sum(1 - reference.cosine(s, t) for s, t in pairs) / 9)
     assert total(terms) == pytest.approx(total(plain) + 0.7 * mean)
     assert [term.pooled for term in plain] == [None, None]
-
-
-def test_refuses_a_pooled_distance_without_weight_and_a_weight_without_distance() -> None:
-    step, totals = make_step(12, 4, 0), StepTotals(num_labeled=4)
-    for config, distance in (
-        (ObjectiveConfig(), torch.tensor(1.0)),
-        (ObjectiveConfig(pooled_weight=1.0), None),
-    ):
-        with pytest.raises(ValueError, match="pooled_weight"):
-            distillation_objective(
-                step.student,
-                step.teacher,
-                step.labels,
-                config=config,
-                totals=totals,
-                pooled_distance_sum=distance,
-            )
 
 
 def test_agreement_counts_equal_choices() -> None:
