@@ -195,6 +195,7 @@ def _trainer(
             label_names=["labels", "teacher_logits"],
         ),
         objective=config,
+        embedding_lr_scale=config.embedding_lr_scale,
         batches=data.batches,
         train_dataset=data.training,
         eval_dataset=data.evaluation,

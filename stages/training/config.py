@@ -139,6 +139,13 @@ class TrainingConfig(OptimizationConfig):
         description="What a Mamba student's embeddings start from: random values, or the "
         "teacher's, cut to the width by a truncated SVD.",
     )
+    embedding_lr_scale: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Learning rate of the student's embeddings, as a multiple of --lr; below 1 "
+        "they stay closer to what they start from, 0.1 is a good value with --embeddings teacher.",
+    )
 
 
 class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):

@@ -71,6 +71,10 @@ class ProjectedStudent(nn.Module):
             projected=projected,
         )
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's."""
+        return self.student.get_input_embeddings()
+
     def num_next_tokens(self, attention_mask: Tensor) -> int:
         """As the student counts them."""
         return self.student.num_next_tokens(attention_mask)

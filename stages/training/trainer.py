@@ -29,6 +29,7 @@ from teacher_cache.stages.training.checkpoints import (
     remove_old_checkpoints,
     saved,
 )
+from teacher_cache.stages.training.learning_rates import scale_learning_rate
 
 
 class OrderedTrainer(Trainer):
@@ -126,16 +127,30 @@ class DistillationTrainer(OrderedTrainer):
 
     Args:
         objective: weights of the terms.
+        embedding_lr_scale: learning rate of the input embeddings, as a multiple of the others'.
         **kwargs: of `OrderedTrainer`.
     """
 
-    def __init__(self, *, objective: ObjectiveConfig, **kwargs: Any):
+    def __init__(
+        self, *, objective: ObjectiveConfig, embedding_lr_scale: float = 1.0, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self._objective = objective
+        self._embedding_lr_scale = embedding_lr_scale
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._num_steps: Counter[str] = Counter()  # by the kind of their samples, and all of them
         # compute_loss divides by the counts of the whole step; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's own, with the embeddings in a group of their own where their rate differs."""
+        optimizer = super().create_optimizer(model)
+        if self._embedding_lr_scale != 1:
+            student: Any = self.model  # as it is, not as a data-parallel wrapper
+            scale_learning_rate(
+                optimizer, student.get_input_embeddings().weight, self._embedding_lr_scale
+            )
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

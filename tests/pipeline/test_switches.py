@@ -85,6 +85,7 @@ def resolved(
     batches, evaluation = parts["batches"], parts["eval_dataset"]
     found = {"model.weights": weights.hexdigest(), "resume": resumed}
     found["projection"] = tuple(trained.projection.weight.shape) if is_projected else None
+    found["embedding_lr_scale"] = parts["embedding_lr_scale"]
     found |= {f"model.{name}": value for name, value in student.config.to_dict().items()}
     found |= {f"trainer.{name}": value for name, value in parts["args"].to_dict().items()}
     found |= {
@@ -128,6 +129,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
     "dropout": ("0.2", {"model.dropout"}),
     "bidirectional": ("", {"model.bidirectional", "model.weights"}),
     "embeddings": ("teacher", {"model.weights", "settings.teacher_embeddings_sha256"}),
+    "embedding_lr_scale": ("0.1", {"embedding_lr_scale"}),
     # The join.
     "on_mismatch": ("warn", set()),
     # The training.

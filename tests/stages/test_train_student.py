@@ -232,6 +232,7 @@ def test_next_tokens_and_the_teachers_embeddings_go_on_alike(
     tiny_cache: Path, tmp_path: Path
 ) -> None:
     options = {"lm_weight": 0.5, "embeddings": "teacher", "unlabeled_alpha": 0.3, "max_steps": 4}
+    options["embedding_lr_scale"] = 0.1
     whole = student_config(tiny_cache, tmp_path / "whole", **options)
     train_student.run(whole)
     lines = [line for line in log_of(tmp_path / "whole") if "loss" in line]

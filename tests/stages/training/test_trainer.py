@@ -110,6 +110,7 @@ def make_trainer(
     log_steps: int = 1,
     lr: float = 0.01,
     arch: str = "mamba2",
+    embedding_lr_scale: float = 1.0,
 ) -> DistillationTrainer:
     config = OptimizationConfig(
         device="cpu",
@@ -133,6 +134,7 @@ def make_trainer(
             label_names=["labels", "teacher_logits"],
         ),
         objective=objective,
+        embedding_lr_scale=embedding_lr_scale,
         batches=FixedBatches(order),
         train_dataset=data,
         data_collator=Collator(0),
@@ -406,3 +408,20 @@ def test_a_loss_that_is_no_number_is_shown_and_stops_the_training(
     with pytest.raises(UserError, match=r"the loss is nan at step 2: .*--resume never.* --lr"):
         trainer.train()
     assert math.isnan(trainer.state.log_history[-1]["loss"])
+
+
+def test_embeddings_learn_at_their_own_rate(tmp_path: Path, data: BothKinds) -> None:
+    """A first step of AdamW is in proportion to the learning rate, weight decay included."""
+    start = make_student().state_dict()
+    steps: list[dict[str, Tensor]] = []
+    for scale in (1.0, 0.25):
+        trainer = make_trainer(tmp_path, data, [[0, 1, 2]], embedding_lr_scale=scale)
+        trainer.train()
+        model: Any = trainer.model
+        steps.append({name: now - start[name] for name, now in model.state_dict().items()})
+    plain, scaled = steps
+    embedding = "backbone.embedding.weight"
+    assert plain[embedding].abs().max() > 0.005
+    for name, step in plain.items():
+        share = 0.25 if name == embedding else 1.0
+        torch.testing.assert_close(scaled[name], share * step, rtol=1e-9, atol=1e-12)
