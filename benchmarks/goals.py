@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from benchmarks.backbones import BACKBONES, BASELINE
+from benchmarks.goal import Goal
 from benchmarks.timing import Cell, Shape, by_length, find, growth_exponent
 
 # Below it each operation's fixed cost weighs more than the positions, and a line fitted through
@@ -14,35 +14,6 @@ FIT_FROM = 1024
 MAX_EXPONENT = 1.05
 # What the goals were set for, on a CPU; elsewhere they say nothing.
 WIDTH, LAYERS, SHAPE, FIT_TO = 256, 4, Shape(512, 8), 8192
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One figure beside what it should be.
-
-    Attributes:
-        what: the figure's name.
-        value: measured, or none.
-        bound: the goal.
-        at_least: whether the value should not be below the bound, rather than not above.
-        applies: whether the sizes are those that the goal was set for.
-    """
-
-    what: str
-    value: float | None
-    bound: float
-    at_least: bool = False
-    applies: bool = True
-
-    @property
-    def verdict(self) -> str:
-        """`met`, `missed`, `not measured` or `other sizes`."""
-        if self.value is None:
-            return "not measured"
-        if not self.applies:
-            return "other sizes"
-        met = self.value >= self.bound if self.at_least else self.value <= self.bound
-        return "met" if met else "missed"
 
 
 def time_exponent(cells: Sequence[Cell], backbone: str, batch: int) -> float | None:

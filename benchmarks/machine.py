@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "transformers", "mambapy", "mamba-ssm", "causal-conv1d")
+LIBRARIES = (
+    *("torch", "transformers", "numpy", "scikit-learn"),
+    *("mambapy", "mamba-ssm", "causal-conv1d"),
+)
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.backbones import BACKBONES, BASELINE
-from benchmarks.goals import FIT_FROM, Goal, last_length, memory_exponent, time_exponent
+from benchmarks.goal import Goal
+from benchmarks.goals import FIT_FROM, last_length, memory_exponent, time_exponent
 from benchmarks.timing import Cell, Shape, find
 
 Cost = Callable[[Cell], float | None]
@@ -28,17 +29,6 @@ def memory_table(cells: Sequence[Cell], names: Sequence[str], batch: int) -> Tab
     table = _table("peak memory above the model and its gradients; × the encoder's", names)
     _add_costs(table, cells, names, lambda cell: cell.peak_bytes, _megabytes)
     _add_exponents(table, cells, names, memory_exponent, batch)
-    return table
-
-
-def goal_table(found: Sequence[Goal]) -> Table:
-    """Goals with what was measured and whether that meets them."""
-    table = Table("goal", "measured", "wanted", "", title="goals", title_justify="left")
-    for goal in found:
-        value = "" if goal.value is None else f"{goal.value:.2f}"
-        table.add_row(
-            goal.what, value, f"{'≥' if goal.at_least else '≤'} {goal.bound:g}", goal.verdict
-        )
     return table
 
 

@@ -22,7 +22,8 @@ from torch import nn
 
 from benchmarks import machine, memory, report
 from benchmarks.backbones import BACKBONES, BASELINE, Sizes, forward_backward, random_ids
-from benchmarks.goals import LAYERS, WIDTH, Goal, goals
+from benchmarks.goal import Goal, goal_table
+from benchmarks.goals import LAYERS, WIDTH, goals
 from benchmarks.timing import Cell, Shape, affordable_repeats, interleaved, predicted
 from teacher_cache.cache.errors import did_you_mean
 
@@ -221,7 +222,7 @@ def _print(console: Console, settings: Settings, cells: list[Cell], found: list[
             title, num = BACKBONES[cell.backbone].title, len(cell.times_s)
             line = f"{title} at {cell.shape}: {num} of {settings.repeats} repeats fitted"
             console.print(line, highlight=False)
-    console.print(report.goal_table(found))
+    console.print(goal_table(found))
 
 
 def _lengths(written: str) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     refuse_what_cannot_start(config)
     if config.cache is None:
         raise UserError("no cache was named: give --cache DIR")
-    readers = open_splits(config.cache, config.unlabeled_alpha)
+    readers = open_splits(config.cache, config.unlabeled_alpha, config.unlabeled_from)
     labeled = readers[0]
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
     joined = join(config.cache, with_own_tokenizer(config), longest_sample=longest_sample)

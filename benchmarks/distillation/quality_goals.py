@@ -1,0 +1,55 @@
+"""The quality benchmark's goals, computed from what one run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.distillation.cost import Cost
+from benchmarks.distillation.results import Result
+from benchmarks.goal import Goal
+
+MIN_OF_TEACHER = 99.0  # %
+MIN_GAIN = 6.0  # points of accuracy
+MIN_TIMES_CHEAPER = 10.0
+
+
+def goals(found: Sequence[Result], cost: Cost | None, *, standard: bool) -> list[Goal]:
+    """All goals.
+
+    Args:
+        found: results of all rows that were run.
+        cost: of `teacher` and `student`, where it was measured.
+        standard: whether the run is of the scale that the goals were set for.
+    """
+    by_key = {one.key: one for one in found}
+    best, scarce = by_key.get("main/all"), by_key.get("scarce/all")
+
+    def at_least(what: str, value: float | None, bound: float) -> Goal:
+        return Goal(what, value, bound, at_least=True, applies=standard)
+
+    return [
+        at_least(
+            "all of it, accuracy in % of the teacher's",
+            100 * best.of_teacher.value if best else None,
+            MIN_OF_TEACHER,
+        ),
+        at_least(
+            "all of it, margin by which 0 is inside the interval of the difference to the teacher, "
+            "points",
+            100 * best.to_teacher.margin if best else None,
+            0.0,
+        ),
+        at_least("all of it, points above labels only", _gain(best), MIN_GAIN),
+        at_least("1,000 labels: all of it, points above labels only", _gain(scarce), MIN_GAIN),
+        at_least(
+            "CPU time of a review, teacher over student",
+            cost.ratio("teacher", "student") if cost else None,
+            MIN_TIMES_CHEAPER,
+        ),
+    ]
+
+
+def _gain(result: Result | None) -> float | None:
+    if result is None or result.to_labels_only is None:
+        return None
+    return 100 * result.to_labels_only.value

@@ -1,0 +1,181 @@
+"""The recipe: what is trained, as plain data. This is the one place to change settings in.
+
+A row's students differ from `STUDENT` by the row's `overrides` and by the trial that tuning chose;
+both are fields of `TrainStudentConfig`, so a row is what `pipe train-student` would be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Block = Literal["main", "scarce"]
+Settings = Mapping[str, Any]
+
+BLOCKS: dict[Block, str] = {
+    "main": "all labels",
+    "scarce": "1,000 labels",
+}
+
+# Of `FinetuneTeacherConfig`.
+TEACHER: Settings = {"epochs": 2, "max_length": 128, "eval_fraction": 0}
+
+# Of `TrainStudentConfig`: architecture and optimizer steps of every student.
+STUDENT: Settings = {
+    "d_model": 128,
+    "num_layers": 2,
+    "head_dim": 48,
+    "max_steps": 1200,
+    "checkpoint_steps": 400,
+    "log_steps": 50,
+    "eval_fraction": 0,
+}
+
+# What tuning chooses from; every row has as many trials.
+LEARNING_RATES: tuple[Settings, ...] = ({"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3})
+REGULARISATIONS: tuple[Settings, ...] = ({"C": 0.5}, {"C": 2.0}, {"C": 8.0})
+
+LABELS_ONLY: Settings = {"alpha": 0.0}
+FROM_TEACHER: Settings = {"embeddings": "teacher"}
+LOGITS: Settings = {"alpha": 0.9, "temperature": 2.0} | FROM_TEACHER
+PLOTS: Settings = LOGITS | {"unlabeled_alpha": 0.9, "unlabeled_from": "corpus"}
+VIEWS: Settings = LOGITS | {"unlabeled_alpha": 0.9, "unlabeled_from": "all"}
+ALL: Settings = VIEWS | {"conf_power": 1.0, "pooled_weight": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        name: what `--rows` calls it; unique within its block.
+        title: what a table calls it.
+        block: whose corpora it learns from and is tested on.
+        kind: what is fitted.
+        overrides: of a student's settings.
+        trials: what tuning chooses from, overrides too (of TF-IDF's logistic regression its `C`).
+        teacher: whose logits a student is taught with: the block's own, or one fine-tuned on all
+            labels.
+        is_labels_only: whether it is a student that learns from labels alone; the better of these
+            is what distillation has to beat.
+    """
+
+    name: str
+    title: str
+    block: Block
+    kind: Literal["majority", "tfidf", "teacher", "student"] = "student"
+    overrides: Settings = field(default_factory=dict)
+    trials: tuple[Settings, ...] = LEARNING_RATES
+    teacher: Literal["own", "full"] = "own"
+    is_labels_only: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name among the rows of all blocks."""
+        return f"{self.block}/{self.name}"
+
+
+def _labels_only(block: Block) -> tuple[Row, Row]:
+    random, taken = "student, labels only", "student, labels only, teacher's embeddings"
+    return (
+        Row(name="labels", title=random, block=block, overrides=LABELS_ONLY, is_labels_only=True),
+        Row(
+            name="labels-embeddings",
+            title=taken,
+            block=block,
+            overrides=LABELS_ONLY | FROM_TEACHER,
+            is_labels_only=True,
+        ),
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    Row(name="majority", title="majority", block="main", kind="majority", trials=()),
+    Row(
+        name="tfidf",
+        title="TF-IDF + logistic regression",
+        block="main",
+        kind="tfidf",
+        trials=REGULARISATIONS,
+    ),
+    Row(name="teacher", title="teacher (MiniLM)", block="main", kind="teacher", trials=()),
+    *_labels_only("main"),
+    Row(name="logits", title="+ logits", block="main", overrides=LOGITS),
+    Row(
+        name="confidence",
+        title="+ logits + confidence weighting",
+        block="main",
+        overrides=LOGITS | {"conf_power": 1.0},
+    ),
+    Row(
+        name="pooled",
+        title="+ logits + pooled state",
+        block="main",
+        overrides=LOGITS | {"pooled_weight": 1.0},
+    ),
+    Row(name="unlabelled", title="+ logits + unlabelled text", block="main", overrides=PLOTS),
+    Row(name="views", title="+ logits + unlabelled text + views", block="main", overrides=VIEWS),
+    Row(name="all", title="student, all of it", block="main", overrides=ALL),
+    Row(name="teacher", title="teacher (MiniLM)", block="scarce", kind="teacher", trials=()),
+    *_labels_only("scarce"),
+    Row(name="logits", title="+ logits", block="scarce", overrides=LOGITS),
+    Row(name="all", title="student, all of it", block="scarce", overrides=ALL),
+    Row(
+        name="all-full-teacher",
+        title="student, all of it, taught by the full-label teacher",
+        block="scarce",
+        overrides=ALL,
+        teacher="full",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of everything a run takes.
+
+    Attributes:
+        num_test_movies: the first of the published order.
+        num_validation_movies: the next.
+        num_training_movies: of those behind them; None for all.
+        num_scarce: labels of the label-scarce block.
+        views: perturbed copies of each document in the caches.
+        seeds: of the students of each row.
+        num_resamples: of the bootstrap.
+        cost_batches: of 32 test reviews, whose CPU time is taken.
+        cost_repeats: timed passes over them.
+        teacher: `FinetuneTeacherConfig`'s settings.
+        student: `TrainStudentConfig`'s settings, before a row's.
+    """
+
+    num_test_movies: int = 100
+    num_validation_movies: int = 50
+    num_training_movies: int | None = None
+    num_scarce: int = 1000
+    views: int = 4
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_resamples: int = 10_000
+    cost_batches: int = 16
+    cost_repeats: int = 9
+    teacher: Settings = field(default_factory=lambda: TEACHER)
+    student: Settings = field(default_factory=lambda: STUDENT)
+
+
+FULL = Scale()
+# Minutes on two cores, to try the machine; its figures mean nothing.
+TINY = Scale(
+    num_test_movies=3,
+    num_validation_movies=2,
+    num_training_movies=8,
+    num_scarce=40,
+    views=1,
+    seeds=(0,),
+    num_resamples=200,
+    cost_batches=1,
+    cost_repeats=1,
+    teacher={"max_steps": 2, "max_length": 16, "eval_fraction": 0, "batch_size": 4},
+    student=STUDENT
+    | {"d_model": 16, "num_layers": 1, "expand": 2, "d_state": 8, "head_dim": 8}
+    | {"batch_size": 4, "max_steps": 4, "checkpoint_steps": 2, "log_steps": 1},
+)
