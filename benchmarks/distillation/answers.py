@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,8 @@ from teacher_cache.stages.training.run_folder import read_run
 Asked = tuple[Row, Settings, int]  # a row, a trial of it, a seed
 
 
-class Students:
-    """The students that some rows ask for; rows that ask for the same training share it.
+class Models:
+    """The models that some rows ask for; rows that ask for the same training share it.
 
     Args:
         asked: row, trial and seed of each.
@@ -37,12 +37,14 @@ class Students:
         self, asked: Sequence[Asked], prepared: Prepared, folders: Folders, scale: Scale
     ) -> None:
         self._prepared, self._folders, self._scale = prepared, folders, scale
-        self._asked = [one for one in asked if one[0].kind == "student"]
+        self._asked = asked
 
     def jobs(self) -> list[Job]:
-        """One for each run, in the order of the rows."""
+        """One for each student, in the order of the rows."""
         found: dict[Path, Job] = {}
         for row, trial, seed in self._asked:
+            if row.kind != "student":
+                continue
             config = self._config(row, trial, seed)
             assert config.out is not None
             words = ", ".join(f"{name} {value}" for name, value in {**trial, "seed": seed}.items())
@@ -52,44 +54,52 @@ class Students:
         return list(found.values())
 
     def answers(self, row: Row, trial: Settings, seeds: tuple[int, ...]) -> Answers:
-        """What a row's trained students say."""
-        runs = [self._config(row, trial, seed).out for seed in seeds]
-        held_out = self._prepared.held_out[row.block]
-        found = [predictions.of_student(run, held_out) for run in runs if run is not None]
+        """What a row's models say, once its students are trained."""
+        taught_by = self.teacher_prediction(row).logits
+        if row.kind == "majority":
+            labels = [
+                LABEL_NAMES.index(one["category"]) for one in self._prepared.corpus(row).train
+            ]
+            logits = majority_logits(labels, len(taught_by))
+            return Answers(row=row, seeds=(0,), logits=(logits,), taught_by=taught_by)
+        if row.kind == "tfidf":
+            return self._tfidf_answers(row, trial, taught_by)
+        if row.kind == "teacher":
+            seeds, runs = (0,), [self._prepared.teacher(row)]
+            found = [self.teacher_prediction(row)]
+        else:
+            held_out = self._prepared.held_out[row.block]
+            runs = [self._run(row, trial, seed) for seed in seeds]
+            found = [predictions.of_student(run, held_out) for run in runs]
         return Answers(
             row=row,
             seeds=seeds,
             logits=tuple(one.logits for one in found),
-            taught_by=teacher_logits(row, self._prepared, self._scale),
-            seconds=tuple(_seconds(run) for run in runs if run is not None),
+            taught_by=taught_by,
+            seconds=tuple((read_run(run).result or {})["seconds"] for run in runs),
             num_parameters=found[0].num_parameters,
             num_outside=found[0].num_outside,
             settings=trial,
         )
 
-    def load(self, row: Row, trial: Settings, seed: int) -> Classifier:
+    def teacher_prediction(self, row: Row) -> predictions.Prediction:
+        """What a row's teacher says of the reviews that judge the row."""
+        held_out, max_length = self._prepared.held_out[row.block], self._scale.teacher["max_length"]
+        return predictions.of_teacher(self._prepared.teacher(row), max_length, held_out)
+
+    def load_teacher(self, row: Row) -> Classifier:
+        """A row's teacher, ready to classify."""
+        return predictions.load_teacher(
+            self._prepared.teacher(row), self._scale.teacher["max_length"]
+        )
+
+    def load_student(self, row: Row, trial: Settings, seed: int) -> Classifier:
         """One trained student, ready to classify."""
-        out = self._config(row, trial, seed).out
-        assert out is not None
-        return load_student(out, DeviceConfig())
+        return load_student(self._run(row, trial, seed), DeviceConfig())
 
-    def _config(self, row: Row, trial: Settings, seed: int) -> TrainStudentConfig:
-        cache = self._prepared.cache(row)
-        return student_config(row, trial, seed, cache, self._folders, self._scale)
-
-
-def baseline_answers(
-    row: Row, trial: Mapping[str, float], prepared: Prepared, scale: Scale
-) -> Answers:
-    """What the majority, TF-IDF with this trial, or the teacher says."""
-    train, held_out = prepared.corpus(row).train, prepared.held_out[row.block]
-    taught_by = teacher_logits(row, prepared, scale)
-    if row.kind == "majority":
-        labels = [LABEL_NAMES.index(one["category"]) for one in train]
-        logits = majority_logits(labels, len(held_out.labels))
-        return Answers(row=row, seeds=(0,), logits=(logits,), taught_by=taught_by)
-    if row.kind == "tfidf":
-        fitted = tfidf.fit(train, [one.text for one in held_out.documents], **trial)
+    def _tfidf_answers(self, row: Row, trial: Settings, taught_by: np.ndarray) -> Answers:
+        texts = [one.text for one in self._prepared.held_out[row.block].documents]
+        fitted = tfidf.fit(self._prepared.corpus(row).train, texts, trial)
         return Answers(
             row=row,
             seeds=(0,),
@@ -100,27 +110,12 @@ def baseline_answers(
             num_outside=fitted.num_parameters,
             settings=trial,
         )
-    found = _teacher(row, prepared, scale)
-    return Answers(
-        row=row,
-        seeds=(0,),
-        logits=(found.logits,),
-        taught_by=taught_by,
-        seconds=(_seconds(prepared.teacher(row)),),
-        num_parameters=found.num_parameters,
-        num_outside=found.num_outside,
-    )
 
+    def _run(self, row: Row, trial: Settings, seed: int) -> Path:
+        out = self._config(row, trial, seed).out
+        assert out is not None
+        return out
 
-def teacher_logits(row: Row, prepared: Prepared, scale: Scale) -> np.ndarray:
-    """[N, C] what a row's teacher says of the reviews that judge the row."""
-    return _teacher(row, prepared, scale).logits
-
-
-def _teacher(row: Row, prepared: Prepared, scale: Scale) -> predictions.Prediction:
-    held_out = prepared.held_out[row.block]
-    return predictions.of_teacher(prepared.teacher(row), scale.teacher["max_length"], held_out)
-
-
-def _seconds(run: Path) -> float:
-    return (read_run(run).result or {})["seconds"]
+    def _config(self, row: Row, trial: Settings, seed: int) -> TrainStudentConfig:
+        cache = self._prepared.cache(row)
+        return student_config(row, trial, seed, cache, self._folders, self._scale)

@@ -21,7 +21,7 @@ from teacher_cache.stages.data.reviews import (
     read_rows,
 )
 
-Name = Literal["tuning", "scarce-tuning", "full", "scarce"]
+Name = str  # tuning, scarce-tuning, full or scarce
 Stage = Literal["tuning", "final"]
 
 # What a block's rows learn from and are judged by, when their settings are chosen and at the end.
@@ -88,36 +88,41 @@ def corpus_config(folder: Path, split: str) -> CorpusConfig:
     )
 
 
-def _parts(packaged: PackagedRows, scale: Scale) -> tuple[set[str], set[str], set[str]]:
-    """Movies to test on, to validate on, and neither of the two nor to be read at all."""
-    test = set(packaged.movies[: scale.num_test_movies])
-    first_training = scale.num_test_movies + scale.num_validation_movies
-    validation = set(packaged.movies[scale.num_test_movies : first_training])
-    if scale.num_training_movies is None:
-        return test, validation, set()
-    return test, validation, set(packaged.movies[first_training + scale.num_training_movies :])
-
-
 def _tuning(packaged: PackagedRows, scale: Scale) -> MovieCorpus:
-    test, validation, left = _parts(packaged, scale)
+    test, validation = _judging_movies(packaged, scale)
     return MovieCorpus(
         name="tuning",
         held_out_split="validation",
-        train=outside(packaged.reviews, test | validation | left),
-        unlabeled=outside(packaged.plots, test | validation | left),
+        train=_learned(packaged.reviews, test | validation, packaged, scale),
+        unlabeled=_learned(packaged.plots, test | validation, packaged, scale),
         held_out=inside(packaged.reviews, validation),
     )
 
 
 def _full(packaged: PackagedRows, scale: Scale) -> MovieCorpus:
-    test, _, left = _parts(packaged, scale)
+    test, _ = _judging_movies(packaged, scale)
     return MovieCorpus(
         name="full",
         held_out_split="test",
-        train=outside(packaged.reviews, test | left),
-        unlabeled=outside(packaged.plots, test | left),
+        train=_learned(packaged.reviews, test, packaged, scale),
+        unlabeled=_learned(packaged.plots, test, packaged, scale),
         held_out=inside(packaged.reviews, test),
     )
+
+
+def _judging_movies(packaged: PackagedRows, scale: Scale) -> tuple[set[str], set[str]]:
+    """The movies to test on and those to validate on."""
+    num_test, num_both = scale.num_test_movies, scale.num_test_movies + scale.num_validation_movies
+    return set(packaged.movies[:num_test]), set(packaged.movies[num_test:num_both])
+
+
+def _learned(rows: list[Row], judging: set[str], packaged: PackagedRows, scale: Scale) -> list[Row]:
+    """The rows of movies that do not judge, reviewed or not; fewer at a small scale."""
+    found = outside(rows, judging)
+    if scale.num_training_movies is None:
+        return found
+    others = [movie for movie in packaged.movies if movie not in judging]
+    return inside(found, others[: scale.num_training_movies])
 
 
 def _scarce(whole: MovieCorpus, name: Name, num_labels: int) -> MovieCorpus:

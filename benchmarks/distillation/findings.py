@@ -14,7 +14,6 @@ from benchmarks.distillation import tables
 from benchmarks.distillation.cost import Cost
 from benchmarks.distillation.leakage import Overlap
 from benchmarks.distillation.results import Result
-from benchmarks.distillation.rows import BLOCKS
 from benchmarks.distillation.tables import Grid
 from benchmarks.distillation.teachers import Sureness
 from benchmarks.goal import Goal
@@ -30,6 +29,7 @@ class Findings:
     Attributes:
         machine: that it ran on, and the versions of the libraries.
         settings: scale, recipe and where the choice of trials is from.
+        titles: of the blocks that were run.
         results: of all rows.
         sureness: of the teachers.
         cost: CPU time of teacher and student, where both were run.
@@ -39,6 +39,7 @@ class Findings:
 
     machine: dict[str, Any]
     settings: dict[str, Any]
+    titles: dict[str, str]
     results: Sequence[Result]
     sureness: Sequence[Sureness]
     cost: Cost | None
@@ -47,16 +48,15 @@ class Findings:
 
     def grids(self) -> Iterator[Grid]:
         """Every table, in the order of reading."""
-        for block, title in BLOCKS.items():
+        for block, title in self.titles.items():
             found = [one for one in self.results if one.block == block]
-            if found:
-                yield tables.quality_grid(title, found)
-                yield tables.comparison_grid(f"{title}: differences", found)
+            yield tables.quality_grid(title, found)
+            yield tables.comparison_grid(f"differences, {title}", found)
         yield tables.sureness_grid(self.sureness)
         if self.cost is not None:
             yield tables.cost_grid(self.cost)
         yield tables.overlap_grid(self.overlaps)
-        yield tables.choice_grid(self.results)
+        yield tables.choice_grid(self.results, self.settings["trials"])
         yield tables.goal_grid(self.goals)
 
     def show(self, console: Console) -> None:
@@ -76,6 +76,7 @@ class Findings:
         return {
             "machine": self.machine,
             "settings": self.settings,
+            "blocks": self.titles,
             "results": [asdict(one) for one in self.results],
             "sureness": [asdict(one) for one in self.sureness],
             "cost": None if self.cost is None else asdict(self.cost),

@@ -8,12 +8,14 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 
 import torch
 
 from benchmarks.distillation.predictions import HeldOut, of_student
+from teacher_cache.cache.errors import UserError
 from teacher_cache.pipeline.reporting import quiet_libraries
 from teacher_cache.stages import train_student
 from teacher_cache.stages.training.config import TrainStudentConfig
@@ -52,6 +54,9 @@ def run_jobs(jobs: Sequence[Job], *, num_workers: int, num_threads: int, say: Sa
         num_workers: processes that train at the same time; 1 trains in this one.
         num_threads: of torch in each.
         say: told what starts and what has ended.
+
+    Raises:
+        UserError: as training does, or if a worker was killed.
     """
     if num_workers == 1:
         torch.set_num_threads(num_threads)
@@ -64,6 +69,11 @@ def run_jobs(jobs: Sequence[Job], *, num_workers: int, num_threads: int, say: Sa
     pool = ProcessPoolExecutor(num_workers, context, _start_worker, (num_threads,))
     try:
         _feed(pool, jobs, num_workers, say)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that trained a student was killed (for memory, perhaps): run it again, it "
+            "goes on from the checkpoints, with fewer --jobs if that happens again"
+        ) from error
     finally:
         # What still runs after an error or Ctrl-C is killed: a training survives that, and resumes.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.views import Views
+from teacher_cache.stages.data.views import views_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +106,8 @@ def view_overlaps(
     found: list[Overlap] = []
     for name, config in corpora.items():
         corpus = load_corpus(config)
-        texts = [
-            view.text
-            for number in range(1, num_views + 1)
-            for view in Views(corpus, number, mask_token).documents(0, len(corpus))
-        ]
+        made = views_of(corpus, 0, len(corpus), num=num_views, mask_token=mask_token)
+        texts = [view.text for views in made for view in views if view is not None]
         found += [overlap(f"views of {name}", texts, *judged) for judged in held_out.items()]
     return found
 

@@ -34,13 +34,12 @@ def goals(found: Sequence[Result], cost: Cost | None, *, standard: bool) -> list
             MIN_OF_TEACHER,
         ),
         at_least(
-            "all of it, margin by which 0 is inside the interval of the difference to the teacher, "
-            "points",
+            "all of it, depth of 0 inside the interval of points above the teacher",
             100 * best.to_teacher.margin if best else None,
             0.0,
         ),
         at_least("all of it, points above labels only", _gain(best), MIN_GAIN),
-        at_least("1,000 labels: all of it, points above labels only", _gain(scarce), MIN_GAIN),
+        at_least("few labels: all of it, points above labels only", _gain(scarce), MIN_GAIN),
         at_least(
             "CPU time of a review, teacher over student",
             cost.ratio("teacher", "student") if cost else None,

@@ -6,17 +6,13 @@ both are fields of `TrainStudentConfig`, so a row is what `pipe train-student` w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Block = Literal["main", "scarce"]
-Settings = Mapping[str, Any]
+Settings = dict[str, Any]
 
-BLOCKS: dict[Block, str] = {
-    "main": "all labels",
-    "scarce": "1,000 labels",
-}
+BLOCKS: dict[Block, str] = {"main": "all labels", "scarce": "few labels"}
 
 # Of `FinetuneTeacherConfig`.
 TEACHER: Settings = {"epochs": 2, "max_length": 128, "eval_fraction": 0}

@@ -72,7 +72,8 @@ def quality_grid(title: str, found: Sequence[Result]) -> Grid:
         headings=("model", *columns),
         lines=tuple((one.title, *(cell(one) for cell in columns.values())) for one in found),
         note="Mean over the seeds, and the accuracy of each in brackets. Agrees: the class of the "
-        "teacher that taught it is chosen; KL: from that teacher's distribution, mean nats.",
+        "teacher that taught it is chosen; KL: from that teacher's distribution, mean nats. "
+        "Training that was interrupted counts from where it was taken up again.",
     )
 
 
@@ -146,10 +147,10 @@ def overlap_grid(found: Sequence[Overlap]) -> Grid:
     )
 
 
-def choice_grid(found: Sequence[Result]) -> Grid:
-    """What tuning chose."""
+def choice_grid(found: Sequence[Result], chosen_by: str) -> Grid:
+    """Each row's trial, and who chose it."""
     return Grid(
-        title="settings chosen on the validation movies",
+        title=f"trials: {chosen_by}",
         headings=("row", "settings"),
         lines=tuple((one.key, _written(one.settings)) for one in found if one.settings),
     )

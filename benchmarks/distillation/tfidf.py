@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -30,19 +31,19 @@ class Fitted:
     seconds: float
 
 
-def fit(train: Sequence[Row], texts: Sequence[str], *, C: float) -> Fitted:
+def fit(train: Sequence[Row], texts: Sequence[str], settings: Mapping[str, Any]) -> Fitted:
     """Fit it on reviews and ask it about others.
 
     Args:
         train: reviews with their category.
         texts: [N] to classify.
-        C: inverse strength of the L2 penalty, as scikit-learn calls it.
+        settings: of scikit-learn's logistic regression; `C` is the inverse strength of its penalty.
     """
     started = time.perf_counter()
     vectorizer = TfidfVectorizer(ngram_range=(1, 2))
     counts = vectorizer.fit_transform([row["text"] for row in train])
     labels = np.array([LABEL_NAMES.index(row["category"]) for row in train])
-    classifier = LogisticRegression(C=C, max_iter=MAX_ITERATIONS).fit(counts, labels)
+    classifier = LogisticRegression(max_iter=MAX_ITERATIONS, **settings).fit(counts, labels)
     seconds = time.perf_counter() - started
     return Fitted(
         log_probs=np.asarray(classifier.predict_log_proba(vectorizer.transform(texts))),

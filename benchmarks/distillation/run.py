@@ -1,0 +1,106 @@
+"""What a run of the quality benchmark was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from benchmarks.distillation import tuning
+from benchmarks.distillation.folders import Folders
+from benchmarks.distillation.rows import BLOCKS, FULL, ROWS, Row, Scale, Settings
+from teacher_cache.cache.errors import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Rows, seeds, scale and places; the options' help says more.
+
+    Attributes:
+        rows: to tune or to judge.
+        seeds: of each row's students.
+        scale: how much of everything.
+        folders: of what is trained.
+        results: folder of what was chosen and measured.
+        untuned: take each row's first trial, not the one that was chosen.
+        num_workers: students trained at the same time.
+        num_threads: of torch for each.
+        console: for progress and tables.
+    """
+
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    scale: Scale
+    folders: Folders
+    results: Path
+    untuned: bool
+    num_workers: int
+    num_threads: int
+    console: Console
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row and seed is asked for."""
+        return self.rows == ROWS and self.seeds == self.scale.seeds
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether the goals were set for a run like this."""
+        return self.is_whole and self.scale == FULL
+
+    @property
+    def tuning_file(self) -> Path:
+        """Where the choice of trials is kept."""
+        return self.results / tuning.FILE_NAME
+
+    def say(self, line: str) -> None:
+        """One line of progress."""
+        self.console.print(line, highlight=False, markup=False)
+
+    def chosen(self) -> dict[str, Settings]:
+        """The trial of each row, by its key.
+
+        Raises:
+            UserError: if a row was not tuned as it stands now.
+        """
+        if self.untuned:
+            self.say("untuned: the first trial of each row")
+            return {row.key: row.trials[0] if row.trials else {} for row in self.rows}
+        found = {row.key: tuning.chosen(self.tuning_file, row, self.scale) for row in self.rows}
+        self.say(f"each row's settings as {self.tuning_file} chose them by the validation movies")
+        return found
+
+
+def choose_rows(names: str, blocks: str) -> tuple[Row, ...]:
+    """The rows of these names in these blocks, both separated by commas; all rows for no name.
+
+    Raises:
+        BadParameter: for a name that there is not.
+    """
+    wanted_blocks, wanted = _words(blocks), _words(names)
+    known = {row.name for row in ROWS if row.block in wanted_blocks}
+    for option, given, there in (("blocks", wanted_blocks, BLOCKS), ("rows", wanted, known)):
+        for one in given:
+            if one not in there:
+                raise typer.BadParameter(f"--{option} names {one!r}: {did_you_mean(one, there)}")
+    return tuple(
+        row for row in ROWS if row.block in wanted_blocks and (not wanted or row.name in wanted)
+    )
+
+
+def choose_seeds(written: str) -> tuple[int, ...]:
+    """Seeds separated by commas, each once.
+
+    Raises:
+        BadParameter: for what is no number.
+    """
+    words = _words(written)
+    if not all(word.isdigit() for word in words):
+        raise typer.BadParameter(f"--seeds is {written!r}, expected numbers such as 0,1,2")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+def _words(written: str) -> list[str]:
+    return [word.strip() for word in written.split(",") if word.strip()]
