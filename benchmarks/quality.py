@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,8 +42,8 @@ WIDTH = 180  # of the tables where there is no terminal
 
 def tune(run: Run) -> None:
     """Train each row's trials on the tuning corpora, and write which one validates best."""
-    rows = [row for row in run.rows if len(row.trials) > 1]
-    seed = run.seeds[0]
+    rows = [row for row in run.rows if len(row.trials) > 1 and row.tuned_as is None]
+    run, seed = replace(run, scale=tuning.tuning_scale(run.scale)), run.seeds[0]
     prepared = prepare("tuning", rows, run.scale, run.folders, run.console)
     asked = [(row, trial, seed) for row in rows for trial in row.trials]
     models = _trained(run, asked, prepared)
@@ -116,7 +116,7 @@ def _results(
 def _sureness(run: Run, models: Models, prepared: Prepared) -> list[Sureness]:
     found: list[Sureness] = []
     for row in run.rows:
-        if row.kind == "teacher":
+        if row.kind == "teacher" and row.teacher == "own":
             name, held_out = prepared.corpus(row).name, prepared.held_out[row.block]
             logits = models.teacher_prediction(row).logits
             found.append(teachers.on_cached(f"teacher of {name}, its labels", prepared.cache(row)))

@@ -84,14 +84,12 @@ class Models:
 
     def teacher_prediction(self, row: Row) -> predictions.Prediction:
         """What a row's teacher says of the reviews that judge the row."""
-        held_out, max_length = self._prepared.held_out[row.block], self._scale.teacher["max_length"]
+        held_out, max_length = self._prepared.held_out[row.block], self._scale.max_length
         return predictions.of_teacher(self._prepared.teacher(row), max_length, held_out)
 
     def load_teacher(self, row: Row) -> Classifier:
         """A row's teacher, ready to classify."""
-        return predictions.load_teacher(
-            self._prepared.teacher(row), self._scale.teacher["max_length"]
-        )
+        return predictions.load_teacher(self._prepared.teacher(row), self._scale.max_length)
 
     def load_student(self, row: Row, trial: Settings, seed: int) -> Classifier:
         """One trained student, ready to classify."""

@@ -21,13 +21,12 @@ from teacher_cache.stages.data.reviews import (
     read_rows,
 )
 
-Name = str  # tuning, scarce-tuning, full or scarce
+Name = str  # tuning, full or scarce
 Stage = Literal["tuning", "final"]
 
 # What a block's rows learn from and are judged by, when their settings are chosen and at the end.
 CORPUS_OF: dict[tuple[Block, Stage], Name] = {
     ("main", "tuning"): "tuning",
-    ("scarce", "tuning"): "scarce-tuning",
     ("main", "final"): "full",
     ("scarce", "final"): "scarce",
 }
@@ -69,9 +68,8 @@ def read_corpora(scale: Scale) -> dict[Name, MovieCorpus]:
     tuning, full = _tuning(packaged, scale), _full(packaged, scale)
     return {
         "tuning": tuning,
-        "scarce-tuning": _scarce(tuning, "scarce-tuning", scale.num_scarce),
         "full": full,
-        "scarce": _scarce(full, "scarce", scale.num_scarce),
+        "scarce": _scarce(full, scale.num_scarce),
     }
 
 
@@ -125,7 +123,7 @@ def _learned(rows: list[Row], judging: set[str], packaged: PackagedRows, scale: 
     return inside(found, others[: scale.num_training_movies])
 
 
-def _scarce(whole: MovieCorpus, name: Name, num_labels: int) -> MovieCorpus:
+def _scarce(whole: MovieCorpus, num_labels: int) -> MovieCorpus:
     """A random choice of the labels; the other reviews come first among the unlabelled texts."""
     # RandomState's streams never change between numpy versions, unlike Generator's.
     order = np.random.RandomState(SCARCE_SEED).permutation(len(whole.train))
@@ -133,7 +131,7 @@ def _scarce(whole: MovieCorpus, name: Name, num_labels: int) -> MovieCorpus:
     kept = [row for idx, row in enumerate(whole.train) if idx in chosen]
     stripped = [row for idx, row in enumerate(whole.train) if idx not in chosen]
     return MovieCorpus(
-        name=name,
+        name="scarce",
         held_out_split=whole.held_out_split,
         train=kept,
         unlabeled=stripped + whole.unlabeled,

@@ -102,9 +102,18 @@ def prepare(
         teachers=teachers,
         caches={
             (corpus, teacher): _cached(corpus, teachers[teacher], folders, scale, console)
-            for corpus, teacher in sorted(sources)
+            for corpus, teacher in sorted(_cached_sources(rows, stage))
         },
     )
+
+
+def _cached_sources(rows: Sequence[Row], stage: Stage) -> set[tuple[Name, Name]]:
+    """Corpora with their teachers, but for those that no student learns from."""
+    return {
+        (CORPUS_OF[row.block, stage], teacher_corpus(row, stage))
+        for row in rows
+        if row.kind == "student" or row.teacher == "own"
+    }
 
 
 def _check(

@@ -6,7 +6,7 @@ both are fields of `TrainStudentConfig`, so a row is what `pipe train-student` w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Block = Literal["main", "scarce"]
@@ -14,30 +14,49 @@ Settings = dict[str, Any]
 
 BLOCKS: dict[Block, str] = {"main": "all labels", "scarce": "few labels"}
 
-# Of `FinetuneTeacherConfig`.
-TEACHER: Settings = {"epochs": 2, "max_length": 128, "eval_fraction": 0}
+MAX_LENGTH = 128  # tokens, of teacher and students
+
+# Of `FinetuneTeacherConfig`: as many epochs as 10,260 or 1,000 labels take to be learned.
+TEACHERS: dict[Block, Settings] = {
+    "main": {"epochs": 2, "eval_fraction": 0},
+    "scarce": {"epochs": 8, "eval_fraction": 0},
+}
 
 # Of `TrainStudentConfig`: architecture and optimizer steps of every student.
 STUDENT: Settings = {
     "d_model": 128,
     "num_layers": 2,
-    "head_dim": 48,
+    "expand": 2,
+    "d_state": 16,
+    "head_dim": 64,
+    "batch_size": 64,
     "max_steps": 1200,
-    "checkpoint_steps": 400,
+    "checkpoint_steps": 600,
     "log_steps": 50,
     "eval_fraction": 0,
 }
+# Of each trial, whatever the row: enough to tell the rates apart.
+TUNING_STEPS, TUNING_VIEWS = 500, 2
 
 # What tuning chooses from; every row has as many trials.
-LEARNING_RATES: tuple[Settings, ...] = ({"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3})
-REGULARISATIONS: tuple[Settings, ...] = ({"C": 0.5}, {"C": 2.0}, {"C": 8.0})
+LEARNING_RATES: tuple[Settings, ...] = ({"lr": 1e-3}, {"lr": 2e-3})
+REGULARISATIONS: tuple[Settings, ...] = ({"C": 0.5}, {"C": 2.0})
 
 LABELS_ONLY: Settings = {"alpha": 0.0}
-FROM_TEACHER: Settings = {"embeddings": "teacher"}
+FROM_TEACHER: Settings = {"embeddings": "teacher", "embedding_lr_scale": 0.1}
 LOGITS: Settings = {"alpha": 0.9, "temperature": 2.0} | FROM_TEACHER
-PLOTS: Settings = LOGITS | {"unlabeled_alpha": 0.9, "unlabeled_from": "corpus"}
-VIEWS: Settings = LOGITS | {"unlabeled_alpha": 0.9, "unlabeled_from": "all"}
-ALL: Settings = VIEWS | {"conf_power": 1.0, "pooled_weight": 1.0}
+# Batches in proportion to the texts: a thousand plots, or the views of ten thousand reviews.
+PLOTS: Settings = LOGITS | {
+    "unlabeled_alpha": 1.0,
+    "unlabeled_from": "corpus",
+    "unlabeled_ratio": 0.1,
+}
+VIEWS: Settings = LOGITS | {
+    "unlabeled_alpha": 1.0,
+    "unlabeled_from": "all",
+    "unlabeled_ratio": 4.0,
+}
+ALL: Settings = VIEWS | {"pooled_weight": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +70,7 @@ class Row:
         kind: what is fitted.
         overrides: of a student's settings.
         trials: what tuning chooses from, overrides too (of TF-IDF's logistic regression its `C`).
+        tuned_as: key of the row whose choice it takes instead of one of its own.
         teacher: whose logits a student is taught with: the block's own, or one fine-tuned on all
             labels.
         is_labels_only: whether it is a student that learns from labels alone; the better of these
@@ -63,6 +83,7 @@ class Row:
     kind: Literal["majority", "tfidf", "teacher", "student"] = "student"
     overrides: Settings = field(default_factory=dict)
     trials: tuple[Settings, ...] = LEARNING_RATES
+    tuned_as: str | None = None
     teacher: Literal["own", "full"] = "own"
     is_labels_only: bool = False
 
@@ -72,18 +93,29 @@ class Row:
         return f"{self.block}/{self.name}"
 
 
-def _labels_only(block: Block) -> tuple[Row, Row]:
-    random, taken = "student, labels only", "student, labels only, teacher's embeddings"
-    return (
-        Row(name="labels", title=random, block=block, overrides=LABELS_ONLY, is_labels_only=True),
-        Row(
-            name="labels-embeddings",
-            title=taken,
-            block=block,
-            overrides=LABELS_ONLY | FROM_TEACHER,
-            is_labels_only=True,
-        ),
-    )
+LABELS_ROWS: tuple[Row, ...] = (
+    Row(
+        name="labels",
+        title="student, labels only",
+        block="main",
+        overrides=LABELS_ONLY,
+        is_labels_only=True,
+    ),
+    Row(
+        name="labels-embeddings",
+        title="student, labels only, teacher's embeddings",
+        block="main",
+        overrides=LABELS_ONLY | FROM_TEACHER,
+        is_labels_only=True,
+    ),
+)
+LOGITS_ROW = Row(name="logits", title="+ logits", block="main", overrides=LOGITS)
+ALL_ROW = Row(name="all", title="student, all of it", block="main", overrides=ALL)
+
+
+def _scarce(row: Row) -> Row:
+    """The same row in the label-scarce block, with the trial that was chosen in the main one."""
+    return replace(row, block="scarce", tuned_as=row.key)
 
 
 ROWS: tuple[Row, ...] = (
@@ -96,8 +128,8 @@ ROWS: tuple[Row, ...] = (
         trials=REGULARISATIONS,
     ),
     Row(name="teacher", title="teacher (MiniLM)", block="main", kind="teacher", trials=()),
-    *_labels_only("main"),
-    Row(name="logits", title="+ logits", block="main", overrides=LOGITS),
+    *LABELS_ROWS,
+    LOGITS_ROW,
     Row(
         name="confidence",
         title="+ logits + confidence weighting",
@@ -112,16 +144,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(name="unlabelled", title="+ logits + unlabelled text", block="main", overrides=PLOTS),
     Row(name="views", title="+ logits + unlabelled text + views", block="main", overrides=VIEWS),
-    Row(name="all", title="student, all of it", block="main", overrides=ALL),
+    ALL_ROW,
     Row(name="teacher", title="teacher (MiniLM)", block="scarce", kind="teacher", trials=()),
-    *_labels_only("scarce"),
-    Row(name="logits", title="+ logits", block="scarce", overrides=LOGITS),
-    Row(name="all", title="student, all of it", block="scarce", overrides=ALL),
+    *(_scarce(row) for row in (*LABELS_ROWS, LOGITS_ROW, ALL_ROW)),
     Row(
-        name="all-full-teacher",
-        title="student, all of it, taught by the full-label teacher",
+        name="teacher-of-all-labels",
+        title="teacher (MiniLM) of all labels",
         block="scarce",
-        overrides=ALL,
+        kind="teacher",
+        trials=(),
         teacher="full",
     ),
 )
@@ -141,8 +172,11 @@ class Scale:
         num_resamples: of the bootstrap.
         cost_batches: of 32 test reviews, whose CPU time is taken.
         cost_repeats: timed passes over them.
-        teacher: `FinetuneTeacherConfig`'s settings.
+        max_length: of samples, in tokens.
+        teachers: `FinetuneTeacherConfig`'s settings, by the block whose labels it learns from.
         student: `TrainStudentConfig`'s settings, before a row's.
+        tuning_steps: of a trial, in place of `student`'s.
+        tuning_views: in the cache that trials are trained from, in place of `views`.
     """
 
     num_test_movies: int = 100
@@ -154,8 +188,11 @@ class Scale:
     num_resamples: int = 10_000
     cost_batches: int = 16
     cost_repeats: int = 9
-    teacher: Settings = field(default_factory=lambda: TEACHER)
+    max_length: int = MAX_LENGTH
+    teachers: dict[Block, Settings] = field(default_factory=lambda: TEACHERS)
     student: Settings = field(default_factory=lambda: STUDENT)
+    tuning_steps: int = TUNING_STEPS
+    tuning_views: int = TUNING_VIEWS
 
 
 FULL = Scale()
@@ -170,8 +207,11 @@ TINY = Scale(
     num_resamples=200,
     cost_batches=1,
     cost_repeats=1,
-    teacher={"max_steps": 2, "max_length": 16, "eval_fraction": 0, "batch_size": 4},
+    max_length=16,
+    teachers={block: {"max_steps": 2, "eval_fraction": 0, "batch_size": 4} for block in BLOCKS},
     student=STUDENT
     | {"d_model": 16, "num_layers": 1, "expand": 2, "d_state": 8, "head_dim": 8}
     | {"batch_size": 4, "max_steps": 4, "checkpoint_steps": 2, "log_steps": 1},
+    tuning_steps=3,
+    tuning_views=1,
 )

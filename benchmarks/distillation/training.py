@@ -27,12 +27,14 @@ def teacher_config(corpus: Name, folders: Folders, scale: Scale) -> FinetuneTeac
     Raises:
         UserError: if the recipe's settings are not those of a teacher.
     """
+    block = next(block for (block, _), name in CORPUS_OF.items() if name == corpus)
+    settings = scale.teachers[block] | {"max_length": scale.max_length}
     values = {
-        **scale.teacher,
+        **settings,
         "name": corpus,
         "model": str(fetch(BASE_MODEL)),
         "labeled": corpus_config(folders.corpus(corpus), "train"),
-        "out": folders.teacher(corpus, dict(scale.teacher)),
+        "out": folders.teacher(corpus, settings),
     }
     return validate(FinetuneTeacherConfig, values, where="the recipe's teacher")
 
@@ -40,7 +42,7 @@ def teacher_config(corpus: Name, folders: Folders, scale: Scale) -> FinetuneTeac
 def cache_config(corpus: Name, teacher: Path, folders: Folders, scale: Scale) -> CacheTeacherConfig:
     """Settings of the one cache that all rows of a corpus and a teacher are trained from."""
     made_of = {
-        "max_length": scale.teacher["max_length"],
+        "max_length": scale.max_length,
         "hidden": "pooled",
         "views": scale.views,
     }

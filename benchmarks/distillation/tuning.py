@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.distillation.rows import Row, Scale, Settings
+from benchmarks.distillation.rows import ROWS, Row, Scale, Settings
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 
@@ -23,13 +24,20 @@ def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(trials, key=lambda trial: (trial["accuracy"], -trial["nll"]))
 
 
+def tuning_scale(scale: Scale) -> Scale:
+    """The scale at which trials are trained: fewer steps and views, all else the same."""
+    student = scale.student | {"max_steps": scale.tuning_steps}
+    return replace(scale, student=student, views=scale.tuning_views)
+
+
 def recipe(row: Row, scale: Scale) -> dict[str, Any]:
     """All but its trials that a row's validation figures depend on, as JSON holds it."""
     found: dict[str, Any] = {"kind": row.kind}
     if row.kind == "student":
-        found["student"] = {**scale.student, **row.overrides}
-        found["teacher"] = dict(scale.teacher) | {"labels": row.teacher}
-        found["views"] = scale.views if row.overrides.get("unlabeled_alpha") else None
+        found["student"] = {**tuning_scale(scale).student, **row.overrides}
+        found["teacher"] = scale.teachers[row.block] | {"labels": row.teacher}
+        found["max_length"] = scale.max_length
+        found["views"] = scale.tuning_views if row.overrides.get("unlabeled_alpha") else None
     return json.loads(json.dumps(found))
 
 
@@ -54,13 +62,14 @@ def record(
 
 
 def chosen(file: Path, row: Row, scale: Scale) -> Settings:
-    """What tuning chose for a row; its only trial where there is nothing to choose.
+    """What tuning chose for a row, or for the one whose choice it takes; or its only trial.
 
     Raises:
         UserError: if the row was not tuned, or its recipe or trials were others then.
     """
     if len(row.trials) < 2:
         return row.trials[0] if row.trials else {}
+    row = next((one for one in ROWS if one.key == row.tuned_as), row)
     again = f"run `python -m benchmarks.quality --tune --rows {row.name}` first, or give --untuned"
     tuned = _read(file)["rows"].get(row.key) if file.is_file() else None
     if tuned is None:

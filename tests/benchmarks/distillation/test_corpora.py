@@ -37,7 +37,6 @@ def test_sizes(corpora: Corpora) -> None:
     }
     assert sizes == {
         "tuning": (8_942, 1_036, 1_318),
-        "scarce-tuning": (1_000, 8_942 - 1_000 + 1_036, 1_318),
         "full": (10_260, 1_055, 2_492),
         "scarce": (1_000, 10_260 - 1_000 + 1_055, 2_492),
     }
@@ -56,7 +55,7 @@ def test_no_movie_is_on_both_sides(corpora: Corpora) -> None:
         learned = movies(one.train) | movies(one.unlabeled)
         assert not learned & movies(one.held_out)
         assert not learned & test
-        if "tuning" in one.name:
+        if one.name == "tuning":
             assert not learned & validation
     assert not test & validation
     assert validation <= movies(corpora["full"].train), "returned to training at the end"
@@ -73,19 +72,18 @@ def test_nothing_leaks(corpora: Corpora) -> None:
     held_out = {name: texts(corpora[name].held_out) for name in ("full", "tuning")}
     for one in corpora.values():
         parts = {"train": texts(one.train), "unlabeled": texts(one.unlabeled)}
-        compared = held_out if "tuning" in one.name else {"full": held_out["full"]}
+        compared = held_out if one.name == "tuning" else {"full": held_out["full"]}
         assert not any(found.num_normalised for found in check(parts, compared))
 
 
 def test_scarce_labels_are_some_of_all(corpora: Corpora) -> None:
-    for whole, scarce in (("full", "scarce"), ("tuning", "scarce-tuning")):
-        labelled = texts(corpora[scarce].train)
-        assert len(labelled) == FULL.num_scarce and set(labelled) < set(texts(corpora[whole].train))
-        assert corpora[scarce].held_out == corpora[whole].held_out
-        # All the rest is there without its labels.
-        together = [*labelled, *texts(corpora[scarce].unlabeled)]
-        of_whole = [*texts(corpora[whole].train), *texts(corpora[whole].unlabeled)]
-        assert sorted(together) == sorted(of_whole)
+    labelled = texts(corpora["scarce"].train)
+    assert len(labelled) == FULL.num_scarce and set(labelled) < set(texts(corpora["full"].train))
+    assert corpora["scarce"].held_out == corpora["full"].held_out
+    # All the rest is there without its labels.
+    together = [*labelled, *texts(corpora["scarce"].unlabeled)]
+    of_whole = [*texts(corpora["full"].train), *texts(corpora["full"].unlabeled)]
+    assert sorted(together) == sorted(of_whole)
     again = read_corpora(FULL)["scarce"]
     assert texts(again.train) == texts(corpora["scarce"].train)
     shares = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.distillation import tuning
-from benchmarks.distillation.rows import FULL, Row, Scale
+from benchmarks.distillation.rows import FULL, ROWS, Row, Scale
 from teacher_cache.cache.errors import UserError
 
 ROW = Row(
@@ -59,8 +59,9 @@ def test_nothing_to_choose_needs_no_file(tmp_path: Path) -> None:
     [
         (replace(ROW, overrides={"alpha": 0.8}), FULL),
         (replace(ROW, trials=ROW.trials[:2]), FULL),
-        (ROW, replace(FULL, student=FULL.student | {"max_steps": 1})),
-        (ROW, replace(FULL, teacher=FULL.teacher | {"epochs": 1})),
+        (ROW, replace(FULL, student=FULL.student | {"num_layers": 9})),
+        (ROW, replace(FULL, tuning_steps=9)),
+        (ROW, replace(FULL, teachers=FULL.teachers | {"main": {"epochs": 1}})),
     ],
 )
 def test_another_recipe_is_tuned_again(tmp_path: Path, row: Row, scale: Scale) -> None:
@@ -70,8 +71,15 @@ def test_another_recipe_is_tuned_again(tmp_path: Path, row: Row, scale: Scale) -
         tuning.chosen(file, row, scale)
 
 
+def test_a_scarce_row_takes_the_choice_of_the_main_one(tmp_path: Path) -> None:
+    file, scarce = tmp_path / "tuning.json", next(row for row in ROWS if row.key == "scarce/all")
+    main = next(row for row in ROWS if row.key == "main/all")
+    tuning.record(file, tuned(main, 1), {}, seed=0)
+    assert tuning.chosen(file, scarce, FULL) == main.trials[1]
+
+
 def test_views_count_where_they_take_part(tmp_path: Path) -> None:
-    file, more = tmp_path / "tuning.json", replace(FULL, views=FULL.views + 1)
+    file, more = tmp_path / "tuning.json", replace(FULL, tuning_views=FULL.tuning_views + 1)
     row = replace(ROW, name="views", overrides={"unlabeled_alpha": 0.3})
     tuning.record(file, tuned(ROW, 1) | tuned(row, 1), {}, seed=0)
     assert tuning.chosen(file, ROW, more) == {"lr": 0.2}
