@@ -145,6 +145,13 @@ ROWS: tuple[Row, ...] = (
     Row(name="unlabelled", title="+ logits + unlabelled text", block="main", overrides=PLOTS),
     Row(name="views", title="+ logits + unlabelled text + views", block="main", overrides=VIEWS),
     ALL_ROW,
+    replace(
+        ALL_ROW,
+        name="all-fast-embeddings",
+        title="student, all of it, embeddings at the full rate",
+        overrides=ALL | {"embedding_lr_scale": 1.0},
+        tuned_as=ALL_ROW.key,
+    ),
     Row(name="teacher", title="teacher (MiniLM)", block="scarce", kind="teacher", trials=()),
     *(_scarce(row) for row in (*LABELS_ROWS, LOGITS_ROW, ALL_ROW)),
     Row(
