@@ -1,1 +1,1 @@
-"""Speed, memory and quality beside named baselines of the same run; no part of the installed package."""
+"""Speed, memory and quality beside named baselines of the same run; not installed."""
