@@ -1,1 +1,1 @@
-"""Ratios to named baselines, each measured in the same run; no part of the installed package."""
+"""Speed, memory and quality beside named baselines of the same run; not installed."""

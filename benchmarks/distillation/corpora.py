@@ -35,7 +35,7 @@ SCARCE_SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class MovieCorpus:
-    """One corpus in three parts; no movie is in two of them but as review and plot of `train`.
+    """One corpus in three parts; no movie of `held_out` is in the other two.
 
     Attributes:
         name: which one.

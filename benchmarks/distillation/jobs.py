@@ -76,10 +76,9 @@ def run_jobs(jobs: Sequence[Job], *, num_workers: int, num_threads: int, say: Sa
         ) from error
     finally:
         # What still runs after an error or Ctrl-C is killed: a training survives that, and resumes.
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
-            child.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def _feed(pool: ProcessPoolExecutor, jobs: Sequence[Job], num_workers: int, say: Say) -> None:
