@@ -73,6 +73,7 @@ def student_config(
     Raises:
         UserError: if the recipe's settings are not those of a student.
     """
-    values = {**scale.student, **row.overrides, **trial, "seed": seed}
+    steps = {"max_steps": scale.num_steps[row.block]}
+    values = {**scale.student, **steps, **row.overrides, **trial, "seed": seed}
     config = validate(TrainStudentConfig, values, where=f"the recipe's row {row.key}")
     return config.model_copy(update={"cache": cache, "out": folders.student(config, cache)})

@@ -26,15 +26,15 @@ def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def tuning_scale(scale: Scale) -> Scale:
     """The scale at which trials are trained: fewer steps and views, all else the same."""
-    student = scale.student | {"max_steps": scale.tuning_steps}
-    return replace(scale, student=student, views=scale.tuning_views)
+    num_steps = dict.fromkeys(scale.num_steps, scale.tuning_steps)
+    return replace(scale, num_steps=num_steps, views=scale.tuning_views)
 
 
 def recipe(row: Row, scale: Scale) -> dict[str, Any]:
     """All but its trials that a row's validation figures depend on, as JSON holds it."""
     found: dict[str, Any] = {"kind": row.kind}
     if row.kind == "student":
-        found["student"] = {**tuning_scale(scale).student, **row.overrides}
+        found["student"] = {**scale.student, "max_steps": scale.tuning_steps, **row.overrides}
         found["teacher"] = scale.teachers[row.block] | {"labels": row.teacher}
         found["max_length"] = scale.max_length
         found["views"] = scale.tuning_views if row.overrides.get("unlabeled_alpha") else None

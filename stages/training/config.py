@@ -15,7 +15,7 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 
 MAMBA_ARCHITECTURES = ("mamba", "mamba2")
 PRETRAINED = "hf:"
-UnlabeledFrom = Literal["all", "corpus", "views"]
+UnlabeledFrom = Literal["all", "corpus", "views", "labeled-views"]
 
 
 class ArchitectureConfig(StageConfig):
@@ -133,7 +133,7 @@ class TrainingConfig(OptimizationConfig):
     unlabeled_from: UnlabeledFrom = Field(
         default="all",
         description="Which unlabelled samples take part (with --unlabeled-alpha): the unlabelled "
-        "corpus, the views of either corpus, or all.",
+        "corpus, the views of either corpus, those of the labelled one alone, or all.",
     )
     early_stopping: int | None = Field(
         default=None,

@@ -11,7 +11,7 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import width_of_pooled
-from teacher_cache.cache.splits import LABELED, viewed_split
+from teacher_cache.cache.splits import LABELED, UNLABELED, viewed_split
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
@@ -54,7 +54,7 @@ def open_splits(
     Args:
         cache: its folder.
         unlabeled_alpha: weight of the unlabelled samples; none are read at 0.
-        unlabeled_from: which of them: the unlabelled corpus, the views, or all.
+        unlabeled_from: which of them.
 
     Raises:
         UserError: if unlabelled text is asked for and missing, or a corpus has no samples.
@@ -82,10 +82,13 @@ def open_splits(
 def _choose(splits: list[str], unlabeled_from: UnlabeledFrom, cache: Path) -> list[str]:
     if unlabeled_from == "all":
         return splits
-    wanted = {"corpus": "an unlabelled corpus", "views": "views"}[unlabeled_from]
-    chosen = [one for one in splits if (viewed_split(one) is None) == (unlabeled_from == "corpus")]
+    viewed = {"corpus": {None}, "views": {LABELED, UNLABELED}, "labeled-views": {LABELED}}
+    chosen = [one for one in splits if viewed_split(one) in viewed[unlabeled_from]]
     if not chosen:
-        option = {"corpus": "--unlabeled", "views": "--views"}[unlabeled_from]
+        is_corpus = unlabeled_from == "corpus"
+        wanted, option = (
+            ("an unlabelled corpus", "--unlabeled") if is_corpus else ("views", "--views")
+        )
         raise UserError(
             f"--unlabeled-from {unlabeled_from} needs {wanted} in the cache, and {cache} holds "
             f"none, only {', '.join(splits)}: make a cache with {option}, or leave the option out"

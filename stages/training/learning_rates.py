@@ -11,7 +11,7 @@ def scale_learning_rate(
     """Move a parameter to a group of its own, with all options of its old one but the rate.
 
     To be called before a schedule is made, which takes each group's rate for its peak, and before
-    the first step. A parameter that the optimizer does not have, since it is frozen, stays as it is.
+    the first step. A parameter that the optimizer does not have, being frozen, stays so.
 
     Args:
         optimizer: with groups that have an `lr`.

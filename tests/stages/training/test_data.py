@@ -192,6 +192,7 @@ def whole_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_i
     [
         ("corpus", ["unlabeled"]),
         ("views", ["labeled_views_1", "unlabeled_views_1"]),
+        ("labeled-views", ["labeled_views_1"]),
         ("all", ["labeled_views_1", "unlabeled", "unlabeled_views_1"]),
     ],
 )
@@ -211,5 +212,7 @@ def test_which_unlabelled_samples_take_part(
 def test_a_part_that_is_not_in_the_cache_is_refused(tiny_cache: Path, viewed_cache: Path) -> None:
     with pytest.raises(UserError, match=r"views needs views .* holds none, only unlabeled: make"):
         open_splits(tiny_cache, 0.3, "views")
+    with pytest.raises(UserError, match=r"labeled-views needs views .* make a cache with --views"):
+        open_splits(tiny_cache, 0.3, "labeled-views")
     with pytest.raises(UserError, match=r"corpus needs an unlabelled corpus .* with --unlabeled,"):
         open_splits(viewed_cache, 0.3, "corpus")
