@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,38 +15,75 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from teacher_cache.cache.errors import TeacherCacheError
+from teacher_cache.cache.errors import TeacherCacheError, UserError
+from teacher_cache.stages.training.ranks import is_main, num_processes
 
 EXIT_INTERRUPTED = 130
 RESUMING = ("finetune-teacher", "cache-teacher", "train-student", "run")
+# How long a process that torchrun started beside the main one keeps an error to itself.
+GRACE_S = 10.0
 
 # Without markup and emoji: a token called [unused1] or :eye: is printed as it is.
-console = Console(highlight=False, markup=False, emoji=False)
+console = Console(highlight=False, markup=False, emoji=False, quiet=not is_main())
 error_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def reported(*, in_processes: bool = False) -> Iterator[None]:
     """Run a command; our errors become one sentence, an interruption the line that resumes.
+
+    Args:
+        in_processes: whether torchrun may start the command, in several processes.
 
     Raises:
         SystemExit: with the error's exit code, or 130 after an interruption.
     """
     _configure_logging()
     try:
-        yield
+        with _main_speaks_first():
+            if not in_processes:
+                _refuse_processes()
+            yield
     except TeacherCacheError as error:
         error_console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        error_console.print(Text(_how_to_go_on(sys.argv[1:])), soft_wrap=True)
+        if num_processes() > 1:  # torchrun passes on what the terminal has sent already
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if is_main():
+            error_console.print(Text(_how_to_go_on(sys.argv[1:])), soft_wrap=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _main_speaks_first() -> Iterator[None]:
+    """Hold back errors of other processes than the main one.
+
+    Most are the main one's too, or follow from its end: once that has said it and has ended,
+    torchrun ends the others. What is left after a while is an error of this process alone.
+    """
+    try:
+        yield
+    except Exception:
+        if not is_main():
+            time.sleep(GRACE_S)
+        raise
+
+
+def _refuse_processes() -> None:
+    if num_processes() > 1:
+        raise UserError(
+            f"torchrun started {num_processes()} processes, and this command runs in one: start "
+            "it without torchrun (`pipe finetune-teacher` and `pipe train-student` run in several)"
+        )
 
 
 def _how_to_go_on(words: list[str]) -> str:
     """The line that resumes; without what would start again, and only where there is a state."""
     if not words or words[0] not in RESUMING:
         return "interrupted"
+    if num_processes() > 1:
+        return "interrupted: go on from here with the same command, without --resume never"
     kept = [word for word in words if word not in ("--overwrite", "--resume=never")]
     for position in [i for i, word in enumerate(kept) if word == "--resume"]:
         if kept[position + 1 : position + 2] == ["never"]:
@@ -58,7 +97,7 @@ def _configure_logging() -> None:
     )
     logger = logging.getLogger("teacher_cache")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_main() else logging.ERROR)
     logger.propagate = False
 
 
