@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -107,6 +108,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # What several processes say of a convolution's weight: no stride matters where the size is 1.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def working(console: Console, message: str) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, slice_tensors
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from teacher_cache.cache.errors import UserError
@@ -70,6 +70,10 @@ class OrderedTrainer(Trainer):
         return prepare_data_loader(
             loader, device, num_processes=1, process_index=0, put_on_device=True
         )
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Samples of an optimizer step: a batch is that of all processes, not of each."""
+        return super().get_total_train_batch_size(args) // args.world_size
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

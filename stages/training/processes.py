@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import distributed
 
 from teacher_cache.cache.errors import TeacherCacheError
-from teacher_cache.stages.training.ranks import is_main, num_processes
+from teacher_cache.stages.training.ranks import is_main, local_rank, num_processes
 
 Result = TypeVar("Result")
 
@@ -24,10 +23,12 @@ def process_group(device: torch.device) -> Iterator[None]:
     leave of the others, they would have to answer.
 
     Args:
-        device: nccl connects CUDA devices, gloo CPUs.
+        device: of this training: nccl connects CUDA devices, gloo CPUs.
     """
     if num_processes() > 1:
-        PartialState(cpu=device.type == "cpu")  # the Trainer's own finds the group again
+        if device.type == "cuda":
+            torch.cuda.set_device(local_rank())
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield
     if num_processes() > 1:
         distributed.destroy_process_group()

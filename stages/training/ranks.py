@@ -23,6 +23,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if num_processes() > 1 else 0
 
 
+def local_rank() -> int:
+    """Its number among those of this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this is the process that locks, writes and prints for all."""
     return rank() == 0
