@@ -52,7 +52,6 @@ class Processes:
             "dropout": 0.2,
             "unlabeled_alpha": 0.3,
             "conf_power": 1.0,
-            "lm_weight": 0.2,
             "gradient_accumulation": 2,
             "log_steps": 2,
             "max_steps": 8,
