@@ -156,9 +156,13 @@ def test_killed_processes_go_on_bit_for_bit(
     whole, run = processes.folder / "whole", tmp_path / "run"
     assert processes.train(2, whole) == 0, processes.server.output.read_text()
     steps = {
-        0: ["half-written write checkpoint/optimizer.pt", "before rename checkpoint/committed.json"]
-        + ["after rename checkpoint/committed.json", "half-written write model.safetensors"],
-        1: ["half-written write checkpoint/rng_state_1.pth"] * 2,
+        0: (
+            "half-written write checkpoint/optimizer.pt",
+            "before rename checkpoint/committed.json",
+            "after rename checkpoint/committed.json",
+            "half-written write model.safetensors",
+        ),
+        1: ("half-written write checkpoint/rng_state_1.pth",) * 2,
     }
     for step in steps[rank]:
         assert processes.train(2, run, die=(rank, step)) == KILLED, step
