@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -41,7 +43,8 @@ def reported(*, in_processes: bool = False) -> Iterator[None]:
     """
     _configure_logging()
     try:
-        with _main_speaks_first():
+        with ExitStack() as stack:
+            stack.push(_let_main_speak_first)
             if not in_processes:
                 _refuse_processes()
             yield
@@ -56,19 +59,16 @@ def reported(*, in_processes: bool = False) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
-@contextmanager
-def _main_speaks_first() -> Iterator[None]:
-    """Hold back errors of other processes than the main one.
+def _let_main_speak_first(
+    kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Hold back errors of other processes than the main one; on leaving a `with`.
 
     Most are the main one's too, or follow from its end: once that has said it and has ended,
     torchrun ends the others. What is left after a while is an error of this process alone.
     """
-    try:
-        yield
-    except Exception:
-        if not is_main():
-            time.sleep(GRACE_S)
-        raise
+    if isinstance(error, Exception) and not is_main():
+        time.sleep(GRACE_S)
 
 
 def _refuse_processes() -> None:
@@ -83,16 +83,18 @@ def _how_to_go_on(words: list[str]) -> str:
     """The line that resumes; without what would start again, and only where there is a state."""
     if not words or words[0] not in RESUMING:
         return "interrupted"
-    if num_processes() > 1:
-        return "interrupted: go on from here with the same command, without --resume never"
     kept = [word for word in words if word not in ("--overwrite", "--resume=never")]
     for position in [i for i, word in enumerate(kept) if word == "--resume"]:
         if kept[position + 1 : position + 2] == ["never"]:
             del kept[position : position + 2]
-    return f"interrupted: go on from here with: {shlex.join(['pipe', *kept])}"
+    again = "under torchrun again, " if num_processes() > 1 else ""
+    return f"interrupted: go on from here {again}with: {shlex.join(['pipe', *kept])}"
 
 
 def _configure_logging() -> None:
+    if num_processes() > 1:
+        # Before torch is imported: it notes that no weight was without a gradient.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     handler = RichHandler(
         console=error_console, show_time=False, show_path=False, show_level=True, markup=False
     )

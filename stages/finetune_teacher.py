@@ -49,6 +49,7 @@ from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.metrics import classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
+from teacher_cache.stages.training.ranks import num_processes
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.trainer import ClassificationTrainer
 
@@ -177,6 +178,7 @@ def _train(
         complete=True,
         result={
             "num_steps": output.global_step,
+            "num_processes": num_processes(),
             "seconds": round(time.monotonic() - started, 1),
             "evaluation": trainer.final_evaluation() if evaluation else None,
             "best_step": trainer.state.best_global_step if evaluation else None,

@@ -39,6 +39,7 @@ from teacher_cache.stages.training.metrics import agreement_metrics, classificat
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.projected_student import ProjectedStudent
+from teacher_cache.stages.training.ranks import num_processes
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.start import (
     StartingStudent,
@@ -132,6 +133,7 @@ def _train(
         complete=True,
         result={
             "num_steps": output.global_step,
+            "num_processes": num_processes(),
             "seconds": round(time.monotonic() - started, 1),
             "evaluation": trainer.final_evaluation() if data.evaluation else None,
             "best_step": _best_step(trainer),

@@ -136,6 +136,7 @@ def test_a_run_in_two_processes_is_one_run(processes: Processes, tmp_path: Path)
     assert processes.said(2, tmp_path / "two") == ["complete before: False"] * 2
     alone, two = result_files(tmp_path / "alone"), result_files(tmp_path / "two")
     assert alone.keys() == two.keys()
+    assert (read_run(tmp_path / "two").result or {})["num_processes"] == 2
     assert read_run(tmp_path / "alone").settings == read_run(tmp_path / "two").settings
     logs = zip(result_log(tmp_path / "two"), result_log(tmp_path / "alone"), strict=True)
     for line, expected in logs:
