@@ -53,7 +53,7 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 @with_options(FinetuneTeacherOptions)
 def finetune_teacher(**given: Any) -> None:
     """Fine-tune a base encoder or decoder into a classification teacher."""
-    with reported():
+    with reported(in_processes=True):
         options = _resolve(FinetuneTeacherOptions, "finetune_teacher", given)
         from teacher_cache.pipeline import commands
 
@@ -80,7 +80,7 @@ def cache_teacher(*, dry_run: bool, **given: Any) -> None:
 @with_options(TrainStudentConfig)
 def train_student(**given: Any) -> None:
     """Stage two: train a student from the cache alone; resumes where it was killed."""
-    with reported():
+    with reported(in_processes=True):
         config = _resolve(TrainStudentConfig, "train_student", given)
         from teacher_cache.pipeline import commands
 
@@ -186,3 +186,7 @@ def run(
 
         quiet_libraries()
         run_all(config, settings or [], sections=SECTIONS, console=console)
+
+
+if __name__ == "__main__":  # torchrun -m
+    main()

@@ -20,7 +20,6 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.lock import writer_lock
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
@@ -49,7 +48,9 @@ from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.metrics import classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
-from teacher_cache.stages.training.run_folder import RunRecord, open_run
+from teacher_cache.stages.training.processes import outcome_of_main, process_group
+from teacher_cache.stages.training.ranks import num_processes
+from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.trainer import ClassificationTrainer
 
 
@@ -100,6 +101,8 @@ def run(
 ) -> FinetuneTeacherResult:
     """Fine-tune a teacher and keep the best of its evaluations; resumes from its checkpoints.
 
+    Under torchrun every process calls it alike; the first one writes, and all return its record.
+
     Raises:
         UserError: for anything the user can mend: data, model, settings, disk.
     """
@@ -114,8 +117,10 @@ def run(
     config = config.model_copy(update={"max_length": max_length})
     folder = config.out or Path("teachers") / f"{config.name}-{Path(config.model).name}"
     record = _record(config, model, tokenizer, corpus, validation, max_length)
-    with writer_lock(folder):
-        record = open_run(folder, record, start_again=config.resume == "never")
+    with (
+        process_group(resolve_device(config)),
+        locked_run(folder, record, start_again=config.resume == "never") as record,
+    ):
         if record.complete:
             return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
         samples = _split(config, tokenizer, corpus, validation, max_length)
@@ -137,7 +142,7 @@ def _train(
     per_epoch = batches_per_epoch(len(training), batch_size=config.batch_size, unlabeled_ratio=0.0)
     steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
     num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
-    checkpoint = checkpoint_to_resume(config, folder)
+    checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config, folder))
     observer.on_start(folder, num_steps, checkpoint)
     pad_id = settle_pad_id(config.model, model.config, tokenizer)
     data = BothKinds(training)
@@ -151,6 +156,7 @@ def _train(
             evaluates=evaluation is not None,
             keeps_best=evaluation is not None,
             label_names=["labels"],
+            uses_all_weights=False,
         ),
         batches=AlternatingBatches(
             data,
@@ -172,12 +178,20 @@ def _train(
         complete=True,
         result={
             "num_steps": output.global_step,
+            "num_processes": num_processes(),
             "seconds": round(time.monotonic() - started, 1),
             "evaluation": trainer.final_evaluation() if evaluation else None,
             "best_step": trainer.state.best_global_step if evaluation else None,
             "log": trainer.state.log_history,
         },
     )
+    return outcome_of_main(lambda: _saved(folder, model, tokenizer, record))
+
+
+def _saved(
+    folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, record: RunRecord
+) -> RunRecord:
+    """Model and tokenizer, then `run.json`, which makes them the result."""
     with saved(folder):
         model.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)

@@ -15,7 +15,6 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.lock import writer_lock
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.join.join import Joined, join
@@ -38,8 +37,10 @@ from teacher_cache.stages.training.data import TrainingData, open_splits, traini
 from teacher_cache.stages.training.early_stopping import EarlyStopping
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
+from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.projected_student import ProjectedStudent
-from teacher_cache.stages.training.run_folder import RunRecord, open_run
+from teacher_cache.stages.training.ranks import num_processes
+from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.start import (
     StartingStudent,
     start_student,
@@ -75,6 +76,8 @@ class StageTwoObserver(TrainingObserver):
 def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) -> TrainStudentResult:
     """Train a student from a cache; resumes from the newest committed checkpoint.
 
+    Under torchrun every process calls it alike; the first one writes, and all return its record.
+
     Raises:
         UserError: for anything the user can mend.
         TokenizationMismatch: if the student would read the cached ids as other tokens.
@@ -100,8 +103,10 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
 
     record = _record(config, readers, joined, student)
     folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
-    with writer_lock(folder):
-        record = open_run(folder, record, start_again=config.resume == "never")
+    with (
+        process_group(resolve_device(config)),
+        locked_run(folder, record, start_again=config.resume == "never") as record,
+    ):
         if record.complete:
             return TrainStudentResult(run=folder, record=record, was_complete=True)
         record = _train(config, folder, record, student, data, joined, observer)
@@ -118,7 +123,7 @@ def _train(
     observer: StageTwoObserver,
 ) -> RunRecord:
     """Train from the newest checkpoint on and commit the student."""
-    checkpoint = checkpoint_to_resume(config, folder)
+    checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config, folder))
     observer.on_start(folder, data.num_steps, checkpoint)
     trainer = _trainer(config, folder, student, data, observer)
     started = time.monotonic()
@@ -128,14 +133,14 @@ def _train(
         complete=True,
         result={
             "num_steps": output.global_step,
+            "num_processes": num_processes(),
             "seconds": round(time.monotonic() - started, 1),
             "evaluation": trainer.final_evaluation() if data.evaluation else None,
             "best_step": _best_step(trainer),
             "log": trainer.state.log_history,
         },
     )
-    _save(folder, student.model, joined, record)
-    return record
+    return outcome_of_main(lambda: _saved(folder, student.model, joined, record))
 
 
 def _record(
@@ -193,6 +198,7 @@ def _trainer(
             evaluates=data.evaluation is not None,
             keeps_best=config.early_stopping is not None,
             label_names=["labels", "teacher_logits"],
+            uses_all_weights=config.pretrained is None,
         ),
         objective=config,
         embedding_lr_scale=config.embedding_lr_scale,
@@ -228,7 +234,7 @@ def _best_step(trainer: DistillationTrainer) -> int | None:
     return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 
-def _save(folder: Path, student: PreTrainedModel, joined: Joined, record: RunRecord) -> None:
+def _saved(folder: Path, student: PreTrainedModel, joined: Joined, record: RunRecord) -> RunRecord:
     """Model and tokenizer, then `run.json`, which makes them the result."""
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
@@ -238,3 +244,4 @@ def _save(folder: Path, student: PreTrainedModel, joined: Joined, record: RunRec
         student.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)
     record.write(folder)
+    return record

@@ -15,8 +15,10 @@ from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.record import TokenizationRecord, describe
 from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
 
 MAX_LENGTH = 24
+CLOCK = ("runtime", "per_second")
 
 
 def reviews_config(
@@ -58,6 +60,21 @@ def student_config(cache: Path, out: Path, **changes: Any) -> TrainStudentConfig
         "eval_fraction": 0.2,
     }
     return TrainStudentConfig(**(settings | changes))
+
+
+def result_log(run: Path) -> list[dict[str, Any]]:
+    """The log of a finished run without what the clock says."""
+    result = read_run(run).result or {}
+    lines = [line for line in result["log"] if "train_runtime" not in line]
+    return [{k: v for k, v in line.items() if not k.endswith(CLOCK)} for line in lines]
+
+
+def result_files(run: Path) -> dict[str, bytes]:
+    """Every file of a finished run's result by name; its log without what the clock says."""
+    files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    record = read_run(run)
+    told = (record.settings, (record.result or {})["num_steps"], result_log(run))
+    return files | {RUN_NAME: repr(told).encode()}
 
 
 def read_tokenizers_once(replace: Callable[[str, Any], None]) -> None:

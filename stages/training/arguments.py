@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import logging
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from teacher_cache.cache.errors import UserError
@@ -13,21 +14,24 @@ from teacher_cache.cache.fingerprint import refuse_changed_settings
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.training.checkpoints import newest_checkpoint, require_committed
 from teacher_cache.stages.training.config import OptimizationConfig
+from teacher_cache.stages.training.ranks import num_local_processes, num_processes
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_what_cannot_start(config: OptimizationConfig) -> None:
     """Refuse what no data is needed for to see, before anything is written or removed.
 
     Raises:
-        UserError: for several processes, a log reporter that is not installed, or a named
+        UserError: for more processes than GPUs, a log reporter that is not installed, or a named
             checkpoint that is not complete.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes > 1:
+    if resolve_device(config).type == "cuda" and num_local_processes() > torch.cuda.device_count():
         raise UserError(
-            f"training was started in {num_processes} processes and runs in one: start it without "
-            "torchrun"
+            f"torchrun started {num_local_processes()} processes on a machine with "
+            f"{torch.cuda.device_count()} CUDA devices, and each needs one: lower "
+            "--nproc-per-node, or give --device cpu"
         )
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UserError(
@@ -47,6 +51,7 @@ def training_arguments(
     evaluates: bool,
     keeps_best: bool,
     label_names: list[str],
+    uses_all_weights: bool = False,
 ) -> TrainingArguments:
     """Arguments of a training whose whole order of batches is one epoch to the Trainer.
 
@@ -58,7 +63,8 @@ def training_arguments(
         evaluates: whether there are held-out samples.
         keeps_best: end with the checkpoint of the best accuracy, not with the last one.
         label_names: keys of the batch that hold targets.
-
+        uses_all_weights: whether every step gives every weight a gradient; several processes
+            look for those without one where that is not known.
     """
     device = resolve_device(config)
     dtype = dtype_name(resolve_dtype(config, device))
@@ -91,6 +97,7 @@ def training_arguments(
         label_names=label_names,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=not uses_all_weights,
         disable_tqdm=True,
         report_to=[] if config.report_to == "none" else [config.report_to],
     )
@@ -105,7 +112,15 @@ def checkpoint_to_resume(config: OptimizationConfig, folder: Path) -> Path | Non
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        return newest_checkpoint(folder / CHECKPOINTS)
+        checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+    else:
+        checkpoint = _named_checkpoint(config, folder)
+    if checkpoint is not None:
+        _compare_processes(checkpoint)
+    return checkpoint
+
+
+def _named_checkpoint(config: OptimizationConfig, folder: Path) -> Path:
     checkpoint = require_committed(Path(config.resume))
     refuse_changed_settings(
         checkpoint,
@@ -114,3 +129,16 @@ def checkpoint_to_resume(config: OptimizationConfig, folder: Path) -> Path | Non
         start_again="--resume auto",
     )
     return checkpoint
+
+
+def _compare_processes(checkpoint: Path) -> None:
+    """Say where dropout cannot go on as it would have: each process has its own random state."""
+    num_before = len(list(checkpoint.glob("rng_state*.pth")))
+    if num_before != num_processes():
+        logger.warning(
+            "%s was written by %d processes, and %d go on: the same up to rounding without "
+            "dropout, other draws with it",
+            checkpoint.name,
+            num_before,
+            num_processes(),
+        )

@@ -30,6 +30,18 @@ def saved(folder: Path) -> Iterator[None]:
     Raises:
         UserError: where the file system refuses, in the words of whichever library noticed.
     """
+    with explained_save(folder):
+        yield
+    make_durable(folder)
+
+
+@contextmanager
+def explained_save(folder: Path) -> Iterator[None]:
+    """Save models and states in the body.
+
+    Raises:
+        UserError: where the file system refuses, in the words of whichever library noticed.
+    """
     with explained(folder):
         try:
             yield
@@ -39,6 +51,15 @@ def saved(folder: Path) -> Iterator[None]:
                 "some space or choose another --out (what was committed before is kept, and the "
                 "same command resumes from it)"
             ) from error
+
+
+def make_durable(folder: Path) -> None:
+    """Have all files below a folder survive a power cut.
+
+    Raises:
+        UserError: where the file system refuses.
+    """
+    with explained(folder):
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 descriptor = os.open(path, os.O_RDONLY)

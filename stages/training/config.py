@@ -73,7 +73,11 @@ class OptimizationConfig(DeviceConfig):
     max_steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps; replaces --epochs when given."
     )
-    batch_size: int = Field(default=32, ge=1, description="Samples in a batch.")
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        description="Samples in a batch, which the processes that torchrun starts share.",
+    )
     gradient_accumulation: int = Field(default=1, ge=1, description="Batches in an optimizer step.")
     lr: float = Field(
         default=1e-3, gt=0, allow_inf_nan=False, description="Peak learning rate (AdamW)."

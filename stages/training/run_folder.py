@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 from teacher_cache.cache.commit import explained, temporary_name, write_json_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import refuse_changed_settings
-from teacher_cache.cache.lock import LOCK_NAME
+from teacher_cache.cache.lock import LOCK_NAME, writer_lock
+from teacher_cache.stages.training.processes import outcome_of_main
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -62,6 +65,23 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): train again with --resume never") from error
+
+
+@contextmanager
+def locked_run(folder: Path, record: RunRecord, *, start_again: bool) -> Iterator[RunRecord]:
+    """Hold the run's lock and `open_run` it: the main process does, all get what it found.
+
+    Raises:
+        UserError: in all processes, where another command trains in this folder or `open_run`
+            refuses.
+    """
+    with ExitStack() as held:
+
+        def open_locked() -> RunRecord:
+            held.enter_context(writer_lock(folder))
+            return open_run(folder, record, start_again=start_again)
+
+        yield outcome_of_main(open_locked)
 
 
 def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord:

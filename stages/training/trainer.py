@@ -1,20 +1,13 @@
-"""transformers' Trainer with the distillation objective, counted over whole optimizer steps."""
+"""The two Trainers: their losses, counted over whole optimizer steps."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
 
-from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
@@ -22,79 +15,9 @@ from teacher_cache.stages.losses.objective import (
     distillation_objective,
 )
 from teacher_cache.stages.losses.pooled import pooled_distance
-from teacher_cache.stages.training.batches import AlternatingBatches
-from teacher_cache.stages.training.checkpoints import (
-    commit_checkpoint,
-    remove_checkpoint,
-    remove_old_checkpoints,
-    saved,
-)
+from teacher_cache.stages.losses.teacher_distribution import widened
 from teacher_cache.stages.training.learning_rates import scale_learning_rate
-
-
-class OrderedTrainer(Trainer):
-    """A Trainer over a fixed order of batches, whose checkpoints are committed.
-
-    Args:
-        batches: the order of all training batches, which to the Trainer is one epoch.
-        **kwargs: transformers' Trainer arguments.
-    """
-
-    def __init__(self, *, batches: AlternatingBatches, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._batches = batches
-        self.remove_callback(PrinterCallback)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """One pass over `batches`."""
-        loader = DataLoader(
-            self.train_dataset,  # pyright: ignore[reportArgumentType]  (any map-style dataset)
-            batch_sampler=self._batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial))
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        remove_checkpoint(checkpoint)  # what a killed save of the same step left
-        with saved(checkpoint):
-            super()._save_checkpoint(model, trial)
-        commit_checkpoint(checkpoint)
-        best = self.state.best_model_checkpoint
-        remove_old_checkpoints(folder, keep=Path(best) if best else None)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and stop at a loss that is no number: nothing can be learned from there on.
-
-        Raises:
-            UserError: naming the step.
-        """
-        super().log(logs, start_time)
-        loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.state.global_step}: start again with "
-                "--resume never and a lower --lr, or with --dtype float32"
-            )
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Weight decay on matrices alone: not on norms, biases and state-space parameters."""
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and not name.endswith("A_log")  # Mamba-1's is a matrix
-        ]
-
-    def final_evaluation(self) -> dict[str, float]:
-        """Metrics of the model as training leaves it: the best one's, or those of the last step."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        step = best or self.state.global_step
-        for entry in reversed(self.state.log_history):
-            if entry["step"] == step and "eval_loss" in entry:
-                return entry
-        return self.evaluate()
+from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 
 
 class ClassificationTrainer(OrderedTrainer):
@@ -102,8 +25,12 @@ class ClassificationTrainer(OrderedTrainer):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        # compute_loss divides by the step's labels; Trainer counts them and must not divide again.
+        # compute_loss divides by the step's labels; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
+
+    def step_totals(self, batches: list[dict[str, torch.Tensor]]) -> int:
+        """The number of labels."""
+        return sum(len(batch["labels"]) for batch in batches)
 
     def compute_loss(
         self,
@@ -115,8 +42,12 @@ class ClassificationTrainer(OrderedTrainer):
         """This micro-batch's share of the step's loss; many models' own ignores the step."""
         labels = inputs["labels"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        logits = outputs.logits[: len(labels)]  # none of a share without samples
+        total = F.cross_entropy(widened(logits), labels, reduction="sum")
         loss = total / (num_items_in_batch if model.training else len(labels))
+        if model.training:
+            # Data parallelism averages over processes what is a sum over them.
+            loss = loss * self.args.world_size
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
 
@@ -152,17 +83,13 @@ class DistillationTrainer(OrderedTrainer):
             )
         return optimizer
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """The micro-batches of the next optimizer step, with the step's totals."""
-        # Trainer's own would count labels, and a step's second batch may have none.
-        batches = list(islice(epoch_iterator, num_batches))
+    def step_totals(self, batches: list[dict[str, torch.Tensor]]) -> StepTotals:
+        """The totals of a step, which is counted by the kinds of its samples."""
         totals = sum((self._totals(batch) for batch in batches), StepTotals())
         self._num_steps["labeled"] += totals.num_labeled > 0
         self._num_steps["unlabeled"] += totals.num_unlabeled > 0
         self._num_steps["all"] += 1
-        return batches, totals
+        return totals
 
     def compute_loss(
         self,
@@ -173,6 +100,7 @@ class DistillationTrainer(OrderedTrainer):
     ) -> Any:
         """This micro-batch's share of the step's loss; in evaluation the batch is the step."""
         labels, teacher_logits = inputs.get("labels"), inputs["teacher_logits"]
+        num = len(teacher_logits)  # 0 in a share without samples, which reads one all the same
         has_lm = self._objective.lm_weight > 0
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -180,19 +108,24 @@ class DistillationTrainer(OrderedTrainer):
             **({"next_token_loss": True} if has_lm else {}),  # only a Mamba student knows it
         )
         terms = distillation_objective(
-            outputs.logits,
+            outputs.logits[:num],
             teacher_logits,
             labels,
             config=self._objective,
             totals=num_items_in_batch if model.training else self._totals(inputs),
-            next_token_loss_sum=outputs.next_token_loss_sum if has_lm else None,
-            pooled_distance_sum=pooled_distance(outputs.projected, inputs["teacher_pooled"]).sum()
+            next_token_loss_sum=outputs.next_token_loss_sum * (num > 0) if has_lm else None,
+            pooled_distance_sum=pooled_distance(
+                outputs.projected[:num], inputs["teacher_pooled"]
+            ).sum()
             if self._objective.pooled_weight
             else None,
         )
+        loss = terms.loss
         if model.training:
             self._remember(terms)
-        return (terms.loss, {"logits": outputs.logits}) if return_outputs else terms.loss
+            # Data parallelism averages over processes what is a sum over them.
+            loss = loss * self.args.world_size
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms' means since the last line."""
@@ -229,9 +162,10 @@ class DistillationTrainer(OrderedTrainer):
     def _means(self) -> dict[str, float]:
         """Each term's mean over the steps since the last line that held its kind of sample."""
         kinds = {"kd_unlabeled": "unlabeled", "lm": "all", "pooled": "all"}
+        sums = {name: torch.as_tensor(total).double() for name, total in self._sums.items()}
         means = {
             name: float(total) / self._num_steps[kinds.get(name, "labeled")]
-            for name, total in self._sums.items()
+            for name, total in self.accelerator.reduce(sums).items()
         }
         self._sums.clear()
         self._num_steps.clear()

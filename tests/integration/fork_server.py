@@ -93,11 +93,12 @@ def serve(module_name: str) -> None:
         else:
             answer = child = os.fork()
             if child == 0:
-                _child(getattr(module, task["function"]), task["arguments"])
+                run_child(getattr(module, task["function"]), task["arguments"])
         print(answer, file=answers, flush=True)
 
 
-def _child(function: Any, arguments: dict[str, Any]) -> NoReturn:
+def run_child(function: Any, arguments: dict[str, Any]) -> NoReturn:
+    """Run a function and end the process with its exit code; 70 for an error of ours or others."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(LIMIT_S)
     code = 70

@@ -20,11 +20,10 @@ from teacher_cache.stages.training.checkpoints import MARKER_NAME
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
 from tests.integration.fork_server import ForkServer
-from tests.tiny_runs import cache_reviews, student_config
+from tests.tiny_runs import cache_reviews, result_files, student_config
 
 NUM_RANDOM_KILLS = 8
 RECORD = f"rename {RUN_NAME}"
-CLOCK = ("runtime", "per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +60,6 @@ def _steps(run: Path) -> list[str]:
     return Path(f"{run}.log").read_text().splitlines()
 
 
-def _files(run: Path) -> dict[str, bytes]:
-    """Every file of the run's result by name; its log without what the clock says."""
-    files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    result = read_run(run).result or {}
-    lines = [line for line in result["log"] if "train_runtime" not in line]
-    log = [{k: v for k, v in line.items() if not k.endswith(CLOCK)} for line in lines]
-    return files | {RUN_NAME: repr((read_run(run).settings, result["num_steps"], log)).encode()}
-
-
 @pytest.fixture(scope="module")
 def stage_two(
     tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path
@@ -97,7 +87,7 @@ def stage_two(
             server=server,
             config=config,
             folder=folder,
-            whole=_files(whole),
+            whole=result_files(whole),
             steps=_steps(whole),
             seconds=time.monotonic() - started,
         )
@@ -132,7 +122,7 @@ def test_killed_at_every_step(stage_two: StageTwo) -> None:
         if (run / RUN_NAME).exists():
             assert not read_run(run).complete, step
     assert stage_two.run(run) == 0
-    assert _files(run) == stage_two.whole
+    assert result_files(run) == stage_two.whole
 
 
 def test_killed_at_random_moments(stage_two: StageTwo) -> None:
@@ -147,11 +137,11 @@ def test_killed_at_random_moments(stage_two: StageTwo) -> None:
         assert code in (0, -signal.SIGKILL), stage_two.server.output.read_text()
         killed += code != 0
         if code == 0:
-            assert _files(run) == stage_two.whole
+            assert result_files(run) == stage_two.whole
             ended += 1
         assert ended < NUM_RANDOM_KILLS
     assert stage_two.run(run) == 0
-    assert _files(run) == stage_two.whole
+    assert result_files(run) == stage_two.whole
 
 
 def test_interrupted_from_the_keyboard(stage_two: StageTwo, tmp_path: Path) -> None:

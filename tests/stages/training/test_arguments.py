@@ -92,10 +92,16 @@ def test_the_number_format_is_the_devices(
     assert found["dataloader_pin_memory"] == (device == "cuda")
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="in 4 processes"):
-        refuse_what_cannot_start(OptimizationConfig())
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "resolve_device", lambda config: torch.device(config.device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    refuse_what_cannot_start(OptimizationConfig(device="cuda"))  # not torchrun's: no LOCAL_RANK
+    for name, value in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    refuse_what_cannot_start(OptimizationConfig(device="cpu"))
+    with pytest.raises(UserError, match=r"4 processes .* 2 CUDA devices.*--nproc-per-node"):
+        refuse_what_cannot_start(OptimizationConfig(device="cuda"))
 
 
 def test_a_reporter_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
