@@ -73,6 +73,11 @@ def read_corpora(scale: Scale) -> dict[Name, MovieCorpus]:
     }
 
 
+def block_of(corpus: Name) -> Block:
+    """The block whose rows learn from a corpus."""
+    return next(key[0] for key, name in CORPUS_OF.items() if name == corpus)
+
+
 def corpus_config(folder: Path, split: str) -> CorpusConfig:
     """What the product's loader is told to read one part of a written corpus."""
     labeled = split != "unlabeled"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.distillation.corpora import CORPUS_OF, Name, Stage, corpus_config
+from benchmarks.distillation.corpora import CORPUS_OF, Name, Stage, block_of, corpus_config
 from benchmarks.distillation.folders import Folders
 from benchmarks.distillation.rows import Row, Scale, Settings
 from teacher_cache.pipeline.settings import validate
@@ -27,8 +27,7 @@ def teacher_config(corpus: Name, folders: Folders, scale: Scale) -> FinetuneTeac
     Raises:
         UserError: if the recipe's settings are not those of a teacher.
     """
-    block = next(block for (block, _), name in CORPUS_OF.items() if name == corpus)
-    settings = scale.teachers[block] | {"max_length": scale.max_length}
+    settings = scale.teachers[block_of(corpus)] | {"max_length": scale.max_length}
     values = {
         **settings,
         "name": corpus,

@@ -10,28 +10,32 @@ from torch import nn
 from teacher_cache.stages.training.learning_rates import scale_learning_rate
 
 
-def make_model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)).double()
+class Model(nn.Module):
+    """An embedding and a linear map."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(5, 3).double()
+        self.linear = nn.Linear(3, 2).double()
 
-def loss_of(model: nn.Module) -> torch.Tensor:
-    return model(torch.tensor([0, 1, 3, 3])).square().sum()
+    def loss(self) -> torch.Tensor:
+        return self.linear(self.embedding(torch.tensor([0, 1, 3, 3]))).square().sum()
 
 
 def test_equals_two_optimizers() -> None:
-    model = make_model()
+    model = Model()
     apart = copy.deepcopy(model)
-    embedding, linear = model[0].weight, list(model[1].parameters())
+    matrices = [model.embedding.weight, model.linear.weight]
     optimizer = torch.optim.AdamW(
-        [{"params": [embedding, linear[0]], "weight_decay": 0.3}, {"params": [linear[1]]}], lr=0.1
+        [{"params": matrices, "weight_decay": 0.3}, {"params": [model.linear.bias]}], lr=0.1
     )
-    scale_learning_rate(optimizer, embedding, 0.25)
+    scale_learning_rate(optimizer, model.embedding.weight, 0.25)
     assert sorted(group["lr"] for group in optimizer.param_groups) == [0.025, 0.1, 0.1]
     references = [
-        torch.optim.AdamW([apart[0].weight], lr=0.025, weight_decay=0.3),
-        torch.optim.AdamW([apart[1].weight], lr=0.1, weight_decay=0.3),
-        torch.optim.AdamW([apart[1].bias], lr=0.1),
+        torch.optim.AdamW([apart.embedding.weight], lr=0.025, weight_decay=0.3),
+        torch.optim.AdamW([apart.linear.weight], lr=0.1, weight_decay=0.3),
+        torch.optim.AdamW([apart.linear.bias], lr=0.1),
     ]
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step))
@@ -40,7 +44,7 @@ def test_equals_two_optimizers() -> None:
     for _ in range(5):
         for each, optimizers in ((model, [optimizer]), (apart, references)):
             each.zero_grad()
-            loss_of(each).backward()
+            each.loss().backward()
             for one in optimizers:
                 one.step()
         for schedule in schedules:
@@ -50,7 +54,7 @@ def test_equals_two_optimizers() -> None:
 
 
 def test_a_parameter_that_is_not_optimized_stays_out() -> None:
-    model = make_model()
-    optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.1)
-    scale_learning_rate(optimizer, model[0].weight, 0.25)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.linear.parameters(), lr=0.1)
+    scale_learning_rate(optimizer, model.embedding.weight, 0.25)
     assert len(optimizer.param_groups) == 1

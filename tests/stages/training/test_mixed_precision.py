@@ -79,12 +79,10 @@ def test_half_precision_gives_the_loss_up_to_its_rounding(
     trainer = trained(tmp_path / "bfloat16", data, "bfloat16", accumulation)
     half = trainer.state.log_history[0]
 
-    assert trainer.model is not None
+    assert trainer.model is not None and isinstance(trainer.optimizer, torch.optim.Optimizer)
     dtypes = {weight.dtype for weight in trainer.model.parameters()}
     moments = {
-        value.dtype
-        for state in trainer.optimizer.state.values()  # pyright: ignore[reportOptionalMemberAccess]
-        for value in state.values()
+        value.dtype for state in trainer.optimizer.state.values() for value in state.values()
     }
     assert dtypes == moments == {torch.float32}
     # CE moves by at most twice its largest change of a logit, T^2 KD by 2 T times as much, and
