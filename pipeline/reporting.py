@@ -24,7 +24,7 @@ from teacher_cache.stages.training.ranks import is_main, num_processes
 EXIT_INTERRUPTED = 130
 RESUMING = ("finetune-teacher", "cache-teacher", "train-student", "run")
 # How long a process that torchrun started beside the main one keeps an error to itself.
-GRACE_S = 10.0
+GRACE_S = 30.0
 
 # Without markup and emoji: a token called [unused1] or :eye: is printed as it is.
 console = Console(highlight=False, markup=False, emoji=False, quiet=not is_main())

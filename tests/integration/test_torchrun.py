@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,25 +23,37 @@ from tests.command_line import TINY_STUDENT, done
 from tests.tiny_runs import result_files, result_log
 
 BIN = Path(sys.executable).parent
+LIMIT_S = 300
 PLAIN = ("--device", "cpu", "--dropout", "0", "--unlabeled-alpha", "0.3")
 
 
-def launched(*args: str | Path, number: int = 2) -> subprocess.Popen[str]:
-    """Start a command in several processes."""
-    return subprocess.Popen(
-        [BIN / "torchrun", "--nproc-per-node", str(number), "--no-python", BIN / "pipe", *args],
+@contextmanager
+def launched(*args: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs in two processes, which end with the body."""
+    process = subprocess.Popen(
+        [BIN / "torchrun", "--nproc-per-node", "2", "--no-python", BIN / "pipe", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "240"},
-        start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code and the two streams."""
-    stdout, stderr = process.communicate(timeout=300)
+    """Exit code and the two streams, when it is done."""
+    stdout, stderr = process.communicate(timeout=LIMIT_S)
     return process.returncode, stdout, stderr
+
+
+def outcome(*args: str | Path) -> tuple[int, str, str]:
+    """Run a command in two processes: exit code and the two streams."""
+    with launched(*args) as process:
+        return ended(process)
 
 
 def distil(cache: Path, run: Path, *more: str) -> tuple[str | Path, ...]:
@@ -50,7 +64,7 @@ def distil(cache: Path, run: Path, *more: str) -> tuple[str | Path, ...]:
 def test_torchrun_trains_one_student(bert_cache: Path, tmp_path: Path) -> None:
     done(*distil(bert_cache, tmp_path / "alone"))
     run = tmp_path / "two"
-    code, said, notes = ended(launched(*distil(bert_cache, run)))
+    code, said, notes = outcome(*distil(bert_cache, run))
     assert code == 0, notes
     assert said.count("trained: ") == said.count("6 steps") == said.count("step 6, held out") == 1
     assert "Warning" not in notes
@@ -61,7 +75,7 @@ def test_torchrun_trains_one_student(bert_cache: Path, tmp_path: Path) -> None:
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
     before = result_files(run)
-    code, said, _ = ended(launched(*distil(bert_cache, run)))
+    code, said, _ = outcome(*distil(bert_cache, run))
     assert (code, said.count("was trained before")) == (0, 1)
     assert result_files(run) == before
 
@@ -74,7 +88,7 @@ def test_torchrun_says_once_what_is_wrong(bert_cache: Path, bert_run: Path) -> N
         (("inspect", bert_cache), "this command runs in one"),
         (distil(bert_cache / "none", bert_run), "none"),
     ):
-        code, _, notes = ended(launched(*arguments))
+        code, _, notes = outcome(*arguments)
         ours, _, report = notes.partition("\nW")
         assert code == 1
         assert notes.count("error: ") == 1, notes
@@ -92,21 +106,21 @@ def test_torchrun_is_stopped_and_goes_on(
     """A process is killed, or the launcher interrupted: all end, and go on as if nothing was."""
     more = ("--dropout", "0.2", "--max-steps", "200", "--checkpoint-steps", "20")
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert ended(launched(*distil(bert_cache, whole, *more)))[0] == 0
-    process = launched(*distil(bert_cache, run, *more))
-    deadline = time.monotonic() + 120
-    while not list(run.glob(f"checkpoints/*/{MARKER_NAME}")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    main_process = json.loads((run / LOCK_NAME).read_text())["pid"]
-    os.kill(main_process if how == signal.SIGKILL else process.pid, how)
-    code, _, notes = ended(process)
+    assert outcome(*distil(bert_cache, whole, *more))[0] == 0
+    with launched(*distil(bert_cache, run, *more)) as process:
+        deadline = time.monotonic() + LIMIT_S
+        while not list(run.glob(f"checkpoints/*/{MARKER_NAME}")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        main_process = json.loads((run / LOCK_NAME).read_text())["pid"]
+        os.kill(main_process if how == signal.SIGKILL else process.pid, how)
+        code, _, notes = ended(process)
     assert code == 1
     if how == signal.SIGINT:
         assert notes.count("interrupted: go on from here under torchrun again, with: pipe") == 1
         assert notes.count("Traceback") == 1  # torchrun's own
     assert not read_run(run).complete
-    code, said, notes = ended(launched(*distil(bert_cache, run, *more)))
+    code, said, notes = outcome(*distil(bert_cache, run, *more))
     assert code == 0, notes
     assert "going on from checkpoint-" in said
     assert result_files(run) == result_files(whole)
@@ -123,7 +137,7 @@ def test_torchrun_fine_tunes_one_teacher(acl_imdb: Path, tiny_bert: Path, tmp_pa
         if name == "alone":
             done(*command)
         else:
-            code, said, notes = ended(launched(*command))
+            code, said, notes = outcome(*command)
             assert code == 0, notes
             assert said.count("fine-tuned") == 1
             assert "Warning" not in notes
