@@ -6,7 +6,7 @@ import torch
 
 
 def scale_learning_rate(
-    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, scale: float
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, scale: float
 ) -> None:
     """Move a parameter to a group of its own, with all options of its old one but the rate.
 
