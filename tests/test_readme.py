@@ -15,12 +15,15 @@ from tests.integration.test_imdb_stand_in import PLAIN_READER
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 STUDENT = (ROOT / "docs" / "student.md").read_text()
+RECIPE = (ROOT / "docs" / "recipe.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pipe_lines() -> list[str]:
     found = re.findall(
-        r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)", README + STUDENT, re.MULTILINE
+        r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)",
+        README + STUDENT + RECIPE,
+        re.MULTILINE,
     )
     return [line.strip() for line in found]
 
@@ -66,3 +69,17 @@ def test_the_students_speeds_are_those_of_the_benchmark() -> None:
         shape, *cells = (cell.strip() for cell in row.strip("|").split("|"))
         for number in (re.match(r"[\d.]+", cell) for cell in cells):
             assert number is None or number[0] in printed, (shape, number[0])
+
+
+def test_the_recipes_figures_are_those_of_the_benchmark() -> None:
+    """Whole lines in docs/recipe.md; in the README, each row's numbers."""
+    printed = (ROOT / "benchmarks" / "results" / "quality.md").read_text()
+    rows = [line for line in RECIPE.splitlines() if line.startswith("|")]
+    assert len(rows) > 20 and all(row in printed.splitlines() for row in rows)
+    start = README.index("## What each part gives")
+    section = README[start : README.index("\n## ", start)]
+    rows = [line for line in section.splitlines() if re.match(r"\| [a-z+]", line)][1:]
+    assert len(rows) > 5
+    for row in rows:
+        for number in re.findall(r"[+-]?\d+\.\d", row):
+            assert number in printed, (row, number)
