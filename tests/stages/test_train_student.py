@@ -349,7 +349,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(
         raise Interruption
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_student, "_save", killed)
+        patched.setattr(train_student, "_saved", killed)
         with pytest.raises(Interruption):
             train_student.run(config)
     watcher = Watcher()

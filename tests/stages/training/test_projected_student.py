@@ -200,7 +200,7 @@ def test_an_interrupted_run_goes_on_alike_and_exports_the_student_alone(
         def interrupt(*_: Any) -> None:
             raise Interruption
 
-        patch.setattr(train_student, "_save", interrupt)
+        patch.setattr(train_student, "_saved", interrupt)
         with pytest.raises(Interruption):
             train_student.run(config)
     torch.save({}, run / CHECKPOINTS / "checkpoint-6" / "optimizer.pt")  # so that 4 is the newest
