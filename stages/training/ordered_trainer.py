@@ -85,7 +85,7 @@ class OrderedTrainer(Trainer):
 
     def step_totals(self, batches: list[dict[str, torch.Tensor]]) -> Any:
         """What `compute_loss` divides by: counted over an optimizer step's whole batches."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of training counts something else
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate in every process alike; what the main one finds is what all go by."""

@@ -43,6 +43,10 @@ def done(command: list[str]) -> str:
     return ended.stdout
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(command: list[str], *, at: str, by: signal.Signals) -> tuple[int, str]:
     """Stop it where it prints `at`, as Ctrl-C does or by killing it; returns code and stderr.
 
@@ -55,6 +59,9 @@ def stopped(command: list[str], *, at: str, by: signal.Signals) -> tuple[int, st
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # As a terminal starts it: a shell's background job, such as a CI's, ignores Ctrl-C, and so
+        # would all that it starts.
+        preexec_fn=_heed_interrupts,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

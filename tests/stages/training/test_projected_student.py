@@ -183,6 +183,7 @@ def test_the_log_is_what_a_slow_loop_finds(tmp_path: Path, data: BothKinds) -> N
 
 
 OPTIONS: dict[str, Any] = {"pooled_weight": 1.0, "unlabeled_alpha": 0.3, "dropout": 0.2}
+OPTIONS["embedding_lr_scale"] = 0.5
 
 
 class Interruption(Exception):
