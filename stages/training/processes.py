@@ -14,6 +14,11 @@ from teacher_cache.stages.training.ranks import is_main, local_rank, num_process
 
 Result = TypeVar("Result")
 
+# DistributedDataParallel's reducer holds its group as well. If the reducer is the last to let go,
+# the group's threads are joined with the interpreter's lock held, and a thread that needs the lock
+# to free what it gathered is waited for without end. Python's own reference lets go without it.
+_groups_kept: list[object] = []
+
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
@@ -29,6 +34,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.set_device(local_rank())
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _groups_kept.append(distributed.group.WORLD)
     yield
     if num_processes() > 1:
         distributed.destroy_process_group()
