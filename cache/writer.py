@@ -59,6 +59,11 @@ class CacheWriter:
         needed_files: of the `teacher/` folder; a complete cache that an older release made
             without one of them gets it, and keeps its shards.
 
+    Attributes:
+        manifest: as it stands.
+        intact_files: once entered, those of the `teacher/` folder that an earlier run of the same
+            settings recorded and that have not changed since: what is costly need not be made anew.
+
     Raises:
         UserError: on entering, if another process writes here, the folder is something else, the
             recorded settings or layout differ, or the cache already holds more documents.
@@ -75,6 +80,7 @@ class CacheWriter:
     ):
         self.cache = cache
         self.manifest = manifest
+        self.intact_files: frozenset[str] = frozenset()
         self._plans = plans
         self._overwrite = overwrite
         self._needed_files = needed_files
@@ -262,6 +268,8 @@ class CacheWriter:
         refuse_fewer_documents(self.cache, recorded, self._plans)
         committed = find_committed(self.cache, recorded, self._plans)
         self._sidecars, self._segments = committed.sidecars, committed.segments
+        found = hash_files(self.cache / TEACHER_FOLDER)
+        self.intact_files = frozenset(dict(found.items() & recorded.teacher_files.items()))
         whole = all(len(self._sidecars[split]) == len(plan) for split, plan in self._plans.items())
         has_all = set(self._needed_files) <= recorded.teacher_files.keys()
         if (

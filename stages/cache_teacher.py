@@ -32,7 +32,7 @@ from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.embedding_table import TABLE_FACTS, TABLE_FILE, EmbeddingTable
+from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
 from teacher_cache.stages.teacher.forward import find_pooled_width
 from teacher_cache.stages.teacher.load import (
     Teacher,
@@ -40,6 +40,8 @@ from teacher_cache.stages.teacher.load import (
     identity,
     load_teacher,
 )
+from teacher_cache.stages.teacher.stored_tables import StoredTable
+from teacher_cache.stages.teacher.token_states import STATES, STATES_FILE, token_states
 
 NUM_PROBED_FOR_SIZE = 64
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
@@ -113,17 +115,29 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     splits = with_views(corpora, config.views, teacher.mask_token)
     plans = _plan(config, cache, splits, teacher, max_length, schema)
     num_ids = max(teacher.tokenizer.get_vocab().values()) + 1
-    embeddings = EmbeddingTable.of(teacher.model, num_ids=num_ids)
-    manifest = _manifest(config, settings, schema, corpora, plans, teacher, embeddings)
+    embeddings = embedding_table(teacher.model, num_ids=num_ids)
+    states_shape = None if pooled_width is None else (num_ids, pooled_width)
+    manifest = _manifest(
+        config, settings, schema, corpora, plans, teacher, embeddings, states_shape
+    )
     needed = [] if embeddings is None else [TABLE_FILE]
+    needed += [] if states_shape is None else [STATES_FILE]
     with CacheWriter(
         cache, manifest, plans, overwrite=config.overwrite, needed_files=needed
     ) as writer:
-        todo = writer.begin(
-            lambda folder: _write_teacher_files(
-                folder, teacher, corpora, plans, max_length, embeddings
-            )
-        )
+
+        def write_teacher_files(folder: Path) -> None:
+            _write_teacher_files(folder, teacher, corpora, plans, max_length, embeddings)
+            if states_shape is not None and STATES_FILE not in writer.intact_files:
+                states = token_states(
+                    teacher,
+                    num_ids=states_shape[0],
+                    pooled_width=states_shape[1],
+                    batch_tokens=config.batch_tokens,
+                )
+                states.write(folder)
+
+        todo = writer.begin(write_teacher_files)
         kept = writer.committed()
         observer.on_plan(cache, plans, kept)
         for split, shard_idx in todo:
@@ -232,7 +246,8 @@ def _manifest(
     corpora: dict[str, Corpus],
     plans: dict[str, ShardPlan],
     teacher: Teacher,
-    embeddings: EmbeddingTable | None,
+    embeddings: StoredTable | None,
+    states_shape: tuple[int, int] | None,
 ) -> Manifest:
     reports = survey_splits(corpora, config.views, teacher.mask_token)
     for split, report in reports.items():
@@ -266,7 +281,13 @@ def _manifest(
             "fell_back_from": config.labeled.source
             if corpora["labeled"].config != config.labeled
             else None,
-            TABLE_FACTS: None if embeddings is None else embeddings.facts(),
+            TABLE: None if embeddings is None else embeddings.facts(),
+            # Only where they are cached, so that other manifests stay as they were.
+            **(
+                {}
+                if states_shape is None
+                else {STATES: dict(zip(("num_rows", "width"), states_shape, strict=True))}
+            ),
         },
         teacher_files={},
         versions={name: version(name) for name in VERSIONED},
@@ -280,7 +301,7 @@ def _write_teacher_files(
     corpora: dict[str, Corpus],
     plans: dict[str, ShardPlan],
     max_length: int,
-    embeddings: EmbeddingTable | None,
+    embeddings: StoredTable | None,
 ) -> None:
     """Tokenizer, id-to-string table, a probe of documents, configuration, embeddings."""
     probe = []

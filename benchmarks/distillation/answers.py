@@ -40,7 +40,7 @@ class Models:
         self._asked = asked
 
     def jobs(self) -> list[Job]:
-        """One for each student, in the order of the rows."""
+        """One for each student, the longest first: no core waits for a long one at the end."""
         found: dict[Path, Job] = {}
         for row, trial, seed in self._asked:
             if row.kind != "student":
@@ -51,7 +51,7 @@ class Models:
             title = f"{row.key} ({words})"
             held_out = self._prepared.held_out[row.block]
             found.setdefault(config.out, Job(title=title, config=config, held_out=held_out))
-        return list(found.values())
+        return sorted(found.values(), key=lambda job: -(job.config.max_steps or 0))
 
     def answers(self, row: Row, trial: Settings, seeds: tuple[int, ...]) -> Answers:
         """What a row's models say, once its students are trained."""

@@ -14,6 +14,7 @@ from benchmarks.distillation.corpora import (
     MovieCorpus,
     Name,
     Stage,
+    block_of,
     corpus_config,
     read_corpora,
 )
@@ -136,24 +137,28 @@ def _check(
     for name, texts in held_out.items():
         num = sum(len(part) for part in parts.values())
         console.print(f"✓ none of {len(texts):,} texts of {name} is among {num:,} to learn from")
-    configs = {
-        f"{name}'s {what}": corpus_config(folders.corpus(name), split)
-        for name in cached
-        for what, split in (("reviews", "train"), ("unlabelled texts", "unlabeled"))
-    }
-    mask_token = load_tokenizer(str(fetch(BASE_MODEL)), option="--model").mask_token
-    views = leakage.view_overlaps(
-        configs,
-        held_out,
-        num_views=scale.views,
-        mask_token=mask_token if isinstance(mask_token, str) else None,
-    )
+    views = [one for name in cached for one in _view_overlaps(name, held_out, scale, folders)]
     for one in views:
         console.print(
             f"{one.part}: {one.num_normalised} of {one.num_texts:,} read like a text of "
             f"{one.held_out}"
         )
     return overlaps + views
+
+
+def _view_overlaps(
+    corpus: Name, held_out: dict[str, list[str]], scale: Scale, folders: Folders
+) -> list[Overlap]:
+    mask_token = load_tokenizer(str(fetch(BASE_MODEL)), option="--model").mask_token
+    return leakage.view_overlaps(
+        {
+            f"{corpus}'s {what}": corpus_config(folders.corpus(corpus), split)
+            for what, split in (("reviews", "train"), ("unlabelled texts", "unlabeled"))
+        },
+        held_out,
+        num_views=scale.views[block_of(corpus)],
+        mask_token=mask_token if isinstance(mask_token, str) else None,
+    )
 
 
 def _texts(rows: Sequence[dict[str, str]]) -> list[str]:

@@ -34,18 +34,31 @@ STUDENT: Settings = {
     "log_steps": 50,
     "eval_fraction": 0,
 }
-NUM_STEPS: dict[Block, int] = {"main": 1600, "scarce": 1000}
+NUM_STEPS: dict[Block, int] = {"main": 1200, "scarce": 800}
+# Perturbed copies of each document in the caches; the scarce block has as many documents as the
+# main one, and fewer steps to learn from them.
+NUM_VIEWS: dict[Block, int] = {"main": 6, "scarce": 2}
 # Of each trial, whatever the row: enough to tell the rates apart.
 TUNING_STEPS, TUNING_VIEWS = 500, 2
 
+# The one row that may train longer says how many times as long.
+LONG = 4
+
 # What tuning chooses from; every row has as many trials.
 LEARNING_RATES: tuple[Settings, ...] = ({"lr": 1e-3}, {"lr": 2e-3})
-REGULARISATIONS: tuple[Settings, ...] = ({"C": 0.5}, {"C": 2.0})
+REGULARISATIONS: tuple[Settings, ...] = ({"C": 8.0}, {"C": 32.0})
 
-LABELS_ONLY: Settings = {"alpha": 0.0}
+# Hard labels are learned by heart after a few passes, so these students keep a tenth of them apart
+# and the checkpoint that does best on it; the last step's would make too weak a baseline.
+LABELS_ONLY: Settings = {
+    "alpha": 0.0,
+    "eval_fraction": 0.1,
+    "checkpoint_steps": 80,
+    "early_stopping": 6,
+}
 FROM_TEACHER: Settings = {"embeddings": "teacher", "embedding_lr_scale": 0.1}
 LOGITS: Settings = {"alpha": 0.9, "temperature": 2.0} | FROM_TEACHER
-# Batches in proportion to the texts: a thousand plots, or four views of ten thousand reviews.
+# Batches in proportion to the texts: a thousand plots, or six views of ten thousand reviews.
 PLOTS: Settings = LOGITS | {
     "unlabeled_alpha": 1.0,
     "unlabeled_from": "corpus",
@@ -55,9 +68,10 @@ PLOTS: Settings = LOGITS | {
 VIEWS: Settings = LOGITS | {
     "unlabeled_alpha": 1.0,
     "unlabeled_from": "labeled-views",
-    "unlabeled_ratio": 4.0,
+    "unlabeled_ratio": 6.0,
 }
-ALL: Settings = VIEWS | {"pooled_weight": 1.0}
+STATES: Settings = {"embeddings": "teacher-states"}
+ALL: Settings = VIEWS | STATES | {"pooled_weight": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +88,7 @@ class Row:
         tuned_as: key of the row whose choice it takes instead of one of its own.
         teacher: whose logits a student is taught with: the block's own, or one fine-tuned on all
             labels.
+        times_steps: optimizer steps, as a multiple of those of its block's other students.
         is_labels_only: whether it is a student that learns from labels alone; the better of these
             is what distillation has to beat.
     """
@@ -86,6 +101,7 @@ class Row:
     trials: tuple[Settings, ...] = LEARNING_RATES
     tuned_as: str | None = None
     teacher: Literal["own", "full"] = "own"
+    times_steps: int = 1
     is_labels_only: bool = False
 
     @property
@@ -111,7 +127,12 @@ LABELS_ROWS: tuple[Row, ...] = (
     ),
 )
 LOGITS_ROW = Row(name="logits", title="+ logits", block="main", overrides=LOGITS)
-ALL_ROW = Row(name="all", title="+ logits + views + pooled state", block="main", overrides=ALL)
+ALL_ROW = Row(
+    name="all",
+    title="+ logits + views + pooled state + token states",
+    block="main",
+    overrides=ALL,
+)
 
 
 def _scarce(row: Row) -> Row:
@@ -147,9 +168,30 @@ ROWS: tuple[Row, ...] = (
         block="main",
         overrides=LOGITS | {"pooled_weight": 1.0},
     ),
+    Row(
+        name="token-states",
+        title="+ logits + token states",
+        block="main",
+        overrides=LOGITS | STATES,
+    ),
     Row(name="unlabelled", title="+ logits + unlabelled text", block="main", overrides=PLOTS),
     Row(name="views", title="+ logits + views", block="main", overrides=VIEWS),
     ALL_ROW,
+    replace(
+        ALL_ROW,
+        name="long",
+        title=f"the same, {LONG} times the steps",
+        tuned_as=ALL_ROW.key,
+        times_steps=LONG,
+    ),
+    Row(
+        name="tfidf",
+        title="TF-IDF + logistic regression",
+        block="scarce",
+        kind="tfidf",
+        trials=REGULARISATIONS,
+        tuned_as="main/tfidf",
+    ),
     Row(name="teacher", title="teacher (MiniLM)", block="scarce", kind="teacher", trials=()),
     *(_scarce(row) for row in (*LABELS_ROWS, LOGITS_ROW, ALL_ROW)),
     Row(
@@ -172,7 +214,7 @@ class Scale:
         num_validation_movies: the next.
         num_training_movies: of those behind them; None for all.
         num_scarce: labels of the label-scarce block.
-        views: perturbed copies of each document in the caches.
+        views: perturbed copies of each document in the caches, by block.
         seeds: of the students of each row.
         num_resamples: of the bootstrap.
         cost_batches: of 32 test reviews, whose CPU time is taken.
@@ -189,7 +231,7 @@ class Scale:
     num_validation_movies: int = 50
     num_training_movies: int | None = None
     num_scarce: int = 1000
-    views: int = 4
+    views: dict[Block, int] = field(default_factory=lambda: NUM_VIEWS)
     seeds: tuple[int, ...] = (0, 1, 2)
     num_resamples: int = 10_000
     cost_batches: int = 16
@@ -209,7 +251,7 @@ TINY = Scale(
     num_validation_movies=2,
     num_training_movies=8,
     num_scarce=40,
-    views=1,
+    views=dict.fromkeys(BLOCKS, 1),
     seeds=(0,),
     num_resamples=200,
     cost_batches=1,

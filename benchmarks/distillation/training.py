@@ -43,7 +43,7 @@ def cache_config(corpus: Name, teacher: Path, folders: Folders, scale: Scale) ->
     made_of = {
         "max_length": scale.max_length,
         "hidden": "pooled",
-        "views": scale.views,
+        "views": scale.views[block_of(corpus)],
     }
     values = {
         **made_of,
@@ -72,7 +72,7 @@ def student_config(
     Raises:
         UserError: if the recipe's settings are not those of a student.
     """
-    steps = {"max_steps": scale.num_steps[row.block]}
+    steps = {"max_steps": scale.num_steps[row.block] * row.times_steps}
     values = {**scale.student, **steps, **row.overrides, **trial, "seed": seed}
     config = validate(TrainStudentConfig, values, where=f"the recipe's row {row.key}")
     return config.model_copy(update={"cache": cache, "out": folders.student(config, cache)})

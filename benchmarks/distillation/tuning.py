@@ -27,7 +27,8 @@ def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def tuning_scale(scale: Scale) -> Scale:
     """The scale at which trials are trained: fewer steps and views, all else the same."""
     num_steps = dict.fromkeys(scale.num_steps, scale.tuning_steps)
-    return replace(scale, num_steps=num_steps, views=scale.tuning_views)
+    views = dict.fromkeys(scale.views, scale.tuning_views)
+    return replace(scale, num_steps=num_steps, views=views)
 
 
 def recipe(row: Row, scale: Scale) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A student's first embeddings made from its teacher's: a truncated SVD of the teacher's table."""
+"""A student's first embeddings made from its teacher's: a truncated SVD of the teacher's tables."""
 
 from __future__ import annotations
 
@@ -59,6 +59,37 @@ def from_teacher(fresh: Tensor, table: Tensor) -> TeacherEmbeddings:
     rows[: len(exact), :width][is_known] = (scale * cut[is_known]).to(fresh.dtype)
     energies = energies.clamp(min=0).flip(0)
     return TeacherEmbeddings(rows=rows, energy_kept=float(energies[:width].sum() / energies.sum()))
+
+
+@torch.no_grad()
+def side_by_side(table: Tensor, states: Tensor) -> Tensor:
+    """The teacher's embeddings and its states of the same tokens as one table [R, D + P], float64.
+
+    Each part counts as much as the other: its known rows are scaled to a mean squared norm of 1.
+    The states are taken from their mean first, since what all tokens share tells none apart.
+
+    Args:
+        table: [R', D], the teacher's embeddings.
+        states: [R, P], R at least R'; rows that are all 0 say nothing of their token, and stay 0.
+
+    Raises:
+        ValueError: if either is all 0, or the states have fewer rows.
+    """
+    if len(states) < len(table):
+        raise ValueError(f"{len(states)} rows of states for {len(table)} of embeddings")
+    is_known = states.any(dim=1)
+    if not is_known.any():
+        raise ValueError("states of zeros say nothing of any token")
+    exact = states.double()
+    centred = torch.where(is_known[:, None], exact - exact[is_known].mean(dim=0), 0.0)
+    padded = torch.zeros(len(states), table.shape[1], dtype=torch.float64)
+    padded[: len(table)] = table.double()
+    return torch.cat([_to_unit_norm(padded), _to_unit_norm(centred)], dim=1)
+
+
+def _to_unit_norm(rows: Tensor) -> Tensor:
+    squares = rows.square().sum(dim=1)
+    return rows / squares[squares > 0].mean().sqrt()
 
 
 def _root_mean_square(values: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class ShardConfig(TeacherConfig):
     hidden: Literal["none", "pooled"] = Field(
         default="none",
         description="States to cache besides the logits: none, or pooled, the vector that the "
-        "teacher's classification head reads (float16), for train-student --pooled-weight.",
+        "teacher's classification head reads (float16), for train-student --pooled-weight; and "
+        "the pooled state of each token by itself, for --embeddings teacher-states.",
     )
     out: Path | None = Field(
         default=None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."

@@ -144,10 +144,11 @@ class TrainingConfig(OptimizationConfig):
         ge=1,
         description="Stop after so many evaluations without a better accuracy, and keep the best.",
     )
-    embeddings: Literal["random", "teacher"] = Field(
+    embeddings: Literal["random", "teacher", "teacher-states"] = Field(
         default="random",
-        description="What a Mamba student's embeddings start from: random values, or the "
-        "teacher's, cut to the width by a truncated SVD.",
+        description="What a Mamba student's embeddings start from: random values; the teacher's, "
+        "cut to the width by a truncated SVD; or these together with the teacher's pooled state of "
+        "each token read by itself (cached with --hidden pooled).",
     )
     embedding_lr_scale: float = Field(
         default=1.0,

@@ -19,9 +19,10 @@ from teacher_cache.stages.student import pretrained
 from teacher_cache.stages.student.build import build_student
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.embeddings import from_teacher
+from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 from teacher_cache.stages.student.position_map import choose
 from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
+from teacher_cache.stages.teacher.token_states import STATES_FILE, read_token_states
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 
 logger = logging.getLogger(__name__)
@@ -113,28 +114,34 @@ def _mamba(
         label2id={name: class_id for class_id, name in id2label.items()},
     )
     model = build_student(student_config, seed=config.seed)
-    table = None if config.embeddings == "random" else _take_embeddings(model, config, joined)
+    taken = {} if config.embeddings == "random" else _take_embeddings(model, config, joined)
     return StartingStudent(
         model=model,
         pad_id=pad_id,
-        settings=_shape(config) | {"teacher_embeddings_sha256": table},
+        settings=_shape(config) | {"teacher_embeddings_sha256": None} | taken,
         about={},
     )
 
 
 def _take_embeddings(
     model: MambaStudentForSequenceClassification, config: TrainStudentConfig, joined: Joined
-) -> str:
-    """Start from the teacher's embeddings; returns the SHA-256 of the file that holds them."""
+) -> dict[str, str]:
+    """Start from the teacher's embeddings; returns the SHA-256 of the files that hold them."""
     if not joined.report.waivable:
         raise UserError(
-            "--embeddings teacher needs ids that mean the same to teacher and student, and here "
-            "they mean other strings: use the cache's own tokenizer, or leave the option out"
+            f"--embeddings {config.embeddings} needs ids that mean the same to teacher and "
+            "student, and here they mean other strings: use the cache's own tokenizer, or leave "
+            "the option out"
         )
     assert config.cache is not None, "the join has read it"
     manifest = read_manifest(config.cache)
     weight = model.backbone.embedding.weight
-    taken = from_teacher(weight, read_embedding_table(config.cache, manifest))
+    table = read_embedding_table(config.cache, manifest, option=config.embeddings)
+    files = {"teacher_embeddings_sha256": manifest.teacher_files[TABLE_FILE]}
+    if config.embeddings == "teacher-states":
+        table = side_by_side(table, read_token_states(config.cache, manifest))
+        files["token_states_sha256"] = manifest.teacher_files[STATES_FILE]
+    taken = from_teacher(weight, table)
     with torch.no_grad():
         weight.copy_(taken.rows)
     logger.info(
@@ -142,7 +149,7 @@ def _take_embeddings(
         config.d_model,
         100 * taken.energy_kept,
     )
-    return manifest.teacher_files[TABLE_FILE]
+    return files
 
 
 def _pretrained(

@@ -24,7 +24,7 @@ def test_the_product_takes_every_setting(scale: Scale, assets: Path) -> None:
     teacher = teacher_config("full", folders, scale)
     assert teacher.out is not None and teacher.eval_fraction == 0
     cache = cache_config("full", teacher.out, folders, scale)
-    assert cache.out is not None and (cache.hidden, cache.views) == ("pooled", scale.views)
+    assert cache.out is not None and (cache.hidden, cache.views) == ("pooled", scale.views["main"])
     for row in STUDENTS:
         for trial in row.trials:
             student_config(row, trial, 0, cache.out, folders, scale)
@@ -79,7 +79,7 @@ def test_rows_are_chosen_by_name() -> None:
     ("names", "blocks", "saying"),
     [
         ("logit", "main", r"--rows names 'logit': did you mean 'logits'\?"),
-        ("tfidf", "scarce", "--rows names 'tfidf'"),
+        ("confidence", "scarce", "--rows names 'confidence'"),
         ("", "mian", r"--blocks names 'mian': did you mean 'main'\?"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.student.embeddings import from_teacher
+from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 
 
 def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
@@ -81,3 +81,34 @@ def test_the_students_number_format_and_the_fresh_rows_are_kept() -> None:
 def test_a_table_of_zeros_is_refused() -> None:
     with pytest.raises(ValueError, match="zeros"):
         from_teacher(FRESH, torch.zeros(40, 12))
+
+
+def test_tables_side_by_side_count_alike_and_states_are_centred() -> None:
+    states = 7 * normal(43, 6, seed=3) + 5
+    states[4] = 0
+    made = side_by_side(TABLE, states)
+    assert made.shape == (43, 18)
+    known = [row for row in range(43) if row != 4]
+    for part, rows in ((made[:, :12], range(40)), (made[:, 12:], known)):
+        assert part[list(rows)].square().sum(dim=1).mean() == pytest.approx(1)
+    ratio = made[:40, :12] / TABLE
+    torch.testing.assert_close(ratio, ratio[0, 0].expand(40, 12), rtol=1e-12, atol=0)
+    assert not made[40:, :12].any() and not made[4, 12:].any()
+    centred = states[known] - states[known].mean(dim=0)
+    ratio = made[known, 12:] / centred
+    torch.testing.assert_close(ratio, ratio[0, 0].expand(42, 6), rtol=1e-9, atol=0)
+
+
+def test_a_shift_of_all_states_changes_nothing() -> None:
+    states = normal(40, 6, seed=3)
+    moved = side_by_side(TABLE, states + 9)
+    torch.testing.assert_close(moved, side_by_side(TABLE, states), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("states", "complaint"),
+    [(torch.zeros(40, 6), "zeros"), (torch.ones(39, 6), "39 rows of states for 40")],
+)
+def test_states_that_say_nothing_are_refused(states: Tensor, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        side_by_side(TABLE, states)

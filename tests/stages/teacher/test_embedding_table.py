@@ -19,9 +19,10 @@ from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.teacher.embedding_table import (
     TABLE_FILE,
-    EmbeddingTable,
+    embedding_table,
     read_embedding_table,
 )
+from teacher_cache.stages.teacher.stored_tables import StoredTable
 from tests.tiny_runs import reviews_config
 
 
@@ -38,8 +39,8 @@ class Model(PreTrainedModel):
         return torch.nn.Embedding.from_pretrained(self._weight)
 
 
-def table_of(weight: torch.Tensor, num_ids: int) -> EmbeddingTable:
-    table = EmbeddingTable.of(Model(weight), num_ids=num_ids)
+def table_of(weight: torch.Tensor, num_ids: int) -> StoredTable:
+    table = embedding_table(Model(weight), num_ids=num_ids)
     assert table is not None
     return table
 
@@ -85,7 +86,7 @@ def test_a_model_without_a_table_is_said_to_have_none(
         module.weight = weight
         model.get_input_embeddings = lambda: module  # pyright: ignore[reportAttributeAccessIssue]
     with caplog.at_level(logging.INFO, "teacher_cache"):
-        assert EmbeddingTable.of(model, num_ids=3) is None
+        assert embedding_table(model, num_ids=3) is None
     assert "no table of input embeddings" in caplog.text
 
 

@@ -15,10 +15,11 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.report import Difference, JoinReport
-from teacher_cache.stages.student.embeddings import from_teacher
+from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 from teacher_cache.stages.teacher.embedding_table import read_embedding_table
+from teacher_cache.stages.teacher.token_states import read_token_states
 from teacher_cache.stages.training.start import StartingStudent, start_student
-from tests.tiny_runs import MAX_LENGTH, student_config
+from tests.tiny_runs import MAX_LENGTH, cache_reviews, student_config
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,25 @@ def test_the_teachers_embeddings_replace_the_fresh_ones_and_nothing_else(
     assert f"keeps {100 * expected.energy_kept:.1f} % of its table's energy" in caplog.text
     assert fresh.settings["teacher_embeddings_sha256"] is None
     assert len(taken.settings["teacher_embeddings_sha256"]) == 64
+
+
+def test_embeddings_from_the_teachers_states_too(
+    tmp_path: Path, tiny_bert: Path, acl_imdb: Path
+) -> None:
+    cache = cache_reviews(tmp_path / "cache", tiny_bert, acl_imdb, hidden="pooled")
+    config = student_config(cache, cache)
+    joined = join(cache, config, longest_sample=MAX_LENGTH)
+    taken = start(cache, joined, embeddings="teacher-states")
+    manifest = read_manifest(cache)
+    table = side_by_side(read_embedding_table(cache, manifest), read_token_states(cache, manifest))
+    name = "backbone.embedding.weight"
+    fresh = start(cache, joined).model.state_dict()[name]
+    assert torch.equal(taken.model.state_dict()[name], from_teacher(fresh, table).rows)
+    without = start(cache, joined, embeddings="teacher").settings
+    assert len(taken.settings["token_states_sha256"]) == 64
+    assert taken.settings.items() - without.items() == {
+        ("token_states_sha256", taken.settings["token_states_sha256"])
+    }
 
 
 def test_ids_that_mean_other_strings_take_no_embeddings(tiny_cache: Path, joined: Joined) -> None:
