@@ -194,6 +194,12 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(name="teacher", title="teacher (MiniLM)", block="scarce", kind="teacher", trials=()),
     *(_scarce(row) for row in (*LABELS_ROWS, LOGITS_ROW, ALL_ROW)),
+    replace(
+        _scarce(ALL_ROW),
+        name="all-by-full",
+        title="the same, taught by the teacher of all labels",
+        teacher="full",
+    ),
     Row(
         name="teacher-of-all-labels",
         title="teacher (MiniLM) of all labels",
