@@ -45,7 +45,9 @@ def read_metadata(stream: IO[bytes]) -> dict[str, Any]:
     if version not in _VERSIONS:
         raise UserError(f"the GGUF file is of version {version}: convert it to version 3")
     _num_tensors, num_values = _scalar(stream, "Q"), _scalar(stream, "Q")
-    return {_string(stream).decode(): _value(stream, _scalar(stream, "I")) for _ in range(num_values)}
+    return {
+        _string(stream).decode(): _value(stream, _scalar(stream, "I")) for _ in range(num_values)
+    }
 
 
 def _value(stream: IO[bytes], kind: int) -> Any:

@@ -27,8 +27,8 @@ def smollm2_tokenizer_folder() -> Path:
     if not (folder / _TOKENIZER_FILE).is_file():
         with (fetch("smollm2") / SMOLLM2_FILE).open("rb") as stream:
             metadata = read_metadata(stream)
-        write_json_atomically(folder / "tokenizer_config.json", _config(metadata))
         settings = json.dumps(_settings(metadata), ensure_ascii=False) + "\n"
+        write_json_atomically(folder / "tokenizer_config.json", _config(metadata))
         write_bytes_atomically(folder / _TOKENIZER_FILE, settings.encode())
     return folder
 

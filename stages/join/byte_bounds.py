@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -118,7 +119,7 @@ def spans_of(
         is_whole: False where the text may have been truncated.
     """
     is_text = np.array(added, dtype=np.int64) == 0
-    inner = np.flatnonzero(is_text)
+    inner = np.flatnonzero(is_text).tolist()
     bounds = np.zeros(len(ids) + 1, dtype=np.int64)
     if len(inner):
         # Byte at which each character begins, and the end.
@@ -204,4 +205,4 @@ def _overlapping(spans: np.ndarray) -> list[tuple[int, int]]:
     reached = np.maximum.accumulate(spans[:, 1])
     fresh = np.flatnonzero(spans[1:, 0] >= reached[:-1]) + 1
     edges = [0, *fresh.tolist(), len(spans)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b - a > 1]
+    return [(a, b) for a, b in pairwise(edges) if b - a > 1]

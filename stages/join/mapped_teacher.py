@@ -31,7 +31,7 @@ def fit_logits(logits: Tensor, used_ids: Tensor, *, num_rows: int) -> Tensor:
         ValueError: if a used id has no row on either side.
     """
     lowest = min(num_rows, logits.shape[-1])
-    if used_ids.numel() and not (0 <= int(used_ids.min()) and int(used_ids.max()) < lowest):
+    if used_ids.numel() and not (int(used_ids.min()) >= 0 and int(used_ids.max()) < lowest):
         raise ValueError(f"used ids go beyond the {lowest} rows that both sides have")
     fitted = logits.new_full((*logits.shape[:-1], num_rows), -torch.inf)
     return fitted.index_copy(-1, used_ids, logits.index_select(-1, used_ids))
@@ -140,5 +140,5 @@ def scatter_logsumexp(values: Tensor, index: Tensor, size: int) -> Tensor:
 
 def _check_ids(ids: Tensor, num_ids: int) -> None:
     """Ids are checked, never clamped: a clamped id is another token."""
-    if ids.numel() and not (-1 <= int(ids.min()) and int(ids.max()) < num_ids):
+    if ids.numel() and not (int(ids.min()) >= -1 and int(ids.max()) < num_ids):
         raise ValueError(f"ids {int(ids.min())}..{int(ids.max())}, but there are {num_ids}")

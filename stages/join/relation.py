@@ -70,7 +70,7 @@ class VocabularyRelation:
         """
         if self.kind == "different":
             raise CheckFailed(
-                f"{option} needs ids that mean the same to teacher and student, but {self.overlap}: "
+                f"{option} needs ids that mean the same to teacher and student; {self.overlap}: "
                 "use --align map (exact byte strings) or --align spans (chunks of text), or a "
                 "student of the teacher's tokenizer"
             )

@@ -42,7 +42,7 @@ class VocabularyMap:
         ids = self.student_ids
         if ids.ndim != 1 or ids.dtype != np.int64:
             raise ValueError(f"student ids of shape {ids.shape} and dtype {ids.dtype}")
-        if ids.size and not (-1 <= ids.min() and ids.max() < self.num_student_ids):
+        if ids.size and not (ids.min() >= -1 and ids.max() < self.num_student_ids):
             raise ValueError(f"student ids outside -1..{self.num_student_ids - 1}")
 
     @property
@@ -131,7 +131,9 @@ def read_map(folder: Path) -> VocabularyMap:
         )
         recorded = content["sha256"]
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing, so the cache's ids have no meaning: {remedy}") from error
+        raise UserError(
+            f"{path} is missing, so the cache's ids have no meaning: {remedy}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no vocabulary map ({error}): {remedy}") from error
     if found.sha256 != recorded:

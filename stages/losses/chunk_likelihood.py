@@ -55,7 +55,7 @@ def chunk_log_likelihoods(
             f"{tuple(chunk_index.shape)}"
         )
     if chunk_index.numel() and not (
-        -1 <= int(chunk_index.min()) and int(chunk_index.max()) < num_chunks
+        int(chunk_index.min()) >= -1 and int(chunk_index.max()) < num_chunks
     ):
         raise ValueError(f"chunk index outside -1..{num_chunks - 1}")
     values = widened(next_log_probs)
@@ -97,16 +97,14 @@ def chunk_likelihood_loss(
     # Double `where`: what the teacher rules out adds 0 to the first term, value and gradient.
     possible = log_p != -torch.inf
     safe_p = torch.where(possible, log_p, 0.0)
-    match = torch.where(
-        possible, safe_p.exp() * (safe_p - torch.where(possible, log_q, 0.0)), 0.0
-    )
+    match = torch.where(possible, safe_p.exp() * (safe_p - torch.where(possible, log_q, 0.0)), 0.0)
     # log_p < 0 by the shift, so the other outcome always has mass on both sides.
     other = -torch.expm1(log_p) * (_log1mexp(log_p) - _log1mexp(log_q))
     return torch.where(mask, match + other, 0.0)
 
 
 def _log1mexp(values: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact at both ends (Mächler 2012); double `where` for gradients."""
+    """log(1 - exp(x)), x < 0, exact at both ends (Mächler 2012); double `where` for gradients."""
     near = values > -math.log(2)
     close = torch.where(near, values, -1.0)
     far = torch.where(near, -1.0, values)
