@@ -119,14 +119,16 @@ def spans_of(
         is_whole: False where the text may have been truncated.
     """
     is_text = np.array(added, dtype=np.int64) == 0
-    inner = np.flatnonzero(is_text).tolist()
+    inner = np.flatnonzero(is_text)
     bounds = np.zeros(len(ids) + 1, dtype=np.int64)
     if len(inner):
         # Byte at which each character begins, and the end.
         byte_at = np.cumsum([0, *(len(character.encode()) for character in text)], dtype=np.int64)
         data = text.encode()
-        pieces = [table.content[ids[idx]] or b"" for idx in inner]
-        spans = byte_at[np.array([characters[idx] for idx in inner], dtype=np.int64)]  # [., 2]
+        pieces = [table.content[ids[idx]] or b"" for idx in inner.tolist()]
+        spans = byte_at[
+            np.array([characters[idx] for idx in inner.tolist()], dtype=np.int64)
+        ]  # [., 2]
         found = _spelt(data, spans, pieces, is_whole=is_whole)
         first, ends = found or _by_characters(data, spans, pieces, is_whole=is_whole)
         bounds[:] = first

@@ -7,6 +7,8 @@ maths.md 2, at training time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -56,9 +58,15 @@ def project_logits(logits: Tensor, student_ids: Tensor, *, num_rows: int) -> tup
         raise ValueError(f"{logits.shape[-1]} columns, but the map has {student_ids.shape[0]} ids")
     _check_ids(student_ids, num_rows)
     log_probs = torch.log_softmax(widened(logits), dim=-1)
-    target = torch.where(student_ids < 0, num_rows, student_ids).expand_as(log_probs)
-    mapped = scatter_logsumexp(log_probs, target, num_rows + 1)
-    return mapped[..., :num_rows], mapped[..., num_rows]
+    unmatched = log_probs[..., student_ids < 0].logsumexp(dim=-1)
+    mapped = log_probs.new_full((*log_probs.shape[:-1], num_rows), -torch.inf)
+    # One column of every student id at a time: nearly all have one teacher id, and a scatter over
+    # whole vocabularies takes ten times as long.
+    for teacher_column, student_column in _columns(student_ids):
+        added = log_probs.index_select(-1, teacher_column)
+        sums = torch.logaddexp(mapped.index_select(-1, student_column), added)
+        mapped = mapped.index_copy(-1, student_column, sums)
+    return mapped, unmatched
 
 
 def map_head(
@@ -136,6 +144,17 @@ def scatter_logsumexp(values: Tensor, index: Tensor, size: int) -> Tensor:
     # Double `where`: log's gradient at 0 is infinite, and infinity times no gradient is NaN.
     reached = total > 0
     return torch.where(reached, torch.where(reached, total, 1.0).log() + shift, -torch.inf)
+
+
+def _columns(student_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Teacher ids and their student ids, which are distinct in each pair of lists."""
+    teacher_ids = torch.nonzero(student_ids >= 0)[:, 0]
+    targets, order = student_ids[teacher_ids].sort(stable=True)
+    teacher_ids = teacher_ids[order]
+    # How many teacher ids before this one have the same student id.
+    rank = torch.arange(len(targets), device=targets.device) - torch.searchsorted(targets, targets)
+    for wanted in range(int(rank.max()) + 1 if len(rank) else 0):
+        yield teacher_ids[rank == wanted], targets[rank == wanted]
 
 
 def _check_ids(ids: Tensor, num_ids: int) -> None:
