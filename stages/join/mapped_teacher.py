@@ -40,7 +40,7 @@ def fit_logits(logits: Tensor, used_ids: Tensor, *, num_rows: int) -> Tensor:
 
 
 def project_logits(logits: Tensor, student_ids: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Map a full distribution; what capture does before its top-k.
+    """Map a full distribution; what capture does before its top-k, so without a gradient.
 
     Args:
         logits: [..., V_t] over the teacher's support, divided by the temperature; -inf excludes.

@@ -67,7 +67,7 @@ def test_strings_give_the_same_bytes_or_the_pieces() -> None:
 def test_equals_a_slow_loop(share: float) -> None:
     projection = _projection()
     with torch.no_grad():
-        projection.scores += torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+        projection.scores.add_(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     learned = projection.learned_log_weights().exp().tolist()
     log_probs, ghost = _project(projection, share)
     for position in range(2):
