@@ -18,7 +18,8 @@ os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "a
 import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from teacher_cache.stages.data.packages import assets_folder, fetch
+from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
+from teacher_cache.stages.data.packages import PACKAGED_ASSETS, assets_folder, fetch
 from tests.stand_ins import write_acl_imdb
 from tests.tiny_models import write_tiny_bert, write_tiny_gpt2
 
@@ -29,8 +30,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder with the sub-folders `reviews`, `minilm` and `gpt2-tokenizer`, all present."""
-    for name in ("reviews", "minilm", "gpt2-tokenizer"):
+    """The folder with a sub-folder for every packaged asset, all present."""
+    for name in dict.fromkeys(asset.name for asset in PACKAGED_ASSETS):
         fetch(name)
     return assets_folder()
 
@@ -51,6 +52,12 @@ def bert_tokenizer(minilm_dir: Path) -> PreTrainedTokenizerBase:
 def gpt2_tokenizer() -> PreTrainedTokenizerBase:
     """GPT-2's tokenizer: byte-level BPE, 50,257 ids, no padding token."""
     return GPT2Tokenizer.from_pretrained(fetch("gpt2-tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer: byte-level BPE, digits apart, 49,152 ids of which 17 are special."""
+    return AutoTokenizer.from_pretrained(smollm2_tokenizer_folder())
 
 
 @pytest.fixture(scope="session")

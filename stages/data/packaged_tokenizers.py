@@ -1,0 +1,100 @@
+"""Tokenizers that come inside the packaged models, converted once to what transformers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomically
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.gguf import read_metadata
+from teacher_cache.stages.data.packages import assets_folder, fetch
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_TOKENIZER_FILE = "tokenizer.json"
+_CONTROL = 3  # llama.cpp's token type of what stands for no text
+
+
+def smollm2_tokenizer_folder() -> Path:
+    """The folder of SmolLM2's tokenizer in the assets, made from the GGUF when it is not there.
+
+    Raises:
+        UserError: if the package cannot be fetched, or its file holds another kind of tokenizer.
+    """
+    folder = assets_folder() / "smollm2-tokenizer"
+    if not (folder / _TOKENIZER_FILE).is_file():
+        with (fetch("smollm2") / SMOLLM2_FILE).open("rb") as stream:
+            metadata = read_metadata(stream)
+        settings = json.dumps(_settings(metadata), ensure_ascii=False) + "\n"
+        write_json_atomically(folder / "tokenizer_config.json", _config(metadata))
+        write_bytes_atomically(folder / _TOKENIZER_FILE, settings.encode())
+    return folder
+
+
+def _settings(metadata: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json of the byte-level BPE that llama.cpp calls `smollm`: each digit on its own."""
+    kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise UserError(f"the GGUF file's tokenizer is {kind}, expected gpt2 with smollm's splits")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token_id,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for token_id, token in enumerate(tokens)
+            if types[token_id] == _CONTROL
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
+        },
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: token_id for token_id, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
+        },
+    }
+
+
+def _config(metadata: dict[str, Any]) -> dict[str, Any]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    roles = {
+        "bos_token": "tokenizer.ggml.bos_token_id",
+        "eos_token": "tokenizer.ggml.eos_token_id",
+        "unk_token": "tokenizer.ggml.unknown_token_id",
+        "pad_token": "tokenizer.ggml.padding_token_id",
+    }
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata["llama.context_length"],
+        **{role: tokens[metadata[key]] for role, key in roles.items()},
+    }

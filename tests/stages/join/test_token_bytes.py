@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.join.token_bytes import TokenBytes, read_tiktoken, token_bytes
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm2"])
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=40))
+def test_the_tokens_of_a_text_spell_it(
+    name: str, gpt2_tokenizer, smollm2_tokenizer, gpt2_table, smollm2_table, text: str
+) -> None:
+    tokenizer, table = {
+        "gpt2": (gpt2_tokenizer, gpt2_table),
+        "smollm2": (smollm2_tokenizer, smollm2_table),
+    }[name]
+    ids = tokenizer(text)["input_ids"]
+    kept = bytes(byte for byte in text.encode() if bytes([byte]) in table.content)
+    assert b"".join(table.content[token_id] for token_id in ids) == kept
+
+
+def test_single_bytes_that_have_a_token(gpt2_table: TokenBytes, smollm2_table: TokenBytes) -> None:
+    every = {bytes([byte]) for byte in range(256)}
+    assert every <= set(gpt2_table.content)
+    # SmolLM2 drops these bytes from a text without a word: six control characters and what begins
+    # no character that its training text had.
+    dropped = bytes.fromhex("04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff")
+    assert every - set(smollm2_table.content) == {bytes([byte]) for byte in dropped}
+
+
+def test_added_tokens_never_equal_plain_text(
+    gpt2_table: TokenBytes, smollm2_table: TokenBytes
+) -> None:
+    plain = TokenBytes(content=(b"<|endoftext|>",))
+    assert gpt2_table.content[50256] == plain.content[0]
+    assert gpt2_table.keys[50256] != plain.keys[0]
+    assert gpt2_table.keys[50256] == smollm2_table.keys[0]
+    assert len(smollm2_table.added) == 17
+
+
+def test_wordpiece_words_begin_with_a_space_and_marks_do_not(
+    bert_tokenizer: PreTrainedTokenizerBase, bert_table: TokenBytes
+) -> None:
+    def of(string: str) -> bytes | None:
+        return bert_table.content[bert_tokenizer.get_vocab()[string]]
+
+    assert of("the") == b" the"
+    assert of("a") == b" a"
+    assert of("##ing") == b"ing"
+    assert of(".") == b"."
+    assert of("#") == b"#"
+    assert of("的") == "的".encode()
+    assert of("[SEP]") == b"[SEP]"
+    assert bert_table.caveat and "spaces" in bert_table.caveat
+
+
+def test_the_words_of_a_plain_text_spell_it(
+    bert_tokenizer: PreTrainedTokenizerBase, bert_table: TokenBytes
+) -> None:
+    text = " an unbelievably long sentence, with marks."
+    ids = bert_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(bert_table.content[token_id] or b"" for token_id in ids) == text.encode()
+
+
+def test_sentencepiece_spaces_and_bytes(sentencepiece: PreTrainedTokenizerBase) -> None:
+    table = token_bytes(sentencepiece)
+    vocabulary = sentencepiece.get_vocab()
+    assert table.content[vocabulary["▁ab"]] == b" ab"
+    assert table.content[vocabulary["▁▁"]] == b"  "
+    assert table.content[vocabulary["<0xF0>"]] == b"\xf0"
+    assert table.single_bytes == {vocabulary[f"<0x{byte:02X}>"] for byte in range(256)}
+    assert table.added == {vocabulary["<s>"], vocabulary["</s>"], vocabulary["<unk>"]}
+    ids = sentencepiece("ab 🚀 éa", add_special_tokens=False)["input_ids"]
+    assert b"".join(table.content[token_id] or b"" for token_id in ids) == " ab 🚀 éa".encode()
+
+
+def test_ids_without_a_token_are_none() -> None:
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "Ġb": 3}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel()])
+    table = token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert table.content == (b"a", None, None, b" b")
+    assert table.keys == [b"=a", None, None, b"= b"]
+
+
+def test_a_tokenizer_of_another_kind_is_refused() -> None:
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    with pytest.raises(UserError, match=r"WordLevel.*expected byte-level BPE"):
+        token_bytes(words)
+
+
+def test_tiktoken_files(qwen_table: TokenBytes, tmp_path: Path) -> None:
+    assert len(qwen_table) == 151_643
+    assert len(set(qwen_table.content)) == 151_643
+    assert {bytes([byte]) for byte in range(256)} == set(qwen_table.content[:256])
+    broken = tmp_path / "broken.tiktoken"
+    broken.write_bytes(b"IQ== 0\nIg==\n")
+    with pytest.raises(UserError, match=r"line 2 of .*broken\.tiktoken"):
+        read_tiktoken(broken)
+
+
+def test_the_hash_tells_kinds_places_and_borders_apart() -> None:
+    tables = [
+        TokenBytes(content=(b"a", b"b")),
+        TokenBytes(content=(b"b", b"a")),
+        TokenBytes(content=(b"ab", b"")),
+        TokenBytes(content=(b"a", None, b"b")),
+        TokenBytes(content=(b"a", b"b"), added=frozenset({1})),
+    ]
+    assert len({table.sha256 for table in tables}) == len(tables)
+    assert tables[0].sha256 == TokenBytes(content=(b"a", b"b"), caveat="none").sha256
