@@ -15,7 +15,7 @@ from teacher_cache.stages.data.tokenization import Sample
 from teacher_cache.stages.device import dtype_name, environment
 from teacher_cache.stages.inference import OnBatch
 from teacher_cache.stages.teacher.forward import run_teacher
-from teacher_cache.stages.teacher.load import Teacher
+from teacher_cache.stages.teacher.load import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Captured:
 
 
 def capture(
-    teacher: Teacher,
+    teacher: Classifier,
     samples: Sequence[Sample],
     *,
     batch_tokens: int,
