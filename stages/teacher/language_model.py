@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModel(Teacher):
+class LanguageModelTeacher(Teacher):
     """A causal language model.
 
     Attributes:
@@ -60,7 +60,7 @@ class LanguageModel(Teacher):
     num_logits: int
 
 
-def load_language_model(config: TeacherConfig) -> LanguageModel:
+def load_language_model(config: TeacherConfig) -> LanguageModelTeacher:
     """Load a causal language model onto its device, in its number format; its head in float32.
 
     Raises:
@@ -86,7 +86,7 @@ def load_language_model(config: TeacherConfig) -> LanguageModel:
         )
     packs = check_language_model(config.teacher, model.eval())
     weights_sha256 = hash_weights(model)
-    return LanguageModel(
+    return LanguageModelTeacher(
         name=config.teacher,
         model=on_device(model, device, dtype),
         tokenizer=tokenizer,

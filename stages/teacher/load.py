@@ -70,7 +70,7 @@ class Teacher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier(Teacher):
+class ClassificationTeacher(Teacher):
     """A sequence classifier.
 
     Attributes:
@@ -80,7 +80,7 @@ class Classifier(Teacher):
     id2label: dict[int, str]
 
 
-def load_teacher(config: TeacherConfig) -> Classifier:
+def load_teacher(config: TeacherConfig) -> ClassificationTeacher:
     """Load a classifier onto its device, in its number format.
 
     Raises:
@@ -95,7 +95,7 @@ def load_teacher(config: TeacherConfig) -> Classifier:
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     _warn_of_label_smoothing(config.teacher, model)
     weights_sha256 = hash_weights(model)
-    return Classifier(
+    return ClassificationTeacher(
         name=config.teacher,
         model=on_device(model, device, dtype),
         tokenizer=tokenizer,

@@ -16,7 +16,11 @@ from torch import Tensor
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.packing import PackedSample
 from teacher_cache.stages.inference import OnBatch, for_each_batch
-from teacher_cache.stages.teacher.language_model import LanguageModel, final_states, head_logits
+from teacher_cache.stages.teacher.language_model import (
+    LanguageModelTeacher,
+    final_states,
+    head_logits,
+)
 
 SLICE_LOGITS = 2**25  # 128 MiB in float32
 
@@ -60,7 +64,7 @@ class PositionOutputs:
 
 
 def run_positions(
-    teacher: LanguageModel,
+    teacher: LanguageModelTeacher,
     samples: Sequence[PackedSample],
     reduce: Reduce,
     *,
@@ -109,7 +113,10 @@ def next_ids(sample: PackedSample) -> np.ndarray:
 
 
 def _slices(
-    teacher: LanguageModel, samples: Sequence[PackedSample], places: np.ndarray, slice_logits: int
+    teacher: LanguageModelTeacher,
+    samples: Sequence[PackedSample],
+    places: np.ndarray,
+    slice_logits: int,
 ) -> Iterator[Slice]:
     """A batch's positions, sample by sample, with their logits.
 
@@ -144,5 +151,5 @@ def _slices(
         )
 
 
-def _on(teacher: LanguageModel, array: np.ndarray) -> Tensor:
+def _on(teacher: LanguageModelTeacher, array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).to(teacher.device)

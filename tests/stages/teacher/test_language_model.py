@@ -34,7 +34,7 @@ from transformers import (
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.language_model import (
-    LanguageModel,
+    LanguageModelTeacher,
     check_language_model,
     final_states,
     head_logits,
@@ -225,7 +225,7 @@ def test_a_head_that_reads_more_than_the_last_states_is_refused() -> None:
         check_language_model("it", model)
 
 
-def load(folder: Path, **changes: Any) -> LanguageModel:
+def load(folder: Path, **changes: Any) -> LanguageModelTeacher:
     given = {"teacher": str(folder), "device": "cpu"} | changes
     return load_language_model(TeacherConfig.model_validate(given))
 

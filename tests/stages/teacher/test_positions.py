@@ -17,7 +17,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack, pack_tokens
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.language_model import LanguageModel, load_language_model
+from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.teacher.positions import Slice, next_ids, run_positions
 from tests.tiny_models import write_tiny_language_model
 
@@ -35,7 +35,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def teacher(
     tmp_path_factory: pytest.TempPathFactory, gpt2_tokenizer: PreTrainedTokenizerBase
-) -> LanguageModel:
+) -> LanguageModelTeacher:
     folder = write_tiny_language_model(tmp_path_factory.mktemp("tiny-lm"), gpt2_tokenizer)
     return load_language_model(TeacherConfig(teacher=str(folder), device="cpu"))
 
@@ -60,7 +60,9 @@ def reduced(part: Slice) -> dict[str, Tensor]:
     }
 
 
-def expected_of(teacher: LanguageModel, samples: Sequence[PackedSample]) -> dict[str, np.ndarray]:
+def expected_of(
+    teacher: LanguageModelTeacher, samples: Sequence[PackedSample]
+) -> dict[str, np.ndarray]:
     """The same by the model's own forward pass over each piece alone."""
     parts: list[dict[str, Tensor]] = []
     for sample in samples:
@@ -95,7 +97,7 @@ def check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 @pytest.mark.parametrize("slice_logits", [1, 200_000, 10**9])
 def test_every_position_is_reduced_in_order(
-    teacher: LanguageModel,
+    teacher: LanguageModelTeacher,
     samples: list[PackedSample],
     packs: bool,
     batch_tokens: int,
@@ -117,7 +119,7 @@ def test_every_position_is_reduced_in_order(
 
 
 def test_no_slice_is_larger_than_it_may_be(
-    teacher: LanguageModel, samples: list[PackedSample]
+    teacher: LanguageModelTeacher, samples: list[PackedSample]
 ) -> None:
     sizes: list[int] = []
 
@@ -131,7 +133,7 @@ def test_no_slice_is_larger_than_it_may_be(
 
 
 def test_the_base_runs_a_batch_once_and_the_head_never_whole(
-    teacher: LanguageModel, samples: list[PackedSample]
+    teacher: LanguageModelTeacher, samples: list[PackedSample]
 ) -> None:
     of_base: list[int] = []
     of_head: list[int] = []
@@ -150,7 +152,7 @@ def test_the_base_runs_a_batch_once_and_the_head_never_whole(
 
 
 def test_out_of_memory_halves_a_batch_even_in_the_head(
-    teacher: LanguageModel, samples: list[PackedSample], caplog: pytest.LogCaptureFixture
+    teacher: LanguageModelTeacher, samples: list[PackedSample], caplog: pytest.LogCaptureFixture
 ) -> None:
     most = 2
     in_head = [True]
@@ -181,7 +183,7 @@ def test_out_of_memory_halves_a_batch_even_in_the_head(
 
 
 def test_a_sample_that_does_not_fit_is_a_sentence(
-    teacher: LanguageModel, samples: list[PackedSample]
+    teacher: LanguageModelTeacher, samples: list[PackedSample]
 ) -> None:
     def full(_: Slice) -> dict[str, Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -194,7 +196,7 @@ def test_a_sample_that_does_not_fit_is_a_sentence(
     ("value", "is_refused"), [(np.nan, True), (np.inf, True), (-np.inf, False)]
 )
 def test_logits_that_are_no_numbers(
-    teacher: LanguageModel, samples: list[PackedSample], value: float, is_refused: bool
+    teacher: LanguageModelTeacher, samples: list[PackedSample], value: float, is_refused: bool
 ) -> None:
     def spoiled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         output = output.clone()
@@ -220,5 +222,5 @@ def test_the_next_tokens() -> None:
     assert next_ids(sample).tolist() == [6, 7, 0, 0]
 
 
-def test_no_samples(teacher: LanguageModel) -> None:
+def test_no_samples(teacher: LanguageModelTeacher) -> None:
     assert run_positions(teacher, [], reduced, batch_tokens=8).values == {}
