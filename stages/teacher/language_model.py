@@ -113,7 +113,7 @@ def check_language_model(name: str, model: PreTrainedModel) -> bool:
             and `head_logits`.
     """
     generator = torch.Generator().manual_seed(0)
-    most = min(1000, model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+    most = min(1000, _own_logits(model, np.zeros(1, np.uint32)).shape[-1])
     documents = [
         torch.randint(most, (n,), generator=generator).numpy().astype(np.uint32)
         for n in _PROBE_LENGTHS
@@ -128,8 +128,8 @@ def check_language_model(name: str, model: PreTrainedModel) -> bool:
         )
     joined = np.concatenate(documents)
     # The second row makes the first one's padding and the batch's order show.
-    sequences, lengths = [joined[:-1], joined], [list(_PROBE_LENGTHS) for _ in range(2)]
-    lengths[0][-1] -= 1
+    *first, last = _PROBE_LENGTHS
+    sequences, lengths = [joined[:-1], joined], [[*first, last - 1], [*first, last]]
     expected = torch.cat([*alone[:-1], alone[-1][:-1], *alone])
     for packs in (True, False):
         try:
@@ -232,22 +232,22 @@ def _states_of_rows(
     model: PreTrainedModel, rows: Sequence[np.ndarray], *, max_tokens: int
 ) -> Tensor:
     """[N, D] of rows that are padded on the right, in their order."""
-    starts = np.cumsum([0, *(len(row) for row in rows)])
-    states: Tensor | None = None
+    starts = np.cumsum([0, *(len(row) for row in rows)]).tolist()
+    found: list[Tensor] = []
+    places: list[np.ndarray] = []  # of what is found, among all tokens
     for batch in length_sorted_batches([len(row) for row in rows], max_tokens=max_tokens):
         padded, mask = pad_batch([rows[i] for i in batch], FILLER_ID)
         real = torch.from_numpy(mask).to(model.device)
         output = model.base_model(
-            input_ids=torch.from_numpy(padded).to(model.device),
+            input_ids=torch.from_numpy(padded).to(model.device),  # [B, S]
             attention_mask=real.long(),
             use_cache=False,
         )
-        found = output.last_hidden_state[real]
-        if states is None:
-            states = found.new_empty((int(starts[-1]), found.shape[-1]))
-        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
-        states[torch.from_numpy(places).to(model.device)] = found
-    assert states is not None
+        found.append(output.last_hidden_state[real])
+        places += [np.arange(starts[i], starts[i + 1]) for i in batch]
+    joined = torch.cat(found)
+    states = torch.empty_like(joined)
+    states[torch.from_numpy(np.concatenate(places)).to(model.device)] = joined
     return states
 
 

@@ -87,7 +87,7 @@ def run_positions(
             numbers.
     """
     lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
-    starts = np.cumsum([0, *lengths], dtype=np.int64)
+    starts = np.cumsum([0, *lengths]).tolist()
     values: dict[str, np.ndarray] = {}
 
     def run(batch: np.ndarray) -> None:
@@ -99,7 +99,7 @@ def run_positions(
                 for name, found in reduce(part).items():
                     kept = found.cpu().numpy()
                     if name not in values:
-                        values[name] = np.empty((int(starts[-1]), *kept.shape[1:]), kept.dtype)
+                        values[name] = np.empty((starts[-1], *kept.shape[1:]), kept.dtype)
                     values[name][where] = kept
 
     num_halvings = for_each_batch(run, lengths, max_tokens=batch_tokens, on_batch=on_batch)
