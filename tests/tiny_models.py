@@ -1,4 +1,4 @@
-"""Tiny classifiers, randomly initialised, with real tokenizers: teachers for tests."""
+"""Tiny models, randomly initialised, with real tokenizers: teachers for tests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -44,6 +47,25 @@ def write_tiny_gpt2(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: i
         id2label={0: "LABEL_0", 1: "LABEL_1"},
     )
     return _save(folder, GPT2ForSequenceClassification(config), tokenizer)
+
+
+def tiny_language_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """A causal language model of this configuration, with weights wide enough to tell apart."""
+    torch.manual_seed(seed)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 3
+    return model
+
+
+def write_tiny_language_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+) -> Path:
+    """A 2-layer GPT-2 of width 32; returns its folder."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512)
+    return _save(folder, tiny_language_model(config, seed=seed), tokenizer)
 
 
 def _save(folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:

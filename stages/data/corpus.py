@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -31,7 +32,7 @@ class CorpusConfig(StageConfig):
     """What to read, and how much of it."""
 
     source: str = Field(
-        description="'reviews', a file, a folder (aclImdb's layout too) or a hub id"
+        description="'reviews', 'austen', a file, a folder (aclImdb's layout too) or a hub id"
     )
     split: str | None = Field(
         default=None, description="the split to read; by default 'train', or the only one there is"
@@ -41,6 +42,11 @@ class CorpusConfig(StageConfig):
     )
     label_column: str | None = Field(
         default=None, description="the column with the labels; by default one of the usual names"
+    )
+    txt_unit: Literal["line", "paragraph", "document"] = Field(
+        default="line",
+        description="what of a .txt file is a document: a line, a paragraph (between empty lines) "
+        "or the whole file",
     )
     labeled: bool = Field(default=True, description="whether to read labels")
     label_names: tuple[str, ...] | None = Field(
@@ -184,7 +190,7 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         SourceUnavailable: if the source is not there, cannot be reached or holds nothing.
         UserError: if a split or column is not there, or the labels cannot be learned from.
     """
-    source = open_source(config.source, config.split)
+    source = open_source(config.source, config.split, txt_unit=config.txt_unit)
     table = source.table
     if len(table) == 0:
         raise SourceUnavailable(

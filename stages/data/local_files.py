@@ -14,7 +14,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import datasets
 import pyarrow as pa
@@ -24,6 +24,8 @@ from datasets.exceptions import DatasetsError
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.errors import SourceUnavailable
 from teacher_cache.stages.data.quiet import quiet_datasets
+
+TxtUnit = Literal["line", "paragraph", "document"]
 
 _BUILDERS = {
     ".csv": "csv",
@@ -116,12 +118,16 @@ def content_hash(files: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def read_files(files: Sequence[Path], content_sha256: str) -> datasets.Dataset:
+def read_files(
+    files: Sequence[Path], content_sha256: str, *, txt_unit: TxtUnit = "line"
+) -> datasets.Dataset:
     """Read files of one kind as one table.
 
     Args:
         files: in the order of their documents.
         content_sha256: of the files, which names the folder of their Arrow copy.
+        txt_unit: what of a .txt file is a document: a line, what stands between empty lines, or
+            the whole file.
 
     Raises:
         UserError: if they are of several kinds, or cannot be read as what they are called.
@@ -136,7 +142,9 @@ def read_files(files: Sequence[Path], content_sha256: str) -> datasets.Dataset:
     empty = [path.name for path in files if path.stat().st_size == 0]
     if empty:
         raise SourceUnavailable(f"{empty[0]} is empty: give a file with documents in it")
-    options = _csv_options(files, kind) if _BUILDERS[kind] == "csv" else {}
+    options: dict[str, Any] = {"sample_by": txt_unit} if kind == ".txt" else {}
+    if _BUILDERS[kind] == "csv":
+        options = _csv_options(files, kind)
     cache = Path(datasets_config.HF_DATASETS_CACHE) / "teacher_cache" / content_sha256[:16]
     names = ", ".join(path.name for path in files[:3]) + (", ..." if len(files) > 3 else "")
     with quiet_datasets():

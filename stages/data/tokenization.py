@@ -69,12 +69,12 @@ def tokenize(
 def _tokenize_batch(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Sample]:
-    ids = _token_ids([document.text for document in documents], tokenizer, max_length=None)
+    ids = token_ids([document.text for document in documents], tokenizer, max_length=None)
     # The tokenizer itself cuts the long ones: only it knows its special tokens and its side.
     long_idx = [idx for idx, tokens in enumerate(ids) if len(tokens) > max_length]
     if long_idx:
         texts = [documents[idx].text for idx in long_idx]
-        cut = _token_ids(texts, tokenizer, max_length=max_length)
+        cut = token_ids(texts, tokenizer, max_length=max_length)
         for idx, tokens in zip(long_idx, cut, strict=True):
             ids[idx] = tokens
     truncated = set(long_idx)
@@ -90,9 +90,16 @@ def _tokenize_batch(
     ]
 
 
-def _token_ids(
+def token_ids(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
 ) -> list[list[int]]:
+    """The ids of each text, special tokens included.
+
+    Args:
+        texts: tokenised together.
+        tokenizer: whose own settings for padding and truncation do not matter but for the side.
+        max_length: cuts longer ones; None cuts nothing.
+    """
     encoded = tokenizer(
         texts,
         add_special_tokens=True,

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.schema import NO_LABEL, POOLED, SAMPLE_ID_BYTES, Fields, Ragged
+from teacher_cache.cache.schema import NO_LABEL, POOLED, SAMPLE_ID_BYTES, Ragged
 from teacher_cache.stages.data.tokenization import Sample
 from teacher_cache.stages.device import dtype_name, environment
 from teacher_cache.stages.inference import OnBatch
 from teacher_cache.stages.teacher.forward import run_teacher
-from teacher_cache.stages.teacher.load import Teacher
-
-
-@dataclass(frozen=True, kw_only=True)
-class Captured:
-    """A shard before it is committed.
-
-    Attributes:
-        fields: of `classification_schema`, in the samples' order.
-        environment: what the bits depend on besides the settings, for the sidecar.
-    """
-
-    fields: Fields
-    environment: dict[str, Any]
+from teacher_cache.stages.teacher.load import ClassificationTeacher
+from teacher_cache.stages.teacher.task import Captured
 
 
 def capture(
-    teacher: Teacher,
+    teacher: ClassificationTeacher,
     samples: Sequence[Sample],
     *,
     batch_tokens: int,
@@ -79,6 +65,7 @@ def capture(
             "class_logits": logits,
             **({} if pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}),
         },
+        num_truncated=sum(sample.was_truncated for sample in samples),
         environment={
             **environment(teacher.device),
             "dtype": dtype_name(teacher.dtype),

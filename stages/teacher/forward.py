@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.inference import OnBatch, Outputs, forward, run_in_batches
-from teacher_cache.stages.teacher.load import Teacher
+from teacher_cache.stages.teacher.load import ClassificationTeacher
 
 
 def run_teacher(
-    teacher: Teacher,
+    teacher: ClassificationTeacher,
     input_ids: Sequence[np.ndarray],
     *,
     batch_tokens: int,
@@ -61,7 +61,7 @@ def run_teacher(
     )
 
 
-def find_pooled_width(teacher: Teacher) -> int:
+def find_pooled_width(teacher: ClassificationTeacher) -> int:
     """D of the teacher's pooled states, from one short text.
 
     Raises:

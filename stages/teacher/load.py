@@ -1,4 +1,4 @@
-"""Load a fine-tuned classifier with its tokenizer, and say exactly which one it is."""
+"""Load a teacher with its tokenizer, and say exactly which one it is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A classifier ready to run.
+    """A model ready to run.
 
     Attributes:
         name: hub id or folder, as given.
@@ -42,7 +42,6 @@ class Teacher:
         weights_sha256: of all parameters and buffers at float32, by name.
         config_sha256: of `described_config`: heads, activations, padding token, ...
         commit: of the hub repository, None for a folder.
-        id2label: class names by id.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Teacher:
     weights_sha256: str
     config_sha256: str
     commit: str | None
-    id2label: dict[int, str]
 
     @property
     def mask_token(self) -> str | None:
@@ -71,8 +69,19 @@ class Teacher:
         return longest_sample(self.name, self.model, self.tokenizer, requested)
 
 
-def load_teacher(config: TeacherConfig) -> Teacher:
-    """Load the teacher onto its device, in its number format.
+@dataclass(frozen=True, kw_only=True)
+class ClassificationTeacher(Teacher):
+    """A sequence classifier.
+
+    Attributes:
+        id2label: class names by id.
+    """
+
+    id2label: dict[int, str]
+
+
+def load_teacher(config: TeacherConfig) -> ClassificationTeacher:
+    """Load a classifier onto its device, in its number format.
 
     Raises:
         UserError: if it cannot be found or loaded, or has no trained classification head.
@@ -82,11 +91,11 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     tokenizer = load_tokenizer(
         config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
     )
-    model = _load_model(config.teacher, config.trust_remote_code)
+    model = _load_classifier(config.teacher, config.trust_remote_code)
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     _warn_of_label_smoothing(config.teacher, model)
     weights_sha256 = hash_weights(model)
-    return Teacher(
+    return ClassificationTeacher(
         name=config.teacher,
         model=on_device(model, device, dtype),
         tokenizer=tokenizer,
@@ -133,12 +142,17 @@ def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) 
     """The model on its device, in its number format, in evaluation mode; its head in float32.
 
     A head in half precision would round the logits (bfloat16 to 3 digits); so what stands behind
-    the base model keeps float32, and its input is widened.
+    the base model keeps float32, and its input is widened. Where the two share a weight, as a
+    language model's head and its embeddings do, the head gets its own copy.
     """
     torch.nn.Module.to(model, device=device, dtype=dtype)  # in place, as for every module
     in_base = {id(module) for module in model.base_model.modules()}
+    of_base = {id(parameter) for parameter in model.base_model.parameters()}
     for module in model.modules():
         if id(module) not in in_base and any(True for _ in module.parameters(recurse=False)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in of_base and dtype is not torch.float32:
+                    setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
             torch.nn.Module.float(module)
             module.register_forward_pre_hook(_widen)
     return model.eval()
@@ -174,19 +188,14 @@ def hash_weights(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
-    require_folder(name, "a fine-tuned classifier", option="--teacher")
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            local_files_only=is_local_only(name),
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
-        raise UserError(could_not_load("classifier", name, error, option="--teacher")) from error
-    untrained = sorted(info["missing_keys"])
+def _load_classifier(name: str, trust_remote_code: bool) -> PreTrainedModel:
+    model, untrained = load_model(
+        AutoModelForSequenceClassification,
+        name,
+        what="classifier",
+        content="a fine-tuned classifier",
+        trust_remote_code=trust_remote_code,
+    )
     if untrained:
         raise UserError(
             f"{name} has no trained weights for {', '.join(untrained[:3])}, so its class logits "
@@ -194,6 +203,38 @@ def _load_model(name: str, trust_remote_code: bool) -> PreTrainedModel:
             "fine-tuned classifier"
         )
     return model
+
+
+def load_model(
+    auto_class: Any, name: str, *, what: str, content: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model in float32, on the CPU.
+
+    Args:
+        auto_class: of transformers.
+        name: hub id or folder.
+        what: it is called in a message.
+        content: of the folder that is expected, in a message.
+        trust_remote_code: run the code that a hub repository brings.
+
+    Returns:
+        The model, and the names of its weights that are in no file.
+
+    Raises:
+        UserError: if it cannot be found or loaded.
+    """
+    require_folder(name, content, option="--teacher")
+    try:
+        model, info = auto_class.from_pretrained(
+            name,
+            local_files_only=is_local_only(name),
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
+        raise UserError(could_not_load(what, name, error, option="--teacher")) from error
+    return model, sorted(info["missing_keys"])
 
 
 def settle_pad_id(name: str, config: PreTrainedConfig, tokenizer: Tokenizer) -> int:

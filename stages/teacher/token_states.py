@@ -22,7 +22,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.teacher.forward import run_teacher
-from teacher_cache.stages.teacher.load import Teacher
+from teacher_cache.stages.teacher.load import ClassificationTeacher
 from teacher_cache.stages.teacher.stored_tables import StoredTable, file_of, read_table
 
 STATES = "token_states"
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def token_states(
-    teacher: Teacher, *, num_ids: int, pooled_width: int, batch_tokens: int
+    teacher: ClassificationTeacher, *, num_ids: int, pooled_width: int, batch_tokens: int
 ) -> StoredTable:
     """Run the teacher over each token by itself, between the special tokens of any text.
 

@@ -13,12 +13,13 @@ from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.pipeline import cli, commands
 from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig, StageOneObserver
-from teacher_cache.stages.teacher.load import Teacher, load_teacher
+from teacher_cache.stages.teacher import classification
+from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher
 from tests.small_caches import set_shards_per_folder
 
 HALF_WRITTEN, WRITTEN, RENAMED = "half-written", "written", "renamed"
 
-teachers: dict[str, Teacher] = {}  # loaded by the server, so that each child need not
+teachers: dict[str, ClassificationTeacher] = {}  # loaded by the server, so that each child need not
 
 # Imported for `pipe`, which imports it late: a fork should find it loaded.
 assert commands
@@ -112,7 +113,7 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     assert resolved.out is not None
     steps = Steps(resolved.out, Path(log), die_at)
     steps.install()
-    stage_one.load_teacher = lambda config: teachers[config.teacher]
+    classification.load_teacher = lambda config: teachers[config.teacher]
     stage_one.run(resolved, steps)
 
 

@@ -115,6 +115,7 @@ def test_options_win_over_the_preset() -> None:
         "split": "test",
         "text_column": "body",
         "label_column": "stars",
+        "txt_unit": "line",
         "labeled": True,
         "label_names": ("bad", "good"),
         "max_samples": 10,

@@ -24,9 +24,11 @@ from teacher_cache.stages.data import views
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.inference import class_logits
-from teacher_cache.stages.teacher.capture import Captured, capture
+from teacher_cache.stages.teacher import classification
+from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import Teacher, identity, load_teacher
+from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
+from teacher_cache.stages.teacher.task import Captured
 from tests.small_caches import contents
 from tests.tiny_models import write_tiny_gpt2
 from tests.tiny_runs import reviews_config
@@ -178,7 +180,9 @@ def viewed(folder: Path, teacher: Path, views: int, num: int = 20) -> CacheTeach
 def test_a_cache_gains_views_and_computes_nothing_else(
     tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def counted(teacher: Teacher, samples: Sequence[Sample], **given: Any) -> Captured:
+    def counted(
+        teacher: ClassificationTeacher, samples: Sequence[Sample], **given: Any
+    ) -> Captured:
         seen.extend(sample.sample_id for sample in samples)
         return capture(teacher, samples, **given)
 
@@ -189,7 +193,7 @@ def test_a_cache_gains_views_and_computes_nothing_else(
 
     seen: list[bytes] = []
     cache = tmp_path / "c"
-    monkeypatch.setattr(cache_teacher, "capture", counted)
+    monkeypatch.setattr(classification, "capture", counted)
     assert computed(views=0) == 20
     labeled = contents(cache)
     first, second = (f"labeled_views_{number}" for number in (1, 2))

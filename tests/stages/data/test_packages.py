@@ -179,6 +179,36 @@ def test_unpacks_npm_packages(words, registry, tmp_path, monkeypatch):
     assert registry == [["/bin/npm", "pack", "--silent", "words@1"]]
 
 
+def test_unpacks_and_converts_debian_packages(words, registry, tmp_path, monkeypatch):
+    inner = _npm_package(tmp_path / "data.tar.gz")
+    members = ((b"debian-binary", b"2.0"), (b"control.tar.gz", b"x" * 7), (b"data.tar.gz", inner))
+    package = b"!<arch>\n"
+    for name, content in members:
+        header = name.ljust(48) + str(len(content)).encode().ljust(10) + b"`\n"
+        package += header + content + b"\n" * (len(content) % 2)
+    for path in (tmp_path / "registry").iterdir():
+        path.unlink()
+    (tmp_path / "data.tar.gz").unlink()
+    (tmp_path / "registry" / "words_1_all.deb").write_bytes(package)
+
+    def shout(folder: Path) -> None:
+        (folder / "loud.txt").write_text((folder / "words.txt").read_text().upper())
+
+    debian = dataclasses.replace(
+        words,
+        manager="apt-get",
+        requirement="words=1",
+        archive="words_1_all.deb",
+        sha256=hashlib.sha256(package).hexdigest(),
+        files={"package/words.txt": "words.txt"},
+        convert=shout,
+    )
+    monkeypatch.setattr(packages, "PACKAGED_ASSETS", (debian,))
+    monkeypatch.setattr(shutil, "which", lambda program: f"/bin/{program}")
+    assert (fetch("words") / "loud.txt").read_text() == "SOME WORDS"
+    assert registry == [["/bin/apt-get", "--quiet", "download", "words=1"]]
+
+
 def test_the_command_fetches_all_or_the_named(words, registry, caplog):
     with caplog.at_level(logging.INFO):
         assert packages.main([]) == 0
@@ -187,7 +217,21 @@ def test_the_command_fetches_all_or_the_named(words, registry, caplog):
     assert "there is no packaged asset 'nothing'" in caplog.text
 
 
+def test_the_command_leaves_out_what_no_program_here_can_fetch(
+    words, registry, monkeypatch, caplog
+):
+    debian = dataclasses.replace(words, name="other", manager="apt-get", archive="other.deb")
+    monkeypatch.setattr(packages, "PACKAGED_ASSETS", (debian, words))
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert packages.main([]) == 0
+    assert "other is left out: apt-get is not installed" in caplog.text
+    assert (packages.assets_folder() / "words").is_dir()
+    assert packages.main(["other"]) == 2
+
+
 def test_every_real_asset_is_complete(assets):
     for asset in packages.PACKAGED_ASSETS:
+        if asset.convert is not None:
+            continue  # what is there is not what was unpacked
         for file_name in asset.files.values():
             assert (assets / asset.name / file_name).stat().st_size > 0

@@ -33,7 +33,7 @@ from teacher_cache.stages.teacher.forward import (
     logits_and_pooled,
     run_teacher,
 )
-from teacher_cache.stages.teacher.load import Teacher, load_teacher, on_device
+from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher, on_device
 
 WIDTH, PAD_ID = 32, 1
 SHAPE: dict[str, Any] = {
@@ -179,7 +179,7 @@ def test_a_head_that_cannot_be_read_is_refused(head: Callable[[], nn.Module]) ->
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_bert: Path) -> Teacher:
+def teacher(tiny_bert: Path) -> ClassificationTeacher:
     return load_teacher(TeacherConfig(teacher=str(tiny_bert), device="cpu"))
 
 
@@ -188,7 +188,7 @@ def sample_ids(num: int) -> list[np.ndarray]:
     return [rng.integers(1000, 30000, rng.integers(1, 40)).astype(np.uint32) for _ in range(num)]
 
 
-def test_the_width_is_found_and_the_order_is_the_samples(teacher: Teacher) -> None:
+def test_the_width_is_found_and_the_order_is_the_samples(teacher: ClassificationTeacher) -> None:
     assert find_pooled_width(teacher) == 32
     ids = sample_ids(20)
     alone, together = (
@@ -203,7 +203,7 @@ def test_the_width_is_found_and_the_order_is_the_samples(teacher: Teacher) -> No
     assert np.array_equal(plain["class_logits"], together["class_logits"])
 
 
-def test_out_of_memory_halves_a_batch(teacher: Teacher) -> None:
+def test_out_of_memory_halves_a_batch(teacher: ClassificationTeacher) -> None:
     model, limit = teacher.model, 4
     refused: list[int] = []
 
@@ -224,7 +224,7 @@ def test_out_of_memory_halves_a_batch(teacher: Teacher) -> None:
         np.testing.assert_allclose(found.vectors[name], values, rtol=0, atol=1e-5)
 
 
-def captured(teacher: Teacher, pooled_width: int | None) -> Any:
+def captured(teacher: ClassificationTeacher, pooled_width: int | None) -> Any:
     samples = [
         Sample(sample_id=bytes([i] * 16), input_ids=ids, label=None, was_truncated=False)
         for i, ids in enumerate(sample_ids(5))
@@ -234,7 +234,7 @@ def captured(teacher: Teacher, pooled_width: int | None) -> Any:
     ).fields
 
 
-def test_states_are_kept_in_half_precision(teacher: Teacher) -> None:
+def test_states_are_kept_in_half_precision(teacher: ClassificationTeacher) -> None:
     fields = captured(teacher, 32)
     assert fields["pooled"].dtype == np.float16 and fields["pooled"].shape == (5, 32)
     wide = run_teacher(teacher, sample_ids(5), batch_tokens=64, pooled_width=32).vectors["pooled"]
@@ -242,7 +242,7 @@ def test_states_are_kept_in_half_precision(teacher: Teacher) -> None:
     assert "pooled" not in captured(teacher, None)
 
 
-def test_a_state_beyond_half_precision_is_refused(teacher: Teacher) -> None:
+def test_a_state_beyond_half_precision_is_refused(teacher: ClassificationTeacher) -> None:
     largest = 65504.0
 
     def enlarged(_: nn.Module, inputs: Any, output: Any) -> Any:

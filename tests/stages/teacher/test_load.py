@@ -22,7 +22,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import (
-    Teacher,
+    ClassificationTeacher,
     hash_weights,
     load_teacher,
     longest_sample,
@@ -30,7 +30,7 @@ from teacher_cache.stages.teacher.load import (
 )
 
 
-def load(folder: Path | str, **changes: Any) -> Teacher:
+def load(folder: Path | str, **changes: Any) -> ClassificationTeacher:
     given = {"teacher": str(folder), "device": "cpu"} | changes
     return load_teacher(TeacherConfig.model_validate(given))
 

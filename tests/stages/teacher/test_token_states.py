@@ -19,6 +19,7 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
+from teacher_cache.stages.teacher import classification
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_teacher
 from teacher_cache.stages.teacher.token_states import (
@@ -110,13 +111,13 @@ def test_a_run_that_goes_on_reads_the_tokens_again_only_where_the_file_is_bad(
     own = copytree(cache, tmp_path / "cache")
     config = reviews_config(own, tiny_bert, acl_imdb, hidden="pooled")
     calls: list[int] = []
-    original = cache_teacher.token_states
+    original = classification.token_states
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(cache_teacher, "token_states", counted)
+    monkeypatch.setattr(classification, "token_states", counted)
     next(own.glob("labeled/*/*.arrow")).unlink()
     assert cache_teacher.run(config).num_shards_run == 1
     assert not calls

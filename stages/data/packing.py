@@ -1,0 +1,217 @@
+"""Packing: documents laid end to end in sequences, with their borders kept.
+
+A document is tokenised as the tokenizer does it (with the special tokens that it adds, such as a
+begin-of-text token) and ends with the tokenizer's end-of-text token, as GPT-2 and its kin were
+trained (Radford et al. 2019); unlike there, nothing ever looks across a border: each token carries
+the index of its document, and the last token before a border predicts nothing.
+
+Documents stay in order and whole where they fit: the open sequence takes the next document if it
+has room for all of it, else a new one begins (next fit). A document longer than a sequence begins a
+new one and is cut into pieces of the full length, and the rest of it stays open for the documents
+behind; each piece is read without those before it. No token is dropped or repeated. Cutting only
+what must be cut leaves sequences of differing lengths, which cost nothing in a cache, where cutting
+at every sequence's end would take context from many documents (Ding et al. 2024, *Fewer Truncations
+Improve Language Modeling*, arXiv:2404.10830).
+
+The sequences of some documents depend on these alone, so a shard's depend on no other shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import SAMPLE_ID_BYTES
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.tokenization import token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHORTEST_SEQUENCE = 2  # one token and its next
+MOST_SEGMENTS = 2**16  # an index of 16 bits names so many
+_BATCH_DOCUMENTS = 512
+
+DocumentEnd = Literal["eos", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Tokens of one document that stand in one sequence.
+
+    Attributes:
+        document_id: 16 bytes.
+        start: the first of its document's tokens, special ones included.
+        stop: one past the last.
+    """
+
+    document_id: bytes
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedSample:
+    """One sequence of S tokens: the unit of caching for a language model.
+
+    Attributes:
+        input_ids: uint32 [S], no padding.
+        segment: uint16 [S], from 0: which piece of this sequence a token belongs to.
+        pieces: in order; of one document one at most.
+    """
+
+    input_ids: np.ndarray
+    segment: np.ndarray
+    pieces: tuple[Piece, ...]
+
+    @property
+    def sample_id(self) -> bytes:
+        """16 bytes that are equal exactly for the same pieces of the same documents."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            digest.update(piece.document_id)
+            digest.update(piece.start.to_bytes(8, "little") + piece.stop.to_bytes(8, "little"))
+        return digest.digest()[:SAMPLE_ID_BYTES]
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """Which positions count, bool [S]: those whose next token is of the same piece."""
+        counts = np.zeros(len(self.segment), bool)
+        counts[:-1] = self.segment[1:] == self.segment[:-1]
+        return counts
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        """Each token's place in its piece, from 0, int64 [S]."""
+        lengths = [piece.stop - piece.start for piece in self.pieces]
+        return np.concatenate([np.arange(length) for length in lengths])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Some documents as sequences.
+
+    Attributes:
+        samples: in the documents' order.
+        num_documents: in them.
+        num_empty: documents left out: whitespace only, or the tokenizer leaves nothing of them.
+        num_continued: documents in more than one sequence.
+    """
+
+    samples: list[PackedSample]
+    num_documents: int
+    num_empty: int
+    num_continued: int
+
+
+def packing_settings(
+    tokenizer: PreTrainedTokenizerBase, *, max_length: int, document_end: DocumentEnd
+) -> dict[str, Any]:
+    """What decides how documents become sequences, for the fingerprint.
+
+    `version` stands for the code of this module and changes with what it makes.
+    """
+    return {
+        "version": 1,
+        "max_length": max_length,
+        "document_end": document_end,
+        "end_id": _end_id(tokenizer, document_end),
+    }
+
+
+def pack(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    document_end: DocumentEnd = "eos",
+) -> Packed:
+    """Tokenise documents and pack them into sequences.
+
+    Args:
+        documents: of one shard, in order; their labels are not read.
+        tokenizer: the teacher's.
+        max_length: the most tokens of a sequence.
+        document_end: `eos` puts the tokenizer's end-of-text token behind a document that does not
+            end with it already, where the tokenizer has one; `none` puts nothing there.
+
+    Raises:
+        UserError: if `max_length` leaves no room for a token and its next.
+    """
+    if max_length < SHORTEST_SEQUENCE:
+        raise UserError(
+            f"--max-length {max_length} leaves no room for a token and its next: give at least "
+            f"{SHORTEST_SEQUENCE}"
+        )
+    end_id = _end_id(tokenizer, document_end)
+    read = [
+        (document.sample_id, ids)
+        for document, ids in _tokenized(documents, tokenizer, end_id)
+        if len(ids)
+    ]
+    return Packed(
+        samples=pack_tokens(read, max_length=max_length),
+        num_documents=len(read),
+        num_empty=len(documents) - len(read),
+        num_continued=sum(len(ids) > max_length for _, ids in read),
+    )
+
+
+def pack_tokens(
+    documents: Sequence[tuple[bytes, np.ndarray]], *, max_length: int
+) -> list[PackedSample]:
+    """Pack token ids by next fit, as this module's head says.
+
+    Args:
+        documents: the id (16 bytes) and the token ids, uint32 [T] with T > 0, of each.
+        max_length: the most tokens of a sequence.
+    """
+    samples: list[PackedSample] = []
+    pieces: list[Piece] = []
+    tokens: list[np.ndarray] = []
+    num_tokens = 0
+    for document_id, ids in documents:
+        for start in range(0, len(ids), max_length):
+            part = ids[start : start + max_length]
+            if num_tokens + len(part) > max_length or len(pieces) == MOST_SEGMENTS:
+                samples.append(_sample(pieces, tokens))
+                pieces, tokens, num_tokens = [], [], 0
+            pieces.append(Piece(document_id=document_id, start=start, stop=start + len(part)))
+            tokens.append(part)
+            num_tokens += len(part)
+    if pieces:
+        samples.append(_sample(pieces, tokens))
+    return samples
+
+
+def _sample(pieces: list[Piece], tokens: list[np.ndarray]) -> PackedSample:
+    lengths = [len(part) for part in tokens]
+    return PackedSample(
+        input_ids=np.concatenate(tokens),
+        segment=np.repeat(np.arange(len(pieces), dtype=np.uint16), lengths),
+        pieces=tuple(pieces),
+    )
+
+
+def _end_id(tokenizer: PreTrainedTokenizerBase, document_end: DocumentEnd) -> int | None:
+    eos_id = tokenizer.eos_token_id if document_end == "eos" else None
+    return eos_id if isinstance(eos_id, int) else None
+
+
+def _tokenized(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, end_id: int | None
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents that are not whitespace only, with their tokens, uint32 [T]."""
+    texts = [document for document in documents if document.text.strip()]
+    for start in range(0, len(texts), _BATCH_DOCUMENTS):
+        batch = texts[start : start + _BATCH_DOCUMENTS]
+        found = token_ids([document.text for document in batch], tokenizer, max_length=None)
+        for document, ids in zip(batch, found, strict=True):
+            if ids and end_id is not None and ids[-1] != end_id:
+                ids = [*ids, end_id]
+            yield document, np.asarray(ids, np.uint32)

@@ -1,0 +1,147 @@
+"""The classification task: a document is a sample, and its class logits are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import Schema, classification_schema, fixed_bytes
+from teacher_cache.stages.data.corpus import Corpus
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.tokenization import tokenize
+from teacher_cache.stages.inference import OnBatch
+from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.teacher.capture import capture
+from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
+from teacher_cache.stages.teacher.forward import find_pooled_width
+from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
+from teacher_cache.stages.teacher.stored_tables import StoredTable
+from teacher_cache.stages.teacher.task import Captured
+from teacher_cache.stages.teacher.token_states import STATES, STATES_FILE, token_states
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """A classifier with its corpora; a `Task`.
+
+    Attributes:
+        corpora: by split; the labelled one has the teacher's class ids.
+        batch_tokens: padded tokens in a forward batch.
+        pooled_width: D of the pooled states; None where they are not cached.
+        embeddings: None where the teacher has no table of them.
+    """
+
+    teacher: ClassificationTeacher
+    corpora: Mapping[str, Corpus]
+    max_length: int
+    batch_tokens: int
+    pooled_width: int | None
+    embeddings: StoredTable | None
+
+    @classmethod
+    def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> Classification:
+        """Load the teacher and settle the labels.
+
+        Args:
+            config: the teacher and what to cache of it.
+            corpora: by split; `labeled` is read with labels.
+
+        Raises:
+            UserError: if the teacher cannot be loaded, or the labels are none of its classes or
+                all of one class.
+        """
+        teacher = load_teacher(config)
+        labeled = corpora["labeled"].with_class_names(teacher.id2label)
+        _require_two_classes(labeled)
+        return cls(
+            teacher=teacher,
+            corpora={**corpora, "labeled": labeled},
+            max_length=teacher.max_length(config.max_length),
+            batch_tokens=config.batch_tokens,
+            pooled_width=find_pooled_width(teacher) if config.hidden == "pooled" else None,
+            embeddings=embedding_table(teacher.model, num_ids=_num_ids(teacher)),
+        )
+
+    @property
+    def schema(self) -> Schema:
+        """The fields of a sample."""
+        return classification_schema(len(self.teacher.id2label), pooled_width=self.pooled_width)
+
+    @property
+    def files(self) -> Mapping[str, Callable[[Path], None]]:
+        """The embedding table, where there is one; with pooled states, those of the tokens too."""
+        found = {} if self.embeddings is None else {TABLE_FILE: self.embeddings.write}
+        return found if self.pooled_width is None else found | {STATES_FILE: self._write_states}
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes the cached values, but for the data."""
+        record = describe(self.teacher.tokenizer, max_length=self.max_length)
+        return {
+            "task": "classification",
+            "codec": "class_logits",
+            "teacher": identity(self.teacher, record.files_sha256),
+            "max_length": self.max_length,
+            "truncation_side": record.truncation_side,
+            # Absent where it is off, so that caches from before it keep their fingerprints.
+            **({} if self.pooled_width is None else {"hidden": "pooled"}),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """Class names, and how the teacher's tables are stored."""
+        names = self.corpora["labeled"].class_names()
+        return {
+            "id2label": {str(class_id): name for class_id, name in enumerate(names)},
+            TABLE: None if self.embeddings is None else self.embeddings.facts(),
+            # Absent where it is not cached, so that other manifests stay as they were.
+            **(
+                {}
+                if self.pooled_width is None
+                else {STATES: {"num_rows": _num_ids(self.teacher), "width": self.pooled_width}}
+            ),
+        }
+
+    def bytes_per_document(self, documents: Sequence[Document]) -> float | None:
+        """A sample's fields of one size, its mean number of ids and where they end."""
+        samples = tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+        if not samples:
+            return None
+        tokens = sum(len(sample.input_ids) for sample in samples) / len(samples)
+        return fixed_bytes(self.schema) + (4 * tokens + 4)
+
+    def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
+        """Class logits, and pooled states where they are asked for."""
+        samples = tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+        return capture(
+            self.teacher,
+            samples,
+            batch_tokens=self.batch_tokens,
+            on_batch=on_batch,
+            pooled_width=self.pooled_width,
+        )
+
+    def _write_states(self, folder: Path) -> None:
+        assert self.pooled_width is not None, "only then is there such a file"
+        states = token_states(
+            self.teacher,
+            num_ids=_num_ids(self.teacher),
+            pooled_width=self.pooled_width,
+            batch_tokens=self.batch_tokens,
+        )
+        states.write(folder)
+
+
+def _num_ids(teacher: ClassificationTeacher) -> int:
+    return max(teacher.tokenizer.get_vocab().values()) + 1
+
+
+def _require_two_classes(corpus: Corpus) -> None:
+    present = [name for name, count in (corpus.label_counts() or {}).items() if count]
+    if len(present) < 2:
+        raise UserError(
+            f"all {len(corpus):,} labelled documents of {corpus.config.source} are of the class "
+            f"{', '.join(present)}: a classifier needs two, so raise --max-samples"
+        )

@@ -1,0 +1,265 @@
+"""A causal language model as a teacher: its states of packed sequences, and its head on slices.
+
+Memory is what the two halves are for. The base model runs a batch and gives final states [B, S, D];
+the head, whose output is V / D times as large, runs on a slice of positions at a time. The head is
+the model's own code: the base model is replaced by one that answers with the states it is given, so
+that bias, logit scale and soft cap are in it, whatever the architecture.
+
+Packed sequences run in one of two ways. A *packing* model gets position ids that begin anew with
+each document and no mask; transformers then makes masks of each layer's own kind (full, sliding
+window, chunked) that do not cross a border (`masking_utils.find_packed_sequence_indices`). A ready
+4-D mask would replace the sliding windows, too, by full attention. For any other model (recurrent
+ones, those that take their positions from a mask) each document is a row of its own. Which it is
+gets measured at loading, on documents of random ids.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.fingerprint import fingerprint
+from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
+from teacher_cache.stages.device import resolve_device, resolve_dtype
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.load import (
+    Teacher,
+    described_config,
+    hash_weights,
+    load_model,
+    on_device,
+)
+from teacher_cache.stages.tokenizers import load_tokenizer
+
+FILLER_ID = 0  # fills batches where nothing looks
+_PROBE_LENGTHS = (9, 1, 14, 3, 6)
+_PROBE_TOLERANCE = 1e-3  # of the largest logit; float32 rounds a thousand times finer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelTeacher(Teacher):
+    """A causal language model.
+
+    Attributes:
+        packs: whether several documents of a sequence run in one row.
+        num_logits: V, the rows of its head; the tokenizer may use fewer.
+    """
+
+    packs: bool
+    num_logits: int
+
+
+def load_language_model(config: TeacherConfig) -> LanguageModelTeacher:
+    """Load a causal language model onto its device, in its number format; its head in float32.
+
+    Raises:
+        UserError: if it cannot be found or loaded, lacks trained weights, looks ahead, or its head
+            cannot be told from its base.
+    """
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
+    tokenizer = load_tokenizer(
+        config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
+    )
+    model, untrained = load_model(
+        AutoModelForCausalLM,
+        config.teacher,
+        what="language model",
+        content="a causal language model",
+        trust_remote_code=config.trust_remote_code,
+    )
+    if untrained:
+        raise UserError(
+            f"{config.teacher} has no trained weights for {', '.join(untrained[:3])}, so its "
+            "logits would be random: give a causal language model"
+        )
+    packs = check_language_model(config.teacher, model.eval())
+    weights_sha256 = hash_weights(model)
+    return LanguageModelTeacher(
+        name=config.teacher,
+        model=on_device(model, device, dtype),
+        tokenizer=tokenizer,
+        pad_id=FILLER_ID,
+        device=device,
+        dtype=dtype,
+        weights_sha256=weights_sha256,
+        config_sha256=fingerprint(described_config(model)),
+        commit=getattr(model.config, "_commit_hash", None),
+        packs=packs,
+        num_logits=_own_logits(model, np.zeros(1, np.uint32)).shape[-1],
+    )
+
+
+def check_language_model(name: str, model: PreTrainedModel) -> bool:
+    """Whether a model packs, from one small pass; refuse what is no causal language model to us.
+
+    Args:
+        name: it is called in a message.
+        model: in float32, in evaluation mode.
+
+    Raises:
+        UserError: if its logits depend on later tokens, or are not found again by `final_states`
+            and `head_logits`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    most = min(1000, _own_logits(model, np.zeros(1, np.uint32)).shape[-1])
+    documents = [
+        torch.randint(most, (n,), generator=generator).numpy().astype(np.uint32)
+        for n in _PROBE_LENGTHS
+    ]
+    alone = [_own_logits(model, ids) for ids in documents]
+    longest = max(documents, key=len)
+    whole, start = _own_logits(model, longest), _own_logits(model, longest[: len(longest) // 2])
+    if not _are_close(start, whole[: len(start)]):
+        raise UserError(
+            f"{name} ({type(model).__name__}) looks at later tokens, so its predictions of them "
+            "say nothing: give a causal language model"
+        )
+    joined = np.concatenate(documents)
+    # The second row makes the first one's padding and the batch's order show.
+    *first, last = _PROBE_LENGTHS
+    sequences, lengths = [joined[:-1], joined], [[*first, last - 1], [*first, last]]
+    expected = torch.cat([*alone[:-1], alone[-1][:-1], *alone])
+    for packs in (True, False):
+        try:
+            states = final_states(model, sequences, lengths, packs=packs)
+            found = head_logits(model, states)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            logger.debug("%s, packs=%s: %s", name, packs, error)
+            continue
+        if _are_close(found, expected):
+            if not packs:
+                logger.warning(
+                    "%s (%s) does not keep packed documents apart: each runs as a row of its own, "
+                    "which takes longer",
+                    name,
+                    type(model).__name__,
+                )
+            return packs
+    raise UserError(
+        f"the logits of {name} ({type(model).__name__}) are not those of its head on its base "
+        "model's last states, so they cannot be computed a slice at a time: give a causal "
+        "language model of a more common kind"
+    )
+
+
+@torch.inference_mode()
+def final_states(
+    model: PreTrainedModel,
+    sequences: Sequence[np.ndarray],
+    lengths: Sequence[Sequence[int]],
+    *,
+    packs: bool,
+) -> Tensor:
+    """What the head reads, of every token: [N, D], the sequences end to end, on the model's device.
+
+    Args:
+        model: in evaluation mode.
+        sequences: token ids, [S_i] each, N in all.
+        lengths: of the documents of each sequence, which nothing crosses; they add up to S_i.
+        packs: whether the model runs several documents in one row.
+    """
+    if packs:
+        return _states_packed(model, sequences, lengths)
+    ends = np.cumsum([length for of_one in lengths for length in of_one])
+    rows = np.split(np.concatenate(sequences), ends[:-1])
+    return _states_of_rows(
+        model, rows, max_tokens=len(sequences) * max(len(ids) for ids in sequences)
+    )
+
+
+def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The model's logits [n, V] float32 of some of its final states [n, D]."""
+    headed = copy.copy(model)  # with the same layers, but for the base model
+    headed._modules = {**model._modules, model.base_model_prefix: _Answering()}
+    with torch.inference_mode():
+        return headed(inputs_embeds=states[None], use_cache=False).logits[0].float()
+
+
+class _Answering(nn.Module):
+    """A base model that gives its input embeddings out as its last hidden states."""
+
+    @property
+    def decoder(self) -> _Answering:
+        """Itself: OPT's head asks its base model's decoder."""
+        return self
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Answer:
+        return _Answer(inputs_embeds)
+
+
+class _Answer:
+    """A base model's output with nothing but last hidden states."""
+
+    def __init__(self, states: Tensor):
+        self.last_hidden_state = states
+
+    def __getitem__(self, idx: int) -> Tensor:
+        return (self.last_hidden_state,)[idx]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _states_packed(
+    model: PreTrainedModel, sequences: Sequence[np.ndarray], lengths: Sequence[Sequence[int]]
+) -> Tensor:
+    padded, mask = pad_batch(sequences, FILLER_ID)
+    places = np.zeros_like(padded)  # filler is at 0 each time: a document of its own
+    for row, of_one in enumerate(lengths):
+        joined = np.concatenate([np.arange(length) for length in of_one])
+        places[row, : len(joined)] = joined
+    output = model.base_model(
+        input_ids=torch.from_numpy(padded).to(model.device),  # [B, S]
+        position_ids=torch.from_numpy(places).to(model.device),
+        use_cache=False,
+    )
+    return output.last_hidden_state[torch.from_numpy(mask).to(model.device)]
+
+
+def _states_of_rows(
+    model: PreTrainedModel, rows: Sequence[np.ndarray], *, max_tokens: int
+) -> Tensor:
+    """[N, D] of rows that are padded on the right, in their order."""
+    starts = np.cumsum([0, *(len(row) for row in rows)]).tolist()
+    found: list[Tensor] = []
+    places: list[np.ndarray] = []  # of what is found, among all tokens
+    for batch in length_sorted_batches([len(row) for row in rows], max_tokens=max_tokens):
+        padded, mask = pad_batch([rows[i] for i in batch], FILLER_ID)
+        real = torch.from_numpy(mask).to(model.device)
+        output = model.base_model(
+            input_ids=torch.from_numpy(padded).to(model.device),  # [B, S]
+            attention_mask=real.long(),
+            use_cache=False,
+        )
+        found.append(output.last_hidden_state[real])
+        places += [np.arange(starts[i], starts[i + 1]) for i in batch]
+    joined = torch.cat(found)
+    states = torch.empty_like(joined)
+    states[torch.from_numpy(np.concatenate(places)).to(model.device)] = joined
+    return states
+
+
+def _own_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
+    """[S, V] of one document, as the model itself computes them."""
+    with torch.inference_mode():
+        given = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
+        return model(given, use_cache=False).logits[0]
+
+
+def _are_close(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    most = _PROBE_TOLERANCE * expected.abs().max()
+    return bool((found - expected).abs().max() <= most)

@@ -1,0 +1,226 @@
+"""Reduced values of every position, against the model's own logits of one document at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.packing import PackedSample, pack, pack_tokens
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
+from teacher_cache.stages.teacher.positions import Slice, next_ids, run_positions
+from tests.tiny_models import write_tiny_language_model
+
+TEXTS = [
+    "A fine film.",
+    "汉字 \U0001f9e1",
+    "",
+    "It was long, " * 30,
+    "Dull.",
+    "x",
+    "So so, but " * 9,
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(
+    tmp_path_factory: pytest.TempPathFactory, gpt2_tokenizer: PreTrainedTokenizerBase
+) -> LanguageModelTeacher:
+    folder = write_tiny_language_model(tmp_path_factory.mktemp("tiny-lm"), gpt2_tokenizer)
+    return load_language_model(TeacherConfig(teacher=str(folder), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def samples(gpt2_tokenizer: PreTrainedTokenizerBase) -> list[PackedSample]:
+    documents = [Document(text, "test", "train", idx) for idx, text in enumerate(TEXTS)]
+    return pack(documents, gpt2_tokenizer, max_length=48).samples
+
+
+def reduced(part: Slice) -> dict[str, Tensor]:
+    """The next token's log-probability, the largest logits, and what else a slice holds."""
+    log_probs = part.logits.log_softmax(dim=1)
+    return {
+        "next_log_prob": log_probs.gather(1, part.next_ids[:, None])[:, 0],
+        "top_values": part.logits.topk(4).values,
+        "top_ids": part.logits.topk(4).indices.to(torch.int32),
+        "next_ids": part.next_ids,
+        "counts": part.counts,
+        "places": part.places,
+        "states": part.states.half(),
+    }
+
+
+def expected_of(
+    teacher: LanguageModelTeacher, samples: Sequence[PackedSample]
+) -> dict[str, np.ndarray]:
+    """The same by the model's own forward pass over each piece alone."""
+    parts: list[dict[str, Tensor]] = []
+    for sample in samples:
+        pieces = [piece.stop - piece.start for piece in sample.pieces]
+        for ids in torch.from_numpy(sample.input_ids.astype(np.int64)).split(pieces):
+            with torch.no_grad():
+                output: Any = teacher.model(ids[None], use_cache=False, output_hidden_states=True)
+            following = torch.cat([ids[1:], ids.new_zeros(1)])
+            part = Slice(
+                logits=output.logits[0],
+                next_ids=following,
+                counts=torch.arange(len(ids)) < len(ids) - 1,
+                places=torch.zeros_like(ids),
+                states=output.hidden_states[-1][0],
+            )
+            parts.append(reduced(part))
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+
+
+def check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    assert np.array_equal(found["places"], np.arange(len(found["places"])))
+    for name in expected.keys() - {"places"}:
+        assert found[name].dtype == expected[name].dtype
+        if expected[name].dtype.kind == "f":
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
+        else:
+            assert np.array_equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+@pytest.mark.parametrize("slice_logits", [1, 200_000, 10**9])
+def test_every_position_is_reduced_in_order(
+    teacher: LanguageModelTeacher,
+    samples: list[PackedSample],
+    packs: bool,
+    batch_tokens: int,
+    slice_logits: int,
+) -> None:
+    done: list[tuple[int, int]] = []
+    found = run_positions(
+        replace(teacher, packs=packs),
+        samples,
+        reduced,
+        batch_tokens=batch_tokens,
+        slice_logits=slice_logits,
+        on_batch=lambda *counts: done.append(counts),
+    )
+    check(found.values, expected_of(teacher, samples))
+    assert found.num_halvings == 0
+    num_tokens = sum(len(sample.input_ids) for sample in samples)
+    assert tuple(np.sum(done, axis=0)) == (len(samples), num_tokens)
+
+
+def test_no_slice_is_larger_than_it_may_be(
+    teacher: LanguageModelTeacher, samples: list[PackedSample]
+) -> None:
+    sizes: list[int] = []
+
+    def watched(part: Slice) -> dict[str, Tensor]:
+        sizes.append(len(part.logits))
+        return {}
+
+    limit = 7 * teacher.num_logits + 5
+    run_positions(teacher, samples, watched, batch_tokens=10_000, slice_logits=limit)
+    assert max(sizes) == 7 and sum(sizes) == sum(len(sample.input_ids) for sample in samples)
+
+
+def test_the_base_runs_a_batch_once_and_the_head_never_whole(
+    teacher: LanguageModelTeacher, samples: list[PackedSample]
+) -> None:
+    of_base: list[int] = []
+    of_head: list[int] = []
+    head: Any = teacher.model.get_output_embeddings()
+    hooks = [
+        teacher.model.base_model.register_forward_hook(lambda *_: of_base.append(1)),
+        head.register_forward_hook(lambda _, __, out: of_head.append(out.shape[-2])),
+    ]
+    try:
+        limit = 10 * teacher.num_logits
+        run_positions(teacher, samples, reduced, batch_tokens=10_000, slice_logits=limit)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(of_base) == 1 and max(of_head) == 10
+
+
+def test_out_of_memory_halves_a_batch_even_in_the_head(
+    teacher: LanguageModelTeacher, samples: list[PackedSample], caplog: pytest.LogCaptureFixture
+) -> None:
+    most = 2
+    in_head = [True]
+    expected = expected_of(teacher, samples)
+
+    def scarce(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(kwargs["input_ids"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def once(part: Slice) -> dict[str, Tensor]:
+        # The second slice of the first batch: what the first one left is written again.
+        if part.places[0] > 0 and in_head:
+            in_head.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reduced(part)
+
+    hook = teacher.model.base_model.register_forward_pre_hook(scarce, with_kwargs=True)
+    try:
+        with caplog.at_level(logging.WARNING, logger="teacher_cache"):
+            found = run_positions(
+                teacher, samples, once, batch_tokens=10_000, slice_logits=20 * teacher.num_logits
+            )
+    finally:
+        hook.remove()
+    assert found.num_halvings >= 2 and not in_head
+    assert "out of memory on a batch" in caplog.text
+    check(found.values, expected)
+
+
+def test_a_sample_that_does_not_fit_is_a_sentence(
+    teacher: LanguageModelTeacher, samples: list[PackedSample]
+) -> None:
+    def full(_: Slice) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="does not fit into the device's memory"):
+        run_positions(teacher, samples, full, batch_tokens=10_000)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_refused"), [(np.nan, True), (np.inf, True), (-np.inf, False)]
+)
+def test_logits_that_are_no_numbers(
+    teacher: LanguageModelTeacher, samples: list[PackedSample], value: float, is_refused: bool
+) -> None:
+    def spoiled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[..., 17] = value
+        return output
+
+    head: Any = teacher.model.get_output_embeddings()
+    hook = head.register_forward_hook(spoiled)
+    try:
+        if is_refused:
+            with pytest.raises(UserError, match="not finite everywhere: give --dtype float32"):
+                run_positions(teacher, samples, reduced, batch_tokens=10_000)
+        else:  # an id that is no token
+            found = run_positions(teacher, samples, reduced, batch_tokens=10_000).values
+            assert np.isfinite(found["top_values"]).all()
+    finally:
+        hook.remove()
+
+
+def test_the_next_tokens() -> None:
+    documents = [(bytes(16), np.array([5, 6, 7], np.uint32)), (b"x" * 16, np.array([8], np.uint32))]
+    (sample,) = pack_tokens(documents, max_length=9)
+    assert next_ids(sample).tolist() == [6, 7, 0, 0]
+
+
+def test_no_samples(teacher: LanguageModelTeacher) -> None:
+    assert run_positions(teacher, [], reduced, batch_tokens=8).values == {}
