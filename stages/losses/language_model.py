@@ -15,7 +15,6 @@ from teacher_cache.stages.losses.confidence import weights_of_top1
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.divergences import chosen_measure, divergence
 from teacher_cache.stages.losses.objective import (
-    NO_LABEL,
     DistillationTerms,
     smoothed_cross_entropy,
     weighted_sum,
@@ -64,8 +63,8 @@ def language_model_objective(
     Args:
         student_logits: [N, V], before temperature; carry the gradient.
         targets: the teacher's, at N positions and at `config.temperature`.
-        next_ids: [N] int64, the next real tokens, `NO_LABEL` where there is none to learn; None
-            for an unlabelled batch.
+        next_ids: [N] int64, the next real tokens, `objective.NO_LABEL` where there is none to
+            learn; None for an unlabelled batch.
         config: the weights of the terms; `lm_weight` and `pooled_weight` are a classifier's.
         totals: of the whole optimizer step that this micro-batch belongs to.
         top1_log_prob: [N] as cached, at T = 1; given where `conf_power` is above 0.

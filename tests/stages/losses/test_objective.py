@@ -410,12 +410,12 @@ def test_config_refuses(field: str, value: float) -> None:
 def test_a_parameter_goes_with_its_divergence() -> None:
     assert ObjectiveConfig(divergence="jsd", jsd_beta=0.9).jsd_beta == 0.9
     assert ObjectiveConfig(divergence="kl", jsd_beta=0.5).divergence == "kl"  # says nothing new
-    for given, saying in (
+    for fields, saying in (
         ({"divergence": "tv", "jsd_beta": 0.9}, "--jsd-beta 0.9 is of --divergence jsd.* is tv"),
         ({"skew_alpha": 0.3}, "--skew-alpha 0.3 is of --divergence skew-kl.* is kl"),
     ):
         with pytest.raises(ValidationError, match=saying):
-            ObjectiveConfig(**given)
+            ObjectiveConfig(**fields)
 
 
 def test_refuses_totals_that_do_not_cover_the_batch() -> None:
