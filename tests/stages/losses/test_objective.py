@@ -329,7 +329,7 @@ def test_refuses_a_term_without_weight_and_a_weight_without_term(weight: str, gi
     step, totals = make_step(8, 4, 0), StepTotals(num_labeled=4)
     for config, value in (
         (ObjectiveConfig(), torch.tensor(1.0)),
-        (ObjectiveConfig(**{weight: 1.0}), None),
+        (ObjectiveConfig.model_validate({weight: 1.0}), None),
     ):
         terms: dict[str, Any] = {given: value}
         with pytest.raises(ValueError, match=weight):
@@ -402,9 +402,9 @@ def test_defaults_are_those_of_the_design() -> None:
         ("alhpa", 0.5),
     ],
 )
-def test_config_refuses(field: str, value: float) -> None:
+def test_config_refuses(field: str, value: float | str) -> None:
     with pytest.raises(ValidationError, match=field):
-        ObjectiveConfig(**{field: value})
+        ObjectiveConfig.model_validate({field: value})
 
 
 def test_a_parameter_goes_with_its_divergence() -> None:
@@ -415,7 +415,7 @@ def test_a_parameter_goes_with_its_divergence() -> None:
         ({"skew_alpha": 0.3}, "--skew-alpha 0.3 is of --divergence skew-kl.* is kl"),
     ):
         with pytest.raises(ValidationError, match=saying):
-            ObjectiveConfig(**fields)
+            ObjectiveConfig.model_validate(fields)
 
 
 def test_refuses_totals_that_do_not_cover_the_batch() -> None:

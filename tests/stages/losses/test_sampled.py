@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,6 +240,6 @@ def test_refuses_other_shapes() -> None:
         sampled_kl(student[:2], targets)
     for changes in ({"counts": targets.counts[:, :3]}, {"log_probs": targets.log_probs[:1]}):
         with pytest.raises(ValueError, match=r"all \[..., D\]"):
-            SampledTargets(**(vars(targets) | changes))
+            replace(targets, **changes)
     with pytest.raises(ValueError, match="must be positive"):
         targets.at_temperature(0.0, lse=lse(teacher, 1.0), new_lse=lse(teacher, 1.0))
