@@ -97,7 +97,7 @@ def linear_language_model_objective(
                     weight_gradient.addmm_(gradient.T, states)
             shares.append({one.name: getattr(share, one.name) for one in fields(share)})
             shares[-1]["loss"] = share.loss.detach()
-    sums = {
+    sums: dict[str, Any] = {
         name: None if first is None else sum((one[name] for one in shares[1:]), start=first)
         for name, first in shares[0].items()
     }
