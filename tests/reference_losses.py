@@ -27,6 +27,75 @@ def kl_gradient(
     return [(qc - pc) / temperature for pc, qc in zip(p, q, strict=True)]
 
 
+def divergence_of(
+    name: str, p: Sequence[float], q: Sequence[float], beta: float = 0.5, alpha: float = 0.1
+) -> float:
+    """A divergence between two lists of probabilities, outcome by outcome."""
+    total = 0.0
+    for pc, qc in zip(p, q, strict=True):
+        if name == "kl":
+            total += kl_term(pc, qc)
+        elif name == "reverse-kl":
+            total += kl_term(qc, pc)
+        elif name == "jsd":
+            m = beta * pc + (1 - beta) * qc
+            total += beta * kl_term(pc, m) + (1 - beta) * kl_term(qc, m)
+        elif name == "skew-kl":
+            total += kl_term(pc, alpha * pc + (1 - alpha) * qc)
+        else:
+            total += abs(pc - qc) / 2
+    return total
+
+
+def kl_term(pc: float, qc: float) -> float:
+    """One outcome's part of a KL: 0 log 0 is 0, and what only p allows is infinite."""
+    if pc == 0:
+        return 0.0
+    return math.inf if qc == 0 else pc * math.log(pc / qc)
+
+
+def divergence_slope(
+    name: str, pc: float, qc: float, beta: float = 0.5, alpha: float = 0.1
+) -> float:
+    """d divergence / d q of one outcome."""
+    if name == "kl":
+        return -pc / qc
+    if name == "reverse-kl":
+        return math.log(qc / pc) + 1
+    if name == "jsd":
+        return (1 - beta) * math.log(qc / (beta * pc + (1 - beta) * qc))
+    if name == "skew-kl":
+        return -pc * (1 - alpha) / (alpha * pc + (1 - alpha) * qc)
+    return math.copysign(0.5, qc - pc) if qc != pc else 0.0
+
+
+def divergence_and_gradient(
+    name: str,
+    teacher: Sequence[float],
+    student: Sequence[float],
+    temperature: float,
+    head: Sequence[int] | None = None,
+    **parameters: float,
+) -> tuple[float, list[float]]:
+    """Of one position from raw logits; all outcomes, or a head and the rest added up as one.
+
+    The gradient is of the student's logits; outcomes that it excludes (-inf) have none.
+    """
+    p, q = softmax(teacher, temperature), softmax(student, temperature)
+    groups = [[idx] for idx in (range(len(p)) if head is None else head)]
+    if head is not None:
+        groups.append([idx for idx in range(len(p)) if idx not in head])
+    merged_p = [math.fsum(p[idx] for idx in group) for group in groups]
+    merged_q = [math.fsum(q[idx] for idx in group) for group in groups]
+    slopes = [0.0] * len(q)
+    for group, pc, qc in zip(groups, merged_p, merged_q, strict=True):
+        for idx in group:
+            slopes[idx] = divergence_slope(name, pc, qc, **parameters) if qc else 0.0
+    mean = math.fsum(qc * slope for qc, slope in zip(q, slopes, strict=True))
+    gradient = [qc * (slope - mean) / temperature for qc, slope in zip(q, slopes, strict=True)]
+    return divergence_of(name, merged_p, merged_q, **parameters), gradient
+
+
 def cross_entropy(logits: Sequence[float], label: int, smoothing: float) -> float:
     """Cross-entropy of one sample to a one-hot target mixed with the uniform one, nats."""
     q, num_classes = softmax(logits), len(logits)
@@ -46,6 +115,9 @@ def objective(
     conf_power: float,
     label_smoothing: float,
     unlabeled_alpha: float,
+    divergence: str = "kl",
+    jsd_beta: float = 0.5,
+    skew_alpha: float = 0.1,
     lm_weight: float = 0.0,
     next_token_losses: Sequence[Sequence[float]] = (),
     pooled_weight: float = 0.0,
@@ -59,7 +131,8 @@ def objective(
             continue
         raw = [max(softmax(teacher[idx])) ** conf_power for idx in idxs]
         mean_weight = sum(raw) / len(raw)
-        kds = [kl(teacher[idx], student[idx], temperature) for idx in idxs]
+        pairs = [(softmax(teacher[i], temperature), softmax(student[i], temperature)) for i in idxs]
+        kds = [divergence_of(divergence, p, q, jsd_beta, skew_alpha) for p, q in pairs]
         weighted = [w / mean_weight * kd for w, kd in zip(raw, kds, strict=True)]
         loss += weight * temperature**2 * sum(weighted) / len(idxs)
         if kind_is_labeled:

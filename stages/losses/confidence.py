@@ -26,7 +26,24 @@ def confidence_weights(teacher_logits: Tensor, conf_power: float) -> Tensor:
     Raises:
         ValueError: if `conf_power` is negative.
     """
+    top1_log_prob = torch.log_softmax(widened(teacher_logits), dim=-1).amax(dim=-1)
+    return weights_of_top1(top1_log_prob, conf_power)
+
+
+@torch.no_grad()
+def weights_of_top1(top1_log_prob: Tensor, conf_power: float) -> Tensor:
+    """The same from the cached log-prob of the teacher's most probable outcome, at T = 1.
+
+    Args:
+        top1_log_prob: [...] nats, of the full distribution; float16 as cached will do.
+        conf_power: at least 0.
+
+    Returns:
+        [...] in (0, 1], float32 or wider, without gradient.
+
+    Raises:
+        ValueError: if `conf_power` is negative.
+    """
     if conf_power < 0:
         raise ValueError(f"conf_power is {conf_power}, but must be at least 0")
-    top1_log_prob = torch.log_softmax(widened(teacher_logits), dim=-1).amax(dim=-1)
-    return (conf_power * top1_log_prob).exp()
+    return (conf_power * widened(top1_log_prob)).exp()

@@ -10,111 +10,55 @@ cut.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.confidence import confidence_weights
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.divergences import forward_kl
+from teacher_cache.stages.losses.divergences import chosen_measure, divergence
+from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution, widened
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepTotals:
-    """What one optimizer step holds, over all its micro-batches and ranks.
-
-    Known from the cache before the step's first backward. Totals of parts add up:
-    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the five numbers.
-
-    Attributes:
-        num_labeled: labelled samples.
-        num_unlabeled: unlabelled samples.
-        conf_weight_sum_labeled: sum of the labelled samples' raw confidence weights; unused when
-            `conf_power` is 0.
-        conf_weight_sum_unlabeled: the same for the unlabelled ones.
-        num_next_tokens: positions of both kinds that have a next token; unused when `lm_weight`
-            is 0.
-    """
-
-    num_labeled: int = 0
-    num_unlabeled: int = 0
-    conf_weight_sum_labeled: float = 0.0
-    conf_weight_sum_unlabeled: float = 0.0
-    num_next_tokens: int = 0
-
-    def __add__(self, other: StepTotals) -> StepTotals:
-        """The totals of both parts together."""
-        return StepTotals(
-            num_labeled=self.num_labeled + other.num_labeled,
-            num_unlabeled=self.num_unlabeled + other.num_unlabeled,
-            conf_weight_sum_labeled=self.conf_weight_sum_labeled + other.conf_weight_sum_labeled,
-            conf_weight_sum_unlabeled=self.conf_weight_sum_unlabeled
-            + other.conf_weight_sum_unlabeled,
-            num_next_tokens=self.num_next_tokens + other.num_next_tokens,
-        )
-
-    @classmethod
-    def of(
-        cls,
-        teacher_logits: Tensor,
-        *,
-        labeled: bool,
-        conf_power: float,
-        num_next_tokens: int = 0,
-    ) -> StepTotals:
-        """The totals of one micro-batch.
-
-        Args:
-            teacher_logits: [B, C], before temperature.
-            labeled: which kind the batch is; all its samples are of one kind.
-            conf_power: the objective's; at 0 no weight is computed.
-            num_next_tokens: the batch's, where `lm_weight` is above 0.
-        """
-        num = teacher_logits.shape[0]
-        weight_sum = 0.0
-        if conf_power:
-            # The very weights that the objective will apply, summed in float64 on the CPU, since
-            # not every device has it.
-            weight_sum = confidence_weights(teacher_logits, conf_power).cpu().double().sum().item()
-        if labeled:
-            return cls(
-                num_labeled=num,
-                conf_weight_sum_labeled=weight_sum,
-                num_next_tokens=num_next_tokens,
-            )
-        return cls(
-            num_unlabeled=num,
-            conf_weight_sum_unlabeled=weight_sum,
-            num_next_tokens=num_next_tokens,
-        )
+NO_LABEL = -100
+"""Stands for the label where there is none, as in torch and transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveTerms:
+class DistillationTerms:
     """One micro-batch's share of its optimizer step; sum each over the micro-batches for the step.
 
     All are scalars over the counts of the step, not of the micro-batch. Only `loss` carries a
     gradient; the others are for the log, and `ce` and `kd` are given even where their weight is 0.
-    On a labelled batch, `loss = alpha T^2 kd + (1 - alpha) ce + lm_weight lm +
-    pooled_weight pooled`.
 
     Attributes:
         loss: what to call backward on.
         ce: cross-entropy to the labels, nats; None on an unlabelled batch.
         kd: distillation term, nats, confidence-weighted when that is on, before alpha and T^2.
         conf_w: mean raw confidence weight; None when weighting is off.
-        agreement: share of samples on which student and teacher choose the same class.
-        lm: cross-entropy of the next tokens, nats; None when `lm_weight` is 0.
-        pooled: cosine distance of the pooled states, 0 to 2; None when `pooled_weight` is 0.
     """
 
     loss: Tensor
     ce: Tensor | None
     kd: Tensor
     conf_w: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveTerms(DistillationTerms):
+    """Those of a classifier.
+
+    On a labelled batch, `loss = alpha T^2 kd + (1 - alpha) ce + lm_weight lm +
+    pooled_weight pooled`.
+
+    Attributes:
+        agreement: share of samples on which student and teacher choose the same class.
+        lm: cross-entropy of the next tokens, nats; None when `lm_weight` is 0.
+        pooled: cosine distance of the pooled states, 0 to 2; None when `pooled_weight` is 0.
+    """
+
     agreement: Tensor
     lm: Tensor | None
     pooled: Tensor | None
@@ -129,15 +73,25 @@ def smoothed_cross_entropy(
 
     Args:
         student_logits: [B, C], before temperature.
-        labels: [B] int64 in 0..C-1.
+        labels: [B] int64 in 0..C-1; a sample of label `NO_LABEL` costs 0.
         label_smoothing: the part that is spread, in [0, 1).
 
     Returns:
         [B] nats.
     """
     return F.cross_entropy(
-        widened(student_logits), labels, label_smoothing=label_smoothing, reduction="none"
+        widened(student_logits),
+        labels,
+        label_smoothing=label_smoothing,
+        ignore_index=NO_LABEL,
+        reduction="none",
     )
+
+
+def weighted_sum(weighted: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """Of the terms whose weight is not 0; the others are left out, not multiplied by 0."""
+    parts = [weight * term for weight, term in weighted if weight]
+    return sum(parts[1:], start=parts[0])
 
 
 def distillation_objective(
@@ -179,9 +133,8 @@ def distillation_objective(
         UserError: if `conf_power` is so high that no sample keeps any weight.
     """
     labeled = labels is not None
-    num = totals.num_labeled if labeled else totals.num_unlabeled
-    if num < student_logits.shape[0]:
-        raise ValueError(f"a batch of {student_logits.shape[0]} in a step that counts {num}")
+    num = totals.num(labeled=labeled)
+    totals.check_covers(len(student_logits), labeled=labeled)
     if not labeled and not config.unlabeled_alpha:
         raise ValueError("an unlabelled batch has no loss when unlabeled_alpha is 0")
     if (next_token_loss_sum is not None) != bool(config.lm_weight):
@@ -193,7 +146,10 @@ def distillation_objective(
             f"pooled_weight is {config.pooled_weight}: a pooled distance goes with one above 0"
         )
 
-    kd, conf_w = _distillation_term(student_logits, teacher_logits, labeled, config, totals)
+    teacher = TeacherDistribution.from_logits(teacher_logits, config.temperature)
+    values = divergence(student_logits, teacher, chosen_measure(config))  # [B]
+    weights = confidence_weights(teacher_logits, config.conf_power) if config.conf_power else None
+    kd, conf_w = totals.mean(values, weights, labeled=labeled)
     ce = None
     if labels is not None:
         smoothing = config.label_smoothing
@@ -217,10 +173,9 @@ def distillation_objective(
         weighted.append((config.lm_weight, lm))
     if pooled is not None:
         weighted.append((config.pooled_weight, pooled))
-    parts = [weight * term for weight, term in weighted if weight]
     agree = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
     return ObjectiveTerms(
-        loss=sum(parts[1:], start=parts[0]),
+        loss=weighted_sum(weighted),
         ce=None if ce is None else ce.detach(),
         kd=kd.detach(),
         conf_w=conf_w,
@@ -228,27 +183,3 @@ def distillation_objective(
         lm=None if lm is None else lm.detach(),
         pooled=None if pooled is None else pooled.detach(),
     )
-
-
-def _distillation_term(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labeled: bool,
-    config: ObjectiveConfig,
-    totals: StepTotals,
-) -> tuple[Tensor, Tensor | None]:
-    """The batch's share of the step's mean KL, and of its mean raw weight when that is on."""
-    num = totals.num_labeled if labeled else totals.num_unlabeled
-    teacher = TeacherDistribution.from_logits(teacher_logits, config.temperature)
-    kl = forward_kl(student_logits, teacher)  # [B]
-    if not config.conf_power:
-        return kl.sum() / num, None
-    weight_sum = totals.conf_weight_sum_labeled if labeled else totals.conf_weight_sum_unlabeled
-    if not weight_sum > 0:
-        raise UserError(
-            f"conf_power {config.conf_power:g} leaves no sample of a step any weight: the "
-            "teacher's top probabilities to that power underflow; choose a lower --conf-power"
-        )
-    weights = confidence_weights(teacher_logits, config.conf_power)  # [B]
-    # sum_i (w_i / mean w) kl_i / num: the counts cancel.
-    return (weights * kl).sum() / weight_sum, weights.sum() / num

@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import (
-    ObjectiveTerms,
-    StepTotals,
-    distillation_objective,
-)
+from teacher_cache.stages.losses.objective import ObjectiveTerms, distillation_objective
 from teacher_cache.stages.losses.pooled import pooled_distance
+from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.losses.teacher_distribution import widened
 from teacher_cache.stages.training.learning_rates import scale_learning_rate
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer

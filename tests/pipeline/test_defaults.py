@@ -28,6 +28,7 @@ OBJECTIVE = {
     "conf_power": 0,
     "alpha": 0.5,
     "temperature": 2,
+    "divergence": "kl",
     "label_smoothing": 0,
     "unlabeled_alpha": 0,
 }

@@ -109,6 +109,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
     # The objective.
     "alpha": ("0.9", {"objective.alpha"}),
     "temperature": ("4", {"objective.temperature"}),
+    "divergence": ("jsd", {"objective.divergence"}),
     "conf_power": ("1", {"objective.conf_power"}),
     "label_smoothing": ("0.1", {"objective.label_smoothing"}),
     "unlabeled_alpha": (
@@ -158,6 +159,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
 }
 # Tested apart (here or among the wrong inputs): they name files and devices, or have one value.
 APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to", "arch"}
+APART |= {"jsd_beta", "skew_alpha"}  # of their divergences, and the base has neither
 APART |= {"unlabeled_from"}  # of the unlabelled samples, which take no part in the base
 
 
@@ -211,6 +213,25 @@ def test_a_part_of_the_unlabelled_samples(
     refused(*flags, saying="chooses among unlabelled samples, .* while --unlabeled-alpha is 0")
     saying = "--unlabeled-from views needs views in the cache, .* only unlabeled: make a cache with"
     refused(*flags, "--unlabeled-alpha", "0.3", saying=saying)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "value"), [("jsd_beta", "jsd", "0.9"), ("skew_alpha", "skew-kl", "0.3")]
+)
+def test_a_parameter_of_a_divergence(
+    name: str,
+    chosen: str,
+    value: str,
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags, own = ("--divergence", chosen), (f"--{name.replace('_', '-')}", value)
+    one = resolved(monkeypatch, tiny_cache, tmp_path / "one", *flags)
+    two = resolved(monkeypatch, tiny_cache, tmp_path / "two", *flags, *own)
+    assert changed(one, two) == {f"objective.{name}", f"settings.{name}"}
+    saying = f"{' '.join(own)} is of --divergence {chosen}, and the divergence is kl"
+    refused("train-student", "--cache", tiny_cache, *own, saying=saying)
 
 
 @pytest.mark.parametrize("flag", ["--lm-weight=0.5", "--embeddings=teacher", "--pooled-weight=1"])

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from teacher_cache.stages.losses.linear_cross_entropy import linear_cross_entropy
+from tests.largest_tensor import LargestTensor
 
 
 def make_inputs(num: int, width: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,20 +112,6 @@ def test_only_the_gradient_that_is_needed() -> None:
     )
     expected = torch.autograd.grad(plain(hidden, weight, targets), weight)[0]
     torch.testing.assert_close(weight_gradient, expected)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation, backward ones too, has made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        sizes = [one.numel() for one in tree_leaves(made) if isinstance(one, Tensor)]
-        self.num_elements = max([self.num_elements, *sizes])
-        return made
 
 
 def test_no_tensor_is_larger_than_an_input_or_a_chunk() -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.divergences import forward_kl
+from teacher_cache.stages.losses.divergences import divergence
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
-    StepTotals,
     distillation_objective,
     smoothed_cross_entropy,
 )
 from teacher_cache.stages.losses.pooled import pooled_distance
+from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 from tests import reference_losses as reference
 
@@ -122,6 +122,11 @@ configs = st.builds(
     lm_weight=st.sampled_from([0.0, 0.5, 2.0]),
     pooled_weight=st.sampled_from([0.0, 0.5, 3.0]),
 )
+measures = st.one_of(
+    st.sampled_from([{"divergence": name} for name in ("kl", "reverse-kl", "tv")]),
+    st.builds(lambda beta: {"divergence": "jsd", "jsd_beta": beta}, st.floats(0.01, 0.99)),
+    st.builds(lambda a: {"divergence": "skew-kl", "skew_alpha": a}, st.floats(0.01, 0.99)),
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,10 +136,17 @@ configs = st.builds(
     num_unlabeled=st.integers(0, 9),
     borders=st.lists(st.integers(1, 17), max_size=6),
     config=configs,
+    measure=measures,
 )
 def test_no_way_of_cutting_the_step_changes_it(
-    seed: int, num_labeled: int, num_unlabeled: int, borders: list[int], config: ObjectiveConfig
+    seed: int,
+    num_labeled: int,
+    num_unlabeled: int,
+    borders: list[int],
+    config: ObjectiveConfig,
+    measure: dict[str, Any],
 ) -> None:
+    config = config.model_copy(update=measure)
     step = make_step(seed, num_labeled, num_unlabeled)
     inside = [border for border in borders if border < num_labeled + num_unlabeled]
     leaves = [step.pooled[0].clone().requires_grad_() for _ in range(2)]
@@ -189,7 +201,7 @@ def test_conf_power_0_gives_the_bits_of_no_weighting(labeled: bool, dtype: torch
     terms = distillation_objective(student, teacher, labels, config=config, totals=totals)
     (gradient,) = torch.autograd.grad(terms.loss, student)
 
-    kd = forward_kl(student, TeacherDistribution.from_logits(teacher, 2.0)).sum() / 7
+    kd = divergence(student, TeacherDistribution.from_logits(teacher, 2.0)).sum() / 7
     plain = (0.7 if labeled else 0.3) * 2.0**2 * kd
     if labeled:
         ce = smoothed_cross_entropy(student, step.labels, label_smoothing=0.0).sum() / 7
@@ -317,7 +329,7 @@ def test_refuses_a_term_without_weight_and_a_weight_without_term(weight: str, gi
     step, totals = make_step(8, 4, 0), StepTotals(num_labeled=4)
     for config, value in (
         (ObjectiveConfig(), torch.tensor(1.0)),
-        (ObjectiveConfig(**{weight: 1.0}), None),
+        (ObjectiveConfig.model_validate({weight: 1.0}), None),
     ):
         terms: dict[str, Any] = {given: value}
         with pytest.raises(ValueError, match=weight):
@@ -351,6 +363,9 @@ def test_defaults_are_those_of_the_design() -> None:
     assert ObjectiveConfig().model_dump() == {
         "alpha": 0.5,
         "temperature": 2.0,
+        "divergence": "kl",
+        "jsd_beta": 0.5,
+        "skew_alpha": 0.1,
         "conf_power": 0.0,
         "label_smoothing": 0.0,
         "unlabeled_alpha": 0.0,
@@ -379,12 +394,28 @@ def test_defaults_are_those_of_the_design() -> None:
         ("lm_weight", math.inf),
         ("pooled_weight", -0.1),
         ("pooled_weight", math.nan),
+        ("divergence", "KL"),
+        ("jsd_beta", 0.0),
+        ("jsd_beta", 1.0),
+        ("skew_alpha", 0.0),
+        ("skew_alpha", 1.0),
         ("alhpa", 0.5),
     ],
 )
-def test_config_refuses(field: str, value: float) -> None:
+def test_config_refuses(field: str, value: float | str) -> None:
     with pytest.raises(ValidationError, match=field):
-        ObjectiveConfig(**{field: value})
+        ObjectiveConfig.model_validate({field: value})
+
+
+def test_a_parameter_goes_with_its_divergence() -> None:
+    assert ObjectiveConfig(divergence="jsd", jsd_beta=0.9).jsd_beta == 0.9
+    assert ObjectiveConfig(divergence="kl", jsd_beta=0.5).divergence == "kl"  # says nothing new
+    for fields, saying in (
+        ({"divergence": "tv", "jsd_beta": 0.9}, "--jsd-beta 0.9 is of --divergence jsd.* is tv"),
+        ({"skew_alpha": 0.3}, "--skew-alpha 0.3 is of --divergence skew-kl.* is kl"),
+    ):
+        with pytest.raises(ValidationError, match=saying):
+            ObjectiveConfig.model_validate(fields)
 
 
 def test_refuses_totals_that_do_not_cover_the_batch() -> None:

@@ -179,6 +179,8 @@ def slow_terms(model: Any, samples: list[dict[str, Any]], c: ObjectiveConfig) ->
         conf_power=c.conf_power,
         label_smoothing=c.label_smoothing,
         unlabeled_alpha=c.unlabeled_alpha,
+        divergence=c.divergence,
+        jsd_beta=c.jsd_beta,
         lm_weight=c.lm_weight,
         next_token_losses=next_tokens,
     )
@@ -189,7 +191,8 @@ def slow_terms(model: Any, samples: list[dict[str, Any]], c: ObjectiveConfig) ->
                 if (y is not None) == wanted]  # fmt: skip
         if mine:
             weights = [max(reference.softmax(t)) ** c.conf_power for _, t in mine]
-            kds = [reference.kl(t, s, c.temperature) for s, t in mine]
+            both = [[reference.softmax(z, c.temperature) for z in (t, s)] for s, t in mine]
+            kds = [reference.divergence_of(c.divergence, p, q, c.jsd_beta) for p, q in both]
             weighted = sum(w * kd for w, kd in zip(weights, kds, strict=True))
             terms[name] = weighted / sum(weights)
             if wanted:
@@ -216,8 +219,12 @@ MIXED: Order = [
 ]  # fmt: skip
 
 
-def test_each_line_of_the_log_is_what_slow_loops_find(tmp_path: Path, data: BothKinds) -> None:
-    trainer = make_trainer(tmp_path, data, MIXED, 3)
+@pytest.mark.parametrize("measure", [{}, {"divergence": "jsd", "jsd_beta": 0.2}])
+def test_each_line_of_the_log_is_what_slow_loops_find(
+    measure: dict[str, Any], tmp_path: Path, data: BothKinds
+) -> None:
+    objective = OBJECTIVE.model_copy(update=measure)
+    trainer = make_trainer(tmp_path, data, MIXED, 3, objective=objective)
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
     trainer.train()
@@ -225,7 +232,7 @@ def test_each_line_of_the_log_is_what_slow_loops_find(tmp_path: Path, data: Both
     assert len(lines) == 3
     for step, (line, model) in enumerate(zip(lines, snapshots.before, strict=True)):
         positions = [position for batch in MIXED[3 * step : 3 * step + 3] for position in batch]
-        expected = slow_terms(model.eval(), [data[position] for position in positions], OBJECTIVE)
+        expected = slow_terms(model.eval(), [data[position] for position in positions], objective)
         assert logged(line) == pytest.approx(expected, rel=1e-6), step
     every = {"loss", "ce", "kd", "kd_unlabeled", "lm", "conf_w", "agreement"}
     assert set(logged(lines[0])) == every

@@ -1,0 +1,135 @@
+"""The language model's objective from a linear head, without the logits of all positions.
+
+As in `linear_cross_entropy`: a chunk of positions at a time gets its logits, its share of the loss
+and its gradients, in the forward pass, and its logits are dropped. Every term is a sum over
+positions by counts of the step, so the chunks' shares add up like those of micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.language_model import (
+    LanguageModelTerms,
+    Targets,
+    language_model_objective,
+)
+from teacher_cache.stages.losses.linear_cross_entropy import MAX_LOGITS
+from teacher_cache.stages.losses.step_totals import StepTotals
+
+
+def linear_language_model_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    next_ids: Tensor | None,
+    *,
+    config: ObjectiveConfig,
+    totals: StepTotals,
+    top1_log_prob: Tensor | None = None,
+    has_teacher: Tensor | None = None,
+    support: Tensor | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> LanguageModelTerms:
+    """`language_model_objective` of `hidden @ weight.T`; its arguments, and those of the head.
+
+    Logits and gradients are float32 or wider, under autocast too. The gradient cannot be
+    differentiated again.
+
+    Args:
+        hidden: [N, D] the student's states at the counted positions.
+        weight: [V, D] its head, without bias.
+        targets: the teacher's.
+        next_ids: [N], or None for an unlabelled batch.
+        config: the weights of the terms.
+        totals: of the whole optimizer step.
+        top1_log_prob: [N], given where `conf_power` is above 0.
+        has_teacher: [N] bool, or None.
+        support: [V] bool, or None.
+        max_logits: logits that exist at a time, beside a few temporary copies of them; at least
+            one position's do.
+
+    Raises:
+        ValueError: if hidden and weight do not fit, or as `language_model_objective`.
+        UserError: as `language_model_objective`.
+    """
+    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not [N, D] and "
+            "[V, D]"
+        )
+    num_taught = len(hidden) if has_teacher is None else int(has_teacher.sum())
+    totals.check_covers(num_taught, labeled=next_ids is not None)
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    head, size = weight.detach().to(dtype), max(1, max_logits // len(weight))
+    has_gradient = torch.is_grad_enabled()
+    of_hidden = has_gradient and hidden.requires_grad
+    of_weight = has_gradient and weight.requires_grad
+    hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
+    weight_gradient = torch.zeros_like(head) if of_weight else None
+    shares = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, max(1, len(hidden)), size):
+            chunk = slice(start, start + size)
+            states = hidden[chunk].detach().to(dtype)
+            logits = (states @ head.T).requires_grad_(of_hidden or of_weight)  # [n, V]
+            share = language_model_objective(
+                logits,
+                targets.at_positions(chunk),
+                None if next_ids is None else next_ids[chunk],
+                config=config,
+                totals=totals,
+                top1_log_prob=None if top1_log_prob is None else top1_log_prob[chunk],
+                has_teacher=None if has_teacher is None else has_teacher[chunk],
+                support=support,
+            )
+            if logits.requires_grad:
+                (gradient,) = torch.autograd.grad(share.loss, logits)
+                if hidden_gradient is not None:
+                    hidden_gradient[chunk] = gradient @ head
+                if weight_gradient is not None:
+                    weight_gradient.addmm_(gradient.T, states)
+            shares.append({one.name: getattr(share, one.name) for one in fields(share)})
+            shares[-1]["loss"] = share.loss.detach()
+    sums: dict[str, Any] = {
+        name: None if first is None else sum((one[name] for one in shares[1:]), start=first)
+        for name, first in shares[0].items()
+    }
+    sums["loss"] = _WithGradients.apply(
+        hidden, weight, sums["loss"], hidden_gradient, weight_gradient
+    )
+    return LanguageModelTerms(**sums)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        loss: Tensor,
+        hidden_gradient: Tensor | None,
+        weight_gradient: Tensor | None,
+    ) -> Tensor:
+        """Keep them for `backward`."""
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale them by the gradient of the loss; rounded to the inputs' dtype only then."""
+        scaled = [
+            None if gradient is None else (grad_output * gradient).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None)

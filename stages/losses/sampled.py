@@ -1,0 +1,188 @@
+"""A teacher known by draws from it: random sampling distillation (RS-KD).
+
+Anshumann et al. 2025, "Sparse Logit Sampling", arXiv:2503.16870. N draws with
+replacement from a proposal, the teacher's distribution at the capture temperature or a flatter one
+(which is the teacher at a higher temperature: `p_T0 ** tau`, normalised, is `p` at `T0 / tau`). A
+draw counts with the ratio of teacher to proposal, so what is linear in the teacher's probabilities
+(forward KL, cross-entropy) and its gradient are estimated without bias, at any temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacher_cache.stages.losses.student_outcomes import head_log_probs
+from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution, widened
+
+MIN_EFFECTIVE_DRAWS = 10
+"""Below this effective sample size the estimate is mostly noise, and a person should hear of it."""
+
+
+def log_probs_at(
+    log_probs: Tensor, *, temperature: float, lse: Tensor, new_temperature: float, new_lse: Tensor
+) -> Tensor:
+    """The teacher's log-probs of known outcomes at another temperature.
+
+    `z - z_max = T0 (log p + lse_T0)` gives the logits back, up to the largest.
+
+    Args:
+        log_probs: [..., D] nats, at `temperature`; -inf stays -inf.
+        temperature: T0.
+        lse: [...] logsumexp of `(z - z_max) / T0` over the whole support.
+        new_temperature: T.
+        new_lse: [...] the same at T.
+
+    Returns:
+        [..., D] nats, float32 or wider.
+    """
+    relative = temperature * (widened(log_probs) + widened(lse).unsqueeze(-1))  # z - z_max
+    return relative / new_temperature - widened(new_lse).unsqueeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTargets:
+    """The distinct ids that were drawn at each position, and how often.
+
+    Attributes:
+        ids: [..., D] int64, distinct along D; -1 for an empty slot.
+        counts: [..., D] times drawn, 0 in an empty slot; their sum is N.
+        log_probs: [..., D] nats, float32 or wider, the teacher's at `temperature`; exact, not the
+            counts' shares. -inf in an empty slot.
+        proposal_log_probs: [..., D] the same of the distribution that was drawn from, at any
+            temperature; `log_probs` itself where that is the teacher's at `temperature`.
+        temperature: at which teacher and student are compared.
+
+    Raises:
+        ValueError: if the shapes disagree or `temperature` is not positive.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    log_probs: Tensor
+    proposal_log_probs: Tensor
+    temperature: float
+
+    def __post_init__(self) -> None:
+        """Broadcasting would hide a wrong shape."""
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}, but must be positive")
+        arrays = (self.ids, self.counts, self.log_probs, self.proposal_log_probs)
+        shapes = [tuple(one.shape) for one in arrays]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"ids, counts, log-probs and proposal's log-probs of shapes {shapes}: all [..., D]"
+            )
+
+    def at_temperature(self, temperature: float, *, lse: Tensor, new_lse: Tensor) -> SampledTargets:
+        """The same draws for another temperature; they keep their proposal.
+
+        Args:
+            temperature: the new one, T.
+            lse: [...] logsumexp of `(z - z_max) / T0` over the support, T0 being the present one.
+            new_lse: [...] the same at T.
+        """
+        return SampledTargets(
+            ids=self.ids,
+            counts=self.counts,
+            log_probs=log_probs_at(
+                self.log_probs,
+                temperature=self.temperature,
+                lse=lse,
+                new_temperature=temperature,
+                new_lse=new_lse,
+            ),
+            proposal_log_probs=self.proposal_log_probs,
+            temperature=temperature,
+        )
+
+    def at_positions(self, where: Any) -> SampledTargets:
+        """The same at a part of the positions; `where` indexes the dimensions before D."""
+        return SampledTargets(
+            ids=self.ids[where],
+            counts=self.counts[where],
+            log_probs=self.log_probs[where],
+            proposal_log_probs=self.proposal_log_probs[where],
+            temperature=self.temperature,
+        )
+
+    def weights(self) -> Tensor:
+        """[..., D] what stands for the teacher's probabilities: `count / N * p / proposal`.
+
+        1 in the mean over draws, not at each position; to renormalise would put a bias back. 0 in
+        empty slots.
+        """
+        counts = self.counts.to(self.log_probs.dtype)
+        share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        return share * self._ratios()
+
+    def effective_draws(self) -> Tensor:
+        """[...] effective sample size, `(sum w)^2 / sum w^2` over the N draws; 0 of none.
+
+        N where the proposal is the teacher itself (Kong 1992).
+        """
+        ratios = self._ratios()
+        counts = self.counts.to(ratios.dtype)
+        squares = (counts * ratios.square()).sum(dim=-1)
+        none = squares == 0
+        return (counts * ratios).sum(dim=-1).square() / torch.where(none, 1.0, squares)
+
+    def coarse(self) -> TeacherDistribution:
+        """The distinct drawn ids as a head with their exact probabilities, the rest as its ghost.
+
+        What divergences other than forward KL are taken on: they are not linear in the teacher's
+        probabilities, so the counts would bias them. The tail is what the head's probabilities
+        leave of 1, so it is known to their rounding only (about 5e-4 where they are stored in
+        float16); a head that rounding brings above 1 is scaled back to 1, with no tail.
+        """
+        head = self.log_probs.logsumexp(dim=-1)  # [...]
+        has_tail = head < 0
+        left = torch.where(has_tail, head, -1.0)  # log(-expm1(0)) would give its gradient inf
+        return TeacherDistribution(
+            log_probs=self.log_probs - head.clamp(min=0).unsqueeze(-1),
+            temperature=self.temperature,
+            head_ids=self.ids,
+            tail_log_prob=torch.where(has_tail, left.expm1().neg().log(), -torch.inf),
+        )
+
+    def _ratios(self) -> Tensor:
+        """[..., D] of the teacher's probability to the proposal's; 0 in empty slots."""
+        drawn = self.counts > 0
+        log_p = torch.where(drawn, self.log_probs, -torch.inf)
+        return (log_p - torch.where(drawn, self.proposal_log_probs, 0.0)).exp()
+
+
+def sampled_kl(
+    student_logits: Tensor, targets: SampledTargets, *, support: Tensor | None = None
+) -> Tensor:
+    """Unbiased estimate of the forward KL, `sum w_i (log p_i - log q_i)` over the drawn ids.
+
+    float32 or wider; not scaled: the objective applies T**2 once. A single estimate can be
+    negative. Its gradient is unbiased too: `(sum w) q - w`, over T.
+
+    Args:
+        student_logits: [..., V], before temperature; -inf excludes an outcome. inf comes back
+            where a drawn one is excluded.
+        targets: of the same positions.
+        support: [V] bool, False for ids that are no outcome at all.
+
+    Returns:
+        [...] nats.
+
+    Raises:
+        ValueError: if the positions disagree.
+    """
+    if student_logits.shape[:-1] != targets.ids.shape[:-1]:
+        raise ValueError(
+            f"student logits of shape {tuple(student_logits.shape)} against drawn ids of shape "
+            f"{tuple(targets.ids.shape)}: they must agree but for the last dimension"
+        )
+    log_q = head_log_probs(student_logits, targets.ids, targets.temperature, support)[..., :-1]
+    weights = targets.weights()
+    drawn = weights != 0  # as in `kl`: 0 * inf is NaN
+    log_p = torch.where(drawn, targets.log_probs, 0.0)
+    log_q = torch.where(drawn, log_q, 0.0)
+    return torch.where(drawn, weights * (log_p - log_q), 0.0).sum(dim=-1)

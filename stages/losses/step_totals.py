@@ -1,0 +1,152 @@
+"""What an optimizer step holds: the counts and sums that its terms are means over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.losses.confidence import confidence_weights, weights_of_top1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """What one optimizer step holds, over all its micro-batches and ranks.
+
+    Known from the cache before the step's first backward. Totals of parts add up:
+    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the five numbers.
+
+    A classifier counts samples, a language model the positions at which it has a teacher; there
+    the labelled ones are those of the corpus whose next tokens are learned, too.
+
+    Attributes:
+        num_labeled: labelled samples.
+        num_unlabeled: unlabelled samples.
+        conf_weight_sum_labeled: sum of the labelled samples' raw confidence weights; unused when
+            `conf_power` is 0.
+        conf_weight_sum_unlabeled: the same for the unlabelled ones.
+        num_next_tokens: positions that have a next token to learn. Of a classifier: of both
+            kinds, and unused when `lm_weight` is 0. Of a language model: of the labelled kind.
+    """
+
+    num_labeled: int = 0
+    num_unlabeled: int = 0
+    conf_weight_sum_labeled: float = 0.0
+    conf_weight_sum_unlabeled: float = 0.0
+    num_next_tokens: int = 0
+
+    def __add__(self, other: StepTotals) -> StepTotals:
+        """The totals of both parts together."""
+        return StepTotals(
+            num_labeled=self.num_labeled + other.num_labeled,
+            num_unlabeled=self.num_unlabeled + other.num_unlabeled,
+            conf_weight_sum_labeled=self.conf_weight_sum_labeled + other.conf_weight_sum_labeled,
+            conf_weight_sum_unlabeled=self.conf_weight_sum_unlabeled
+            + other.conf_weight_sum_unlabeled,
+            num_next_tokens=self.num_next_tokens + other.num_next_tokens,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        teacher_logits: Tensor,
+        *,
+        labeled: bool,
+        conf_power: float,
+        num_next_tokens: int = 0,
+    ) -> StepTotals:
+        """The totals of one micro-batch.
+
+        Args:
+            teacher_logits: [B, C], before temperature.
+            labeled: which kind the batch is; all its samples are of one kind.
+            conf_power: the objective's; at 0 no weight is computed.
+            num_next_tokens: the batch's, where `lm_weight` is above 0.
+        """
+        # The very weights that the objective will apply.
+        weights = confidence_weights(teacher_logits, conf_power) if conf_power else None
+        return cls._of_kind(len(teacher_logits), weights, labeled, num_next_tokens)
+
+    @classmethod
+    def of_positions(
+        cls,
+        top1_log_prob: Tensor,
+        *,
+        labeled: bool,
+        conf_power: float,
+        num_next_tokens: int = 0,
+    ) -> StepTotals:
+        """The totals of one micro-batch of a language model.
+
+        Args:
+            top1_log_prob: [N] as cached, of the positions at which there is a teacher.
+            labeled: whether the batch's next tokens are learned, too.
+            conf_power: the objective's; at 0 no weight is computed.
+            num_next_tokens: positions that have a next token; 0 of an unlabelled batch.
+        """
+        weights = weights_of_top1(top1_log_prob, conf_power) if conf_power else None
+        return cls._of_kind(len(top1_log_prob), weights, labeled, num_next_tokens)
+
+    @classmethod
+    def _of_kind(
+        cls, num: int, weights: Tensor | None, labeled: bool, num_next_tokens: int
+    ) -> StepTotals:
+        # Summed in float64 on the CPU, since not every device has it.
+        weight_sum = 0.0 if weights is None else weights.cpu().double().sum().item()
+        if labeled:
+            return cls(
+                num_labeled=num,
+                conf_weight_sum_labeled=weight_sum,
+                num_next_tokens=num_next_tokens,
+            )
+        return cls(
+            num_unlabeled=num,
+            conf_weight_sum_unlabeled=weight_sum,
+            num_next_tokens=num_next_tokens,
+        )
+
+    def num(self, *, labeled: bool) -> int:
+        """How many there are of one kind."""
+        return self.num_labeled if labeled else self.num_unlabeled
+
+    def check_covers(self, num: int, *, labeled: bool) -> None:
+        """Refuse a batch that the step does not count.
+
+        Raises:
+            ValueError: if the step counts fewer of that kind than `num`.
+        """
+        if self.num(labeled=labeled) < num:
+            raise ValueError(f"a batch of {num} in a step that counts {self.num(labeled=labeled)}")
+
+    def mean(
+        self, values: Tensor, weights: Tensor | None, *, labeled: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """A batch's share of the step's mean of a distillation term over one kind.
+
+        Args:
+            values: [B], one of each of the batch's.
+            weights: [B] raw confidence weights, or None where `conf_power` is 0. Normalised by
+                their mean over the step's samples *of the same kind*.
+            labeled: the batch's kind.
+
+        Returns:
+            Its share of the mean, and of the mean raw weight where there are weights.
+
+        Raises:
+            UserError: if `conf_power` is so high that nothing keeps any weight.
+        """
+        # A step of nothing of that kind has a sum of 0.
+        num = max(1, self.num(labeled=labeled))
+        if weights is None:
+            return values.sum() / num, None
+        weight_sum = self.conf_weight_sum_labeled if labeled else self.conf_weight_sum_unlabeled
+        if not len(values):
+            weight_sum = 1.0
+        if not weight_sum > 0:
+            raise UserError(
+                "The confidence weights leave nothing in a step any weight: the teacher's top "
+                "probabilities to the power of --conf-power underflow; choose a lower --conf-power"
+            )
+        # sum_i (w_i / mean w) kl_i / num: the counts cancel.
+        return (weights * values).sum() / weight_sum, weights.sum() / num

@@ -1,0 +1,136 @@
+"""The chunked objective against the one on all logits at once: terms, both gradients, memory."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.language_model import (
+    LanguageModelTerms,
+    language_model_objective,
+)
+from teacher_cache.stages.losses.linear_language_model import linear_language_model_objective
+from teacher_cache.stages.losses.sampled import SampledTargets
+from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from tests.largest_tensor import LargestTensor
+from tests.sparse_teachers import top_k
+
+
+def make_inputs(
+    num: int, width: int, vocab: int, seed: int, config: ObjectiveConfig, kind: str
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """States, head, and all other arguments, of a step that holds another batch of the kind too."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64)
+    teacher = 2 * torch.randn(num, vocab, generator=generator, dtype=torch.float64)
+    has_teacher = torch.rand(num, generator=generator) < 0.8
+    top1 = torch.log_softmax(teacher, dim=-1).amax(dim=-1)
+    own = StepTotals.of_positions(
+        top1[has_teacher], labeled=True, conf_power=config.conf_power, num_next_tokens=num
+    )
+    sparse = top_k(teacher, 2, config.temperature)
+    assert sparse.head_ids is not None
+    targets: Any = sparse
+    if kind == "dense":
+        targets = TeacherDistribution.from_logits(teacher, config.temperature)
+    elif kind == "sampled":
+        targets = SampledTargets(
+            ids=sparse.head_ids,
+            counts=torch.tensor([2, 1]).expand(num, 2),
+            log_probs=sparse.log_probs,
+            proposal_log_probs=sparse.log_probs,
+            temperature=config.temperature,
+        )
+    others = {
+        "targets": targets,
+        "next_ids": torch.randint(vocab, (num,), generator=generator),
+        "config": config,
+        "totals": own + own,
+        "top1_log_prob": top1,
+        "has_teacher": has_teacher,
+    }
+    return hidden, weight, others
+
+
+def plain(hidden: Tensor, weight: Tensor, **others: Any) -> LanguageModelTerms:
+    return language_model_objective(hidden @ weight.T, **others)
+
+
+def results(function: Any, hidden: Tensor, weight: Tensor, **others: Any) -> dict[str, Any]:
+    """Every term, and the gradients of both inputs, of 0.3 times the loss."""
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    terms = function(*leaves, **others)
+    (0.3 * terms.loss).backward()
+    found = {one.name: getattr(terms, one.name) for one in fields(terms)}
+    found["loss"] = terms.loss.detach()
+    return found | {"hidden": leaves[0].grad, "weight": leaves[1].grad}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num=st.integers(0, 12),
+    vocab=st.integers(2, 9),
+    max_logits=st.integers(1, 120),
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["dense", "sparse", "sampled"]),
+    name=st.sampled_from(["kl", "jsd"]),
+    conf_power=st.sampled_from([0.0, 1.0]),
+)
+def test_any_chunks_give_the_same_terms_and_gradients(
+    num: int, vocab: int, max_logits: int, seed: int, kind: str, name: Any, conf_power: float
+) -> None:
+    config = ObjectiveConfig(divergence=name, conf_power=conf_power, label_smoothing=0.1)
+    hidden, weight, others = make_inputs(num, 4, vocab, seed, config, kind)
+    found = results(
+        linear_language_model_objective, hidden, weight, max_logits=max_logits, **others
+    )
+    expected = results(plain, hidden, weight, **others)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-10)
+
+
+def test_only_what_is_needed() -> None:
+    config = ObjectiveConfig()
+    hidden, weight, others = make_inputs(9, 4, 7, 0, config, "sparse")
+    expected = results(plain, hidden, weight, **others)
+    with torch.no_grad():
+        loss = linear_language_model_objective(hidden.requires_grad_(), weight, **others).loss
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected["loss"])
+    terms = linear_language_model_objective(hidden, weight, **others)
+    (0.3 * terms.loss).backward()
+    assert weight.grad is None
+    torch.testing.assert_close(hidden.grad, expected["hidden"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = linear_language_model_objective(hidden, weight, **others)
+    assert torch.equal(again.loss, terms.loss)
+
+
+def test_no_tensor_is_larger_than_a_chunk() -> None:
+    num, vocab = 200, 500
+    hidden, weight, others = make_inputs(num, 4, vocab, 0, ObjectiveConfig(), "sparse")
+    with LargestTensor() as plainly:
+        results(plain, hidden, weight, **others)
+    assert plainly.num_elements >= num * vocab
+    with LargestTensor() as chunked:
+        results(linear_language_model_objective, hidden, weight, max_logits=6 * vocab, **others)
+    assert chunked.num_elements <= 6 * (vocab + 1)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    hidden, weight, others = make_inputs(9, 4, 7, 0, ObjectiveConfig(), "sparse")
+    with pytest.raises(ValueError, match=r"are not \[N, D\] and \[V, D\]"):
+        linear_language_model_objective(hidden, weight[:, :3], **others)
+    others["totals"] = StepTotals(num_labeled=2)
+    with pytest.raises(ValueError, match="in a step that counts 2"):
+        linear_language_model_objective(hidden, weight, max_logits=7, **others)
