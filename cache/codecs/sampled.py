@@ -119,7 +119,7 @@ class SampledCodec:
         """Stored bytes a position.
 
         Args:
-            entries: mean distinct ids of a position; the number of draws, the most, where not given.
+            entries: mean distinct ids of a position; where not given, all draws.
         """
         return bytes_per_position(self.fields, self.num_draws if entries is None else entries)
 
