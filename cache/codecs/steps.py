@@ -30,7 +30,10 @@ def encode_steps(below_max: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     excluded = np.isneginf(below_max)
     exact = np.maximum(below_max.astype(np.float64), -LARGEST_HALF)
     gaps = np.where(excluded[..., 1:], 0.0, exact[..., :-1] - exact[..., 1:])
-    widest = gaps.max(axis=-1, initial=0.0).astype(np.float16)
+    largest = gaps.max(axis=-1, initial=0.0)
+    widest = largest.astype(np.float16)
+    # Rounded up: from below, gap after gap of the largest size would fall short and add up.
+    widest = np.where(widest < largest, np.nextafter(widest, np.float16(LARGEST_HALF)), widest)
     unit = np.where(widest > 0, widest.astype(np.float64), 1.0) / LARGEST_CODE**2
     codes = np.zeros(below_max.shape, np.uint8)
     total = np.zeros(below_max.shape[:-1], np.int64)  # of squared codes, down to this slot

@@ -173,15 +173,14 @@ class TopKCodec:
         Raises:
             UserError: if the temperature is outside the grid.
         """
+        tail_r = interpolated(stored[TAIL_R], stored[TAIL_M], self.temperatures, temperature)
         ids = unpack_ids(stored[IDS], stored.get(f"{IDS}_high"))
         below = self._below_max(stored)
         xp = namespace(below)
-        filled = None
         if self.top_p is not None:
             filled = is_filled(cast(stored[SIZES], "int64"), below.shape[-1])
             ids, below = masked_ids(ids, filled), xp.where(filled, below, -xp.inf)
         head = below / temperature
-        tail_r = interpolated(stored[TAIL_R], stored[TAIL_M], self.temperatures, temperature)
         lse = xp.logaddexp(log_sum_exp_below_zero(head), tail_r)
         return Decoded(
             ids=ids,

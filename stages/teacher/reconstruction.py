@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.interface import Decoded
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.stages.teacher.capture_positions import reduce_positions
+from teacher_cache.stages.teacher.reductions import on_host
 from teacher_cache.stages.teacher.support import Support
 
 
@@ -43,9 +43,9 @@ class ReconstructionError:
     bytes_per_token: float
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest records it, to three digits."""
+        """As the manifest records it, to four digits."""
         return {
-            name: float(f"{value:.3g}") if isinstance(value, float) else value
+            name: float(f"{value:.4g}") if isinstance(value, float) else value
             for name, value in asdict(self).items()
         }
 
@@ -79,12 +79,16 @@ def reconstruction_error(
     reduced, unused = reduce_positions(
         codec, support, logits, next_ids, states=states, drawn_at=drawn_at
     )
-    stored = codec.encode(reduced)  # pyright: ignore[reportArgumentType]
-    decoded = codec.decode(codec.expand(stored), temperature)
+    stored = codec.expand(codec.encode(reduced))  # pyright: ignore[reportArgumentType]
+    on_device = {name: torch.from_numpy(one).to(logits.device) for name, one in stored.items()}
+    with torch.inference_mode():
+        decoded = codec.decode(on_device, temperature)
     below, _ = support.below_max(logits)
     exact = torch.log_softmax(below.double() / temperature, dim=1).cpu().numpy()
-    kl, lost = _divergence(exact, decoded)
-    num_ids = float((~np.isneginf(decoded.log_probs)).sum(-1).mean())
+    ids = None if decoded.ids is None else on_host(decoded.ids)
+    log_probs = on_host(decoded.log_probs)
+    kl, lost = _divergence(exact, ids, log_probs, on_host(decoded.tail_log_prob))
+    num_ids = float(log_probs.shape[1] if ids is None else (ids >= 0).sum(-1).mean())
     return ReconstructionError(
         temperature=temperature,
         num_positions=len(logits),
@@ -97,18 +101,22 @@ def reconstruction_error(
     )
 
 
-def _divergence(exact: np.ndarray, decoded: Decoded) -> tuple[np.ndarray, np.ndarray]:
+def _divergence(
+    exact: np.ndarray, ids: np.ndarray | None, log_probs: np.ndarray, tail_log_prob: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """[N] KL over head and ghost, and [N] exact mass outside the head.
 
     Args:
         exact: [N, V] float64, nats.
-        decoded: of numpy arrays.
+        ids: as of `Decoded`, like the rest.
+        log_probs: [N, K].
+        tail_log_prob: [N].
     """
-    log_q = decoded.log_probs.astype(np.float64)
-    if decoded.ids is None:
+    log_q = log_probs.astype(np.float64)
+    if ids is None:
         return _terms(exact, log_q).sum(-1), np.zeros(len(exact))
-    filled = decoded.ids >= 0
-    taken = np.where(filled, decoded.ids, 0)
+    filled = ids >= 0
+    taken = np.where(filled, ids, 0)
     log_p = np.where(filled, np.take_along_axis(exact, taken, axis=1), -np.inf)
     outside = np.ones(exact.shape, bool)
     rows = np.broadcast_to(np.arange(len(exact))[:, None], taken.shape)
@@ -116,7 +124,7 @@ def _divergence(exact: np.ndarray, decoded: Decoded) -> tuple[np.ndarray, np.nda
     lost = (np.exp(exact) * outside).sum(-1)  # over the tail itself, never 1 - sum
     has_tail = lost > 0
     log_lost = np.log(lost, out=np.full_like(lost, -np.inf), where=has_tail)
-    tail = _terms(log_lost, decoded.tail_log_prob.astype(np.float64))
+    tail = _terms(log_lost, tail_log_prob.astype(np.float64))
     return _terms(log_p, log_q).sum(-1) + tail, lost
 
 
