@@ -65,8 +65,9 @@ def run(request: pytest.FixtureRequest) -> Run:
     """A model with logits of a few nats, its states [N, D] and logits [N, R]."""
     torch.manual_seed(0)
     model = MODELS[request.param]().eval()
+    layer = model.get_output_embeddings()
+    assert isinstance(layer, torch.nn.Linear)
     with torch.no_grad():
-        layer = model.get_output_embeddings()
         layer.weight.copy_(torch.randn_like(layer.weight) * 0.5)
     ids = torch.randint(NUM_IDS, (2, 11))
     with torch.inference_mode(), states_read(model) as seen:
