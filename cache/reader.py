@@ -59,8 +59,9 @@ class CacheReader:
             sample_idx: 0 to len - 1, in cache order.
 
         Returns:
-            `sample_id` V16, `input_ids` u32 [S], `label` i32 (-1 for none), `class_logits` f32 [C],
-            and `pooled` f16 [D] where it was cached.
+            What the schema lists: of a classifier `sample_id` V16, `input_ids` u32 [S], `label` i32
+            (-1 for none), `class_logits` f32 [C], and `pooled` f16 [D] where it was cached; of a
+            language model ids, `loss_mask` bool [S] and its codec's fields.
 
         Raises:
             IndexError: if there is no such sample.
@@ -75,10 +76,12 @@ class CacheReader:
         """Several samples, in the order asked for: fixed-size fields stacked, others ragged."""
         found = [self.sample(int(sample_idx)) for sample_idx in sample_idxs]
         return {
-            spec.name: Ragged.from_arrays([one[spec.name] for one in found], spec.dtype)
+            spec.name: Ragged.from_arrays(
+                [one[spec.name] for one in found], spec.dtype, spec.inner_shape
+            )
             if spec.is_ragged
             else np.array([one[spec.name] for one in found], dtype=spec.dtype).reshape(
-                len(found), *(int(size) for size in spec.shape)
+                len(found), *spec.inner_shape
             )
             for spec in self.manifest.schema
         }
@@ -108,7 +111,7 @@ class CacheReader:
         """One fixed-size field of every sample, [N, ...]: labels, say, or class logits."""
         parts = [np.asarray(fields[name]) for fields in self.batches()]
         spec = next(spec for spec in self.manifest.schema if spec.name == name)
-        empty = np.empty((0, *(int(size) for size in spec.shape)), spec.dtype)
+        empty = np.empty((0, *spec.inner_shape), spec.dtype)
         return np.concatenate([empty, *parts])
 
     def _shard(self, shard_idx: int) -> ArrowShard:

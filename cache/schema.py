@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,13 @@ FORMAT_VERSION = 1
 SAMPLE_ID_BYTES = 16
 NO_LABEL = -1
 POOLED = "pooled"
+TOP1_LOG_PROB = "top1_log_prob"
+NEXT_LOG_PROB = "next_log_prob"
 
-Dimension = int | Literal["S"]
+Dimension = int | str
+"""A number, or the first dimension of a ragged field: `S`, positions; `S+1`, their borders;
+`sum(NAME)`, one entry for each that the sample's field NAME counts at its positions (a head of
+differing sizes, end to end); `sum(NAME)/4`, the same four to a byte, the last byte padded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,7 @@ class FieldSpec:
     Attributes:
         name: as in the store, the reader's batch and the collator's.
         dtype: numpy dtype; `V16` stands for 16 raw bytes.
-        shape: of one sample; `S` is its number of positions.
+        shape: of one sample; the first dimension may depend on it (`Dimension`).
         nullable: whether a sample may lack it (a label); -1 in memory, null on disk.
     """
 
@@ -39,7 +45,18 @@ class FieldSpec:
     @property
     def is_ragged(self) -> bool:
         """Whether the sample's length decides the shape."""
-        return "S" in self.shape
+        return bool(self.shape) and isinstance(self.shape[0], str)
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """What stands behind the ragged dimension, or the whole shape where there is none."""
+        return tuple(int(size) for size in (self.shape[1:] if self.is_ragged else self.shape))
+
+    @property
+    def counted_by(self) -> str | None:
+        """The field that counts this one's entries at each position; None where none does."""
+        found = re.match(r"sum\((\w+)\)", str(self.shape[0])) if self.is_ragged else None
+        return found.group(1) if found else None
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest records it."""
@@ -82,10 +99,49 @@ def classification_schema(num_classes: int, *, pooled_width: int | None = None) 
     return (*fields, FieldSpec(name=POOLED, dtype="float16", shape=(pooled_width,)))
 
 
+def language_model_schema(
+    codec_fields: Schema, *, is_packed: bool = False, has_offsets: bool = False
+) -> Schema:
+    """Fields of a language-model cache: ids, what counts in a loss, and what its codec stores.
+
+    Args:
+        codec_fields: of `Codec.fields`.
+        is_packed: samples hold several documents, numbered by `segment`.
+        has_offsets: each token's borders in the bytes of its text are kept, for span alignment.
+    """
+    segment = FieldSpec(name="segment", dtype="uint16", shape=("S",))
+    offsets = FieldSpec(name="offsets", dtype="uint32", shape=("S+1",))
+    return (
+        FieldSpec(name="sample_id", dtype=f"V{SAMPLE_ID_BYTES}"),
+        FieldSpec(name="input_ids", dtype="uint32", shape=("S",)),
+        *((segment,) if is_packed else ()),
+        FieldSpec(name="loss_mask", dtype="bool", shape=("S",)),
+        *((offsets,) if has_offsets else ()),
+        *codec_fields,
+    )
+
+
+def bytes_per_position(schema: Schema, entries: float = 0.0) -> float:
+    """Bytes that one more position adds to a sample.
+
+    Args:
+        schema: of all of a sample's fields, or of a codec's.
+        entries: the mean count of a position, where a field counts others' entries.
+    """
+    per_position = {"S": 1.0, "S+1": 1.0}
+    total = 0.0
+    for spec in schema:
+        if spec.is_ragged:
+            share = entries / 4 if str(spec.shape[0]).endswith("/4") else entries
+            size = np.dtype(spec.dtype).itemsize * math.prod(spec.inner_shape)
+            total += size * per_position.get(str(spec.shape[0]), share)
+    return total
+
+
 def fixed_bytes(schema: Schema) -> int:
     """Bytes of a sample's fields that are of one size in every sample."""
     return sum(
-        np.dtype(spec.dtype).itemsize * math.prod(int(size) for size in spec.shape)
+        np.dtype(spec.dtype).itemsize * math.prod(spec.inner_shape)
         for spec in schema
         if not spec.is_ragged
     )
@@ -103,14 +159,17 @@ def width_of_pooled(schema: Schema) -> int | None:
 class Ragged:
     """Arrays of differing lengths, end to end: sample i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    values: np.ndarray  # [total]
+    values: np.ndarray  # [total, ...]
     offsets: np.ndarray  # [N + 1] int64
 
     @classmethod
-    def from_arrays(cls, arrays: list[np.ndarray], dtype: str) -> Ragged:
-        """Join the samples' arrays."""
+    def from_arrays(
+        cls, arrays: list[np.ndarray], dtype: str, inner_shape: tuple[int, ...] = ()
+    ) -> Ragged:
+        """Join the samples' arrays, each [length, *inner_shape]."""
         lengths = [len(array) for array in arrays]
-        values = np.concatenate([*arrays, np.empty(0, dtype)]).astype(dtype, copy=False)
+        empty = np.empty((0, *inner_shape), dtype)
+        values = np.concatenate([*arrays, empty]).astype(dtype, copy=False)
         return cls(values=values, offsets=np.cumsum([0, *lengths], dtype=np.int64))
 
     def __len__(self) -> int:
@@ -138,15 +197,46 @@ def check_fields(schema: Schema, fields: Fields) -> int:
     for spec in schema:
         column = fields[spec.name]
         array = column.values if isinstance(column, Ragged) else column
-        shape = () if isinstance(column, Ragged) else column.shape[1:]
         if isinstance(column, Ragged) != spec.is_ragged or len(column) != num_samples:
             raise UserError(
                 f"field {spec.name!r} has {len(column)} samples, ragged: "
                 f"{isinstance(column, Ragged)}; expected {num_samples}, ragged: {spec.is_ragged}"
             )
-        if array.dtype != np.dtype(spec.dtype) or (not spec.is_ragged and shape != spec.shape):
+        if array.dtype != np.dtype(spec.dtype) or array.shape[1:] != spec.inner_shape:
+            each = "position" if spec.is_ragged else "sample"
             raise UserError(
-                f"field {spec.name!r} is {array.dtype} of shape {shape} a sample, the schema "
-                f"asks for {spec.dtype} of shape {spec.shape}"
+                f"field {spec.name!r} is {array.dtype} of shape {array.shape[1:]} a {each}, the "
+                f"schema asks for {spec.dtype} of shape {spec.inner_shape}"
             )
+    for spec in schema:
+        _check_lengths(spec, fields)
     return num_samples
+
+
+def _check_lengths(spec: FieldSpec, fields: Fields) -> None:
+    """Check that each sample has as many of a ragged field as its positions and counts say."""
+    column = fields[spec.name]
+    if not isinstance(column, Ragged):
+        return
+    positions = np.diff(_ragged(fields["input_ids"]).offsets)
+    if spec.counted_by is not None:
+        counts = _ragged(fields[spec.counted_by])
+        before = np.concatenate([[0], np.cumsum(counts.values, dtype=np.int64)])
+        wanted = np.diff(before[counts.offsets])
+        if str(spec.shape[0]).endswith("/4"):
+            wanted = -(-wanted // 4)
+    else:
+        wanted = positions + (spec.shape[0] == "S+1")
+    found = np.diff(column.offsets)
+    if not np.array_equal(found, wanted):
+        first = int(np.argmax(found != wanted))
+        raise UserError(
+            f"field {spec.name!r} of sample {first} has length {found[first]}; its shape "
+            f"{spec.shape} asks for {wanted[first]}, since the sample has {positions[first]} "
+            "positions"
+        )
+
+
+def _ragged(column: np.ndarray | Ragged) -> Ragged:
+    assert isinstance(column, Ragged)  # the schema says so, and was checked
+    return column

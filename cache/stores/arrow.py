@@ -65,11 +65,9 @@ def encode(schema: Schema, fields: Fields) -> tuple[bytes, list[BatchRange]]:
 def _arrow_type(spec: FieldSpec) -> pa.DataType:
     dtype = np.dtype(spec.dtype)
     value = pa.binary(dtype.itemsize) if dtype.kind == "V" else pa.from_numpy_dtype(dtype)
-    if spec.is_ragged:
-        return pa.list_(value)
-    for size in reversed(spec.shape):
-        value = pa.list_(value, int(size))
-    return value
+    for size in reversed(spec.inner_shape):
+        value = pa.list_(value, size)
+    return pa.list_(value) if spec.is_ragged else value
 
 
 def _arrow_schema(schema: Schema) -> pa.Schema:
@@ -82,7 +80,7 @@ def _to_arrow(spec: FieldSpec, column: np.ndarray | Ragged, start: int, stop: in
     arrow_type = _arrow_type(spec)
     if isinstance(column, Ragged):
         offsets = column.offsets[start : stop + 1]
-        values = pa.array(column.values[offsets[0] : offsets[-1]])
+        values = _nested(spec, column.values[offsets[0] : offsets[-1]])
         return pa.ListArray.from_arrays(
             pa.array((offsets - offsets[0]).astype(np.int32)), values, type=arrow_type
         )
@@ -91,9 +89,14 @@ def _to_arrow(spec: FieldSpec, column: np.ndarray | Ragged, start: int, stop: in
         return pa.Array.from_buffers(arrow_type, len(part), [None, pa.py_buffer(part.tobytes())])
     if spec.nullable:
         return pa.array(part, type=arrow_type, mask=part == NO_LABEL)
-    values = pa.array(part.reshape(-1))
-    for size in reversed(spec.shape):
-        values = pa.FixedSizeListArray.from_arrays(values, int(size))
+    return _nested(spec, part)
+
+
+def _nested(spec: FieldSpec, rows: np.ndarray) -> pa.Array:
+    """Arrays [N, *inner shape] as lists of fixed sizes."""
+    values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+    for size in reversed(spec.inner_shape):
+        values = pa.FixedSizeListArray.from_arrays(values, size)
     return values
 
 
@@ -194,13 +197,20 @@ class ArrowShard:
 
 def _from_arrow(spec: FieldSpec, array: pa.Array) -> np.ndarray | Ragged:
     if isinstance(array, pa.ListArray):
-        values = array.values.to_numpy(zero_copy_only=True)
+        values = _flat(spec, array.values)
         return Ragged(values=values, offsets=np.asarray(array.offsets).astype(np.int64))
     if isinstance(array, pa.FixedSizeBinaryArray):
         data = np.frombuffer(array.buffers()[1], spec.dtype)
         return data[array.offset : array.offset + len(array)]
     if spec.nullable:
         return array.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
+    return _flat(spec, array)
+
+
+def _flat(spec: FieldSpec, array: pa.Array) -> np.ndarray:
+    """Lists of fixed sizes as an array [N, *inner shape], a view; booleans are Arrow's bits."""
+    num_rows = len(array)
     while isinstance(array, pa.FixedSizeListArray):
         array = array.flatten()
-    return array.to_numpy(zero_copy_only=True).reshape(-1, *(int(size) for size in spec.shape))
+    values = array.to_numpy(zero_copy_only=spec.dtype != "bool")
+    return values.reshape(num_rows, *spec.inner_shape)

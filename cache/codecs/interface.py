@@ -1,0 +1,113 @@
+"""What every codec of a language-model teacher gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+
+from teacher_cache.cache.codecs.arrays import Array
+from teacher_cache.cache.schema import NEXT_LOG_PROB, TOP1_LOG_PROB, FieldSpec, Schema
+
+Stored = Mapping[str, Array]
+"""A codec's fields by name: of one sample, or padded to [B, S, ...]; numpy or torch."""
+
+EVERY_CODECS_FIELDS: Schema = (
+    FieldSpec(name=TOP1_LOG_PROB, dtype="float16", shape=("S",)),
+    FieldSpec(name=NEXT_LOG_PROB, dtype="float16", shape=("S",)),
+)
+
+Reduction_contra = TypeVar("Reduction_contra", contravariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """What capture keeps of N positions, before it is coded; every array has N rows.
+
+    Attributes:
+        top1_log_prob: [N] nats at T = 1, of the whole support.
+        next_log_prob: [N] nats at T = 1, of the real next token; 0 where there is none, -inf where
+            it is outside the support.
+    """
+
+    top1_log_prob: np.ndarray
+    next_log_prob: np.ndarray
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.top1_log_prob)
+
+    def __getitem__(self, positions: slice) -> Self:
+        """The same of some of the positions: a sample's, say."""
+        arrays = {name: value for name, value in vars(self).items() if value is not None}
+        return type(self)(**{name: value[positions] for name, value in arrays.items()})
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """The fields that come with every codec."""
+        return {
+            TOP1_LOG_PROB: self.top1_log_prob.astype(np.float16),
+            NEXT_LOG_PROB: self.next_log_prob.astype(np.float16),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A teacher's distributions at one temperature: head and ghost sum to 1.
+
+    Attributes:
+        ids: [..., K] int64, distinct along K, -1 in an empty slot; None: the whole support, id i
+            at place i.
+        log_probs: [..., K] float32 nats; -inf in an empty slot or for an excluded id.
+        tail_log_prob: [...] float32 nats, log of the mass outside the head; -inf for none.
+        temperature: of these log-probs.
+        weights: [..., K] float32 of a sampled head, its estimate's count / N times what re-weights
+            it to `temperature`; they do not sum to 1 and must not be made to. None for others.
+    """
+
+    ids: Array | None
+    log_probs: Array
+    tail_log_prob: Array
+    temperature: float
+    weights: Array | None = None
+
+
+class Codec(Protocol[Reduction_contra]):
+    """One way of storing a distribution over the support at each position."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line and in the manifest."""
+        ...
+
+    @property
+    def support_size(self) -> int:
+        """One more than the largest id of the support."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the stored values, for manifest and fingerprint."""
+        ...
+
+    @property
+    def fields(self) -> Schema:
+        """The fields of a sample that this codec adds."""
+        ...
+
+    def encode(self, reduced: Reduction_contra) -> dict[str, np.ndarray]:
+        """The stored fields of one sample's positions."""
+        ...
+
+    def expand(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One sample's fields with a row a position, as `decode` and a collator want them."""
+        ...
+
+    def decode(self, stored: Stored, temperature: float) -> Decoded:
+        """The distributions at a temperature, from expanded fields of numpy or torch."""
+        ...
+
+    def bytes_per_token(self, entries: float | None = None) -> float:
+        """Stored bytes a position; `entries` is the mean head of a codec with ragged ones."""
+        ...

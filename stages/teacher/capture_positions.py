@@ -1,0 +1,59 @@
+"""What is kept of a language-model teacher at each position: one reduction a codec."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from teacher_cache.cache.codecs.dense import DenseCodec
+from teacher_cache.cache.codecs.interface import Reduced
+from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.topk import TopKCodec
+from teacher_cache.stages.teacher.draws import reduce_sampled
+from teacher_cache.stages.teacher.reductions import (
+    Unused,
+    reduce_dense,
+    reduce_hidden,
+    reduce_topk,
+)
+from teacher_cache.stages.teacher.support import Support
+
+
+def reduce_positions(
+    codec: AnyCodec,
+    support: Support,
+    logits: Tensor,
+    next_ids: Tensor,
+    *,
+    states: Tensor | None = None,
+    drawn_at: np.ndarray | None = None,
+) -> tuple[Reduced, Unused]:
+    """Reduce N positions to what `codec.encode` takes; a slice of the result is a sample's.
+
+    Args:
+        codec: decides what is kept.
+        support: ids that count.
+        logits: [N, R] float32, before temperature, of all rows of the teacher's head.
+        next_ids: [N] int64, the real next tokens; -1 where there is none.
+        states: [N, D], what the head read; for `hidden`.
+        drawn_at: [N, draws] of `draws.uniforms`; for `sampled`.
+
+    Returns:
+        The reduction, and [N] the probability (T = 1) of what the support leaves out.
+
+    Raises:
+        ValueError: if `states` or `drawn_at` is missing.
+        UserError: if logits are not finite.
+    """
+    if isinstance(codec, TopKCodec):
+        return reduce_topk(codec, support, logits, next_ids)
+    if isinstance(codec, DenseCodec):
+        return reduce_dense(codec, support, logits, next_ids)
+    if isinstance(codec, SampledCodec):
+        if drawn_at is None:
+            raise ValueError("a sampled cache needs `drawn_at`, the uniform numbers of its draws")
+        return reduce_sampled(codec, support, logits, next_ids, drawn_at)
+    if states is None:
+        raise ValueError("a hidden cache needs `states`, what the language-model head read")
+    return reduce_hidden(states, support, logits, next_ids)

@@ -1,0 +1,135 @@
+"""How far what a codec gives back is from the teacher that it was given."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.schema import bytes_per_position
+from teacher_cache.stages.teacher.capture_positions import reduce_positions
+from teacher_cache.stages.teacher.reductions import on_host
+from teacher_cache.stages.teacher.support import Support
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionError:
+    """Of a codec on probed positions, for the manifest.
+
+    Attributes:
+        temperature: of all that follows.
+        num_positions: probed.
+        kl: nats, mean over positions: from the exact teacher to the decoded one, over the stored
+            ids and, for all others together, the ghost. What rounding (and interpolation, off the
+            grid) costs; what the ghost cannot tell apart is no part of it.
+        largest_kl: the same of the worst position.
+        lost_mass: mean exact mass outside the stored ids: what the ghost stands for.
+        unused_mass: mean mass of the model's rows that no token has, at T = 1.
+        num_ids: mean stored ids of a position.
+        bytes_per_token: of the codec's fields at that size.
+    """
+
+    temperature: float
+    num_positions: int
+    kl: float
+    largest_kl: float
+    lost_mass: float
+    unused_mass: float
+    num_ids: float
+    bytes_per_token: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest records it, to four digits."""
+        return {
+            name: float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def reconstruction_error(
+    codec: AnyCodec,
+    support: Support,
+    logits: Tensor,
+    *,
+    temperature: float,
+    states: Tensor | None = None,
+    drawn_at: np.ndarray | None = None,
+) -> ReconstructionError:
+    """Reduce, encode, decode, and compare with the exact distribution in float64.
+
+    For a `sampled` cache this is the error of the log-probs that it keeps (its `coarse` use); the
+    noise of the draws themselves has mean 0 and is no error of reconstruction.
+
+    Args:
+        codec: as of the cache; `hidden` with its head.
+        support: ids that count.
+        logits: [N, R] of N probed positions, N > 0.
+        temperature: to compare at.
+        states: [N, D], for `hidden`.
+        drawn_at: [N, draws], for `sampled`.
+
+    Raises:
+        UserError: if logits are not finite, or the codec does not serve the temperature.
+    """
+    next_ids = torch.full((len(logits),), -1, device=logits.device)
+    reduced, unused = reduce_positions(
+        codec, support, logits, next_ids, states=states, drawn_at=drawn_at
+    )
+    stored = codec.expand(codec.encode(reduced))  # pyright: ignore[reportArgumentType]
+    on_device = {name: torch.from_numpy(one).to(logits.device) for name, one in stored.items()}
+    with torch.inference_mode():
+        decoded = codec.decode(on_device, temperature)
+    below, _ = support.below_max(logits)
+    exact = torch.log_softmax(below.double() / temperature, dim=1).cpu().numpy()
+    ids = None if decoded.ids is None else on_host(decoded.ids)
+    log_probs = on_host(decoded.log_probs)
+    kl, lost = _divergence(exact, ids, log_probs, on_host(decoded.tail_log_prob))
+    num_ids = float(log_probs.shape[1] if ids is None else (ids >= 0).sum(-1).mean())
+    return ReconstructionError(
+        temperature=temperature,
+        num_positions=len(logits),
+        kl=float(kl.mean()),
+        largest_kl=float(kl.max()),
+        lost_mass=float(lost.mean()),
+        unused_mass=float(unused.mean()),
+        num_ids=num_ids,
+        bytes_per_token=bytes_per_position(codec.fields, num_ids),
+    )
+
+
+def _divergence(
+    exact: np.ndarray, ids: np.ndarray | None, log_probs: np.ndarray, tail_log_prob: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """[N] KL over head and ghost, and [N] exact mass outside the head.
+
+    Args:
+        exact: [N, V] float64, nats.
+        ids: as of `Decoded`, like the rest.
+        log_probs: [N, K].
+        tail_log_prob: [N].
+    """
+    log_q = log_probs.astype(np.float64)
+    if ids is None:
+        return _terms(exact, log_q).sum(-1), np.zeros(len(exact))
+    filled = ids >= 0
+    taken = np.where(filled, ids, 0)
+    log_p = np.where(filled, np.take_along_axis(exact, taken, axis=1), -np.inf)
+    outside = np.ones(exact.shape, bool)
+    rows = np.broadcast_to(np.arange(len(exact))[:, None], taken.shape)
+    outside[rows[filled], taken[filled]] = False
+    lost = (np.exp(exact) * outside).sum(-1)  # over the tail itself, never 1 - sum
+    has_tail = lost > 0
+    log_lost = np.log(lost, out=np.full_like(lost, -np.inf), where=has_tail)
+    tail = _terms(log_lost, tail_log_prob.astype(np.float64))
+    return _terms(log_p, log_q).sum(-1) + tail, lost
+
+
+def _terms(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """`p (log p - log q)`, 0 where p is 0."""
+    is_zero = np.isneginf(log_p)
+    finite = np.where(is_zero, 0.0, log_p)
+    return np.exp(log_p) * (finite - np.where(is_zero, 0.0, log_q))
