@@ -41,21 +41,19 @@ NUM_VIEWS: dict[Block, int] = {"main": 6, "scarce": 2}
 # Of each trial, whatever the row: enough to tell the rates apart.
 TUNING_STEPS, TUNING_VIEWS = 500, 2
 
-# The one row that may train longer says how many times as long.
+# Rows that train longer or shorter than the others of their block say so in their title.
 LONG = 4
+SHORT = 0.4  # of the main block: three passes over its labels
 
 # What tuning chooses from; every row has as many trials.
 LEARNING_RATES: tuple[Settings, ...] = ({"lr": 1e-3}, {"lr": 2e-3})
 REGULARISATIONS: tuple[Settings, ...] = ({"C": 8.0}, {"C": 32.0})
 
-# Hard labels are learned by heart after a few passes, so these students keep a tenth of them apart
-# and the checkpoint that does best on it; the last step's would make too weak a baseline.
-LABELS_ONLY: Settings = {
-    "alpha": 0.0,
-    "eval_fraction": 0.1,
-    "checkpoint_steps": 80,
-    "early_stopping": 6,
-}
+LABELS_ONLY: Settings = {"alpha": 0.0}
+# Hard labels are learned by heart after a few passes, so with as many steps as the others these
+# students keep a tenth of the labels apart, and the checkpoint that does best on it; the last
+# step's would make too weak a baseline.
+STOPPED_EARLY: Settings = {"eval_fraction": 0.1, "checkpoint_steps": 80, "early_stopping": 6}
 FROM_TEACHER: Settings = {"embeddings": "teacher", "embedding_lr_scale": 0.1}
 LOGITS: Settings = {"alpha": 0.9, "temperature": 2.0} | FROM_TEACHER
 # Batches in proportion to the texts: a thousand plots, or six views of ten thousand reviews.
@@ -89,7 +87,7 @@ class Row:
         teacher: whose logits a student is taught with: the block's own, or one fine-tuned on all
             labels.
         times_steps: optimizer steps, as a multiple of those of its block's other students.
-        is_labels_only: whether it is a student that learns from labels alone; the better of these
+        is_labels_only: whether it is a student that learns from labels alone; the best of these
             is what distillation has to beat.
     """
 
@@ -101,7 +99,7 @@ class Row:
     trials: tuple[Settings, ...] = LEARNING_RATES
     tuned_as: str | None = None
     teacher: Literal["own", "full"] = "own"
-    times_steps: int = 1
+    times_steps: float = 1
     is_labels_only: bool = False
 
     @property
@@ -115,16 +113,27 @@ LABELS_ROWS: tuple[Row, ...] = (
         name="labels",
         title="student, labels only",
         block="main",
-        overrides=LABELS_ONLY,
+        overrides=LABELS_ONLY | STOPPED_EARLY,
         is_labels_only=True,
     ),
     Row(
         name="labels-embeddings",
         title="student, labels only, teacher's embeddings",
         block="main",
-        overrides=LABELS_ONLY | FROM_TEACHER,
+        overrides=LABELS_ONLY | FROM_TEACHER | STOPPED_EARLY,
         is_labels_only=True,
     ),
+)
+SHORT_LABELS_ROWS: tuple[Row, ...] = tuple(
+    replace(
+        row,
+        name=f"{row.name}-short",
+        title=f"{row.title}, three passes",
+        overrides={k: v for k, v in row.overrides.items() if k not in STOPPED_EARLY},
+        tuned_as=row.key,
+        times_steps=SHORT,
+    )
+    for row in LABELS_ROWS
 )
 LOGITS_ROW = Row(name="logits", title="+ logits", block="main", overrides=LOGITS)
 ALL_ROW = Row(
@@ -155,6 +164,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(name="teacher", title="teacher (MiniLM)", block="main", kind="teacher", trials=()),
     *LABELS_ROWS,
+    *SHORT_LABELS_ROWS,
     LOGITS_ROW,
     Row(
         name="confidence",
