@@ -269,7 +269,8 @@ class CacheWriter:
         committed = find_committed(self.cache, recorded, self._plans)
         self._sidecars, self._segments = committed.sidecars, committed.segments
         found = hash_files(self.cache / TEACHER_FOLDER)
-        self.intact_files = frozenset(dict(found.items() & recorded.teacher_files.items()))
+        intact = dict(found.items() & recorded.teacher_files.items())
+        self.intact_files = frozenset(intact)
         whole = all(len(self._sidecars[split]) == len(plan) for split, plan in self._plans.items())
         has_all = set(self._needed_files) <= recorded.teacher_files.keys()
         if (
@@ -280,7 +281,8 @@ class CacheWriter:
         ):
             self.manifest = recorded
         else:
-            self.manifest = replace(wanted, created_at=recorded.created_at)
+            # A kill before all teacher files are written anew must not forget those that need not.
+            self.manifest = replace(wanted, created_at=recorded.created_at, teacher_files=intact)
 
 
 def _compared(manifest: Manifest, splits: Collection[str]) -> dict[str, Any]:

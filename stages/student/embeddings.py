@@ -80,16 +80,17 @@ def side_by_side(table: Tensor, states: Tensor) -> Tensor:
     is_known = states.any(dim=1)
     if not is_known.any():
         raise ValueError("states of zeros say nothing of any token")
-    exact = states.double()
-    centred = torch.where(is_known[:, None], exact - exact[is_known].mean(dim=0), 0.0)
-    padded = torch.zeros(len(states), table.shape[1], dtype=torch.float64)
-    padded[: len(table)] = table.double()
-    return torch.cat([_to_unit_norm(padded), _to_unit_norm(centred)], dim=1)
-
-
-def _to_unit_norm(rows: Tensor) -> Tensor:
-    squares = rows.square().sum(dim=1)
-    return rows / squares[squares > 0].mean().sqrt()
+    # One buffer, changed in place: of 150,000 tokens and twice 4,096 numbers it has 10 GB.
+    joined = torch.zeros(len(states), table.shape[1] + states.shape[1], dtype=torch.float64)
+    embeddings, centred = joined[:, : table.shape[1]], joined[:, table.shape[1] :]
+    embeddings[: len(table)] = table
+    centred.copy_(states)
+    centred -= centred.sum(dim=0) / is_known.sum()
+    centred[~is_known] = 0.0
+    for part in (embeddings, centred):
+        norms = torch.linalg.vector_norm(part, dim=1)
+        part /= _root_mean_square(norms[norms > 0])
+    return joined
 
 
 def _root_mean_square(values: Tensor) -> Tensor:

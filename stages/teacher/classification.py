@@ -100,7 +100,7 @@ class Classification:
             **(
                 {}
                 if self.pooled_width is None
-                else {STATES: {"num_rows": _num_ids(self.teacher), "width": self.pooled_width}}
+                else {STATES: {"num_rows": self._num_states, "width": self.pooled_width}}
             ),
         }
 
@@ -123,11 +123,16 @@ class Classification:
             pooled_width=self.pooled_width,
         )
 
+    @property
+    def _num_states(self) -> int:
+        """Ids of the tokenizer that the teacher can read: some have tokens beyond its table."""
+        return _num_ids(self.teacher) if self.embeddings is None else len(self.embeddings.rows)
+
     def _write_states(self, folder: Path) -> None:
         assert self.pooled_width is not None, "only then is there such a file"
         states = token_states(
             self.teacher,
-            num_ids=_num_ids(self.teacher),
+            num_ids=self._num_states,
             pooled_width=self.pooled_width,
             batch_tokens=self.batch_tokens,
         )

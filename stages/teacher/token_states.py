@@ -37,11 +37,12 @@ def token_states(
 ) -> StoredTable:
     """Run the teacher over each token by itself, between the special tokens of any text.
 
-    Special tokens, and ids without a token, are no text: their rows are 0.
+    Special tokens, and ids without a token, are no text: their rows are 0. So are those of tokens
+    at which the teacher's number format overflows; the log says how many.
 
     Args:
         teacher: on its device.
-        num_ids: R, of the tokenizer.
+        num_ids: R; tokens from there on are left out, the teacher has no embeddings of them.
         pooled_width: D.
         batch_tokens: positions in a forward batch.
 
@@ -49,15 +50,25 @@ def token_states(
         UserError: if not even one such text fits into memory.
     """
     before, after = _frame(teacher.tokenizer)
-    special = set(teacher.tokenizer.all_special_ids)
-    known = [i for i in sorted(teacher.tokenizer.get_vocab().values()) if i not in special]
+    special = _special_ids(teacher.tokenizer)
+    ids = sorted(teacher.tokenizer.get_vocab().values())
+    known = [token_id for token_id in ids if token_id < num_ids and token_id not in special]
     logger.info("the teacher reads each of %s tokens by itself", f"{len(known):,}")
     texts = [np.array([*before, token_id, *after], np.uint32) for token_id in known]
     outputs = run_teacher(
         teacher, texts, batch_tokens=batch_tokens, pooled_width=pooled_width, on_batch=None
     )
+    states = torch.from_numpy(outputs.vectors[POOLED])
+    is_finite = states.isfinite().all(dim=1)
+    if not is_finite.all():
+        logger.warning(
+            "the teacher's states of %d tokens are not finite in its number format: these tokens "
+            "are left out of its table of states",
+            int((~is_finite).sum()),
+        )
+        states[~is_finite] = 0.0
     rows = torch.zeros(num_ids, pooled_width)
-    rows[known] = torch.from_numpy(outputs.vectors[POOLED])
+    rows[known] = states
     return StoredTable.of(STATES, rows)
 
 
@@ -80,6 +91,12 @@ def read_token_states(cache: Path, manifest: Manifest) -> Tensor:
             f"{cache} was made without: {remedy}"
         )
     return read_table(cache, manifest, STATES)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """With a role (`cls_token`, ...) or without one, as a decoder's reserved tokens are."""
+    without_role = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return without_role | set(tokenizer.all_special_ids)
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -317,6 +317,24 @@ def test_a_complete_cache_that_lacks_a_needed_file_gets_it_and_keeps_its_shards(
     assert len(told) == 1 and contents(cache) == after
 
 
+def test_a_run_that_stops_at_its_teacher_files_forgets_none_that_is_intact(cache: Path) -> None:
+    (cache / "labeled/000/000000.arrow").unlink()
+    flip(cache / "teacher" / sorted(path.name for path in (cache / "teacher").iterdir())[0])
+    intact: list[frozenset[str]] = []
+
+    def stop(_: Path) -> None:
+        raise Stop
+
+    for _ in range(2):
+        plans = make_plans(10, 6)
+        with CacheWriter(cache, make_manifest(plans), plans, overwrite=False) as writer:
+            intact.append(writer.intact_files)
+            with pytest.raises(Stop):
+                writer.begin(stop)
+    assert intact[0] == intact[1]
+    assert len(intact[0]) == len(list((cache / "teacher").iterdir())) - 1
+
+
 def test_a_rebuilding_run_that_stops_forgets_no_damage(cache: Path) -> None:
     whole = contents(cache)
     flip(cache / "labeled/000/000000.arrow")

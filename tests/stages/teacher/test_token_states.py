@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import (
+    AutoTokenizer,
     BertForSequenceClassification,
     GPT2ForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -72,6 +74,34 @@ def test_a_tokenizer_without_special_tokens_leaves_the_token_alone(
             expected = model.transformer(input_ids=torch.tensor([[token_id]])).last_hidden_state
         torch.testing.assert_close(table[token_id].float(), expected[0, 0], rtol=1e-3, atol=2e-3)
     assert not table[gpt2_tokenizer.all_special_ids].any()
+
+
+def test_reserved_tokens_and_states_that_overflow_are_left_out(
+    tiny_bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = load_teacher(TeacherConfig(teacher=str(tiny_bert), device="cpu"))
+    reserved, overflowing = ids_of(teacher.tokenizer, ["[unused1]", "[unused2]"])
+    teacher.tokenizer.add_tokens([AddedToken("[unused1]", special=True)])
+    teacher.model.get_input_embeddings().weight.data[overflowing] = torch.inf
+    table = token_states(teacher, num_ids=30_522, pooled_width=32, batch_tokens=4096)
+    assert "states of 1 tokens are not finite" in caplog.text
+    assert table.rows.isfinite().all() and table.relative_error < 1e-3
+    without = {*teacher.tokenizer.all_special_ids, reserved, overflowing}
+    assert set(torch.nonzero(~table.rows.any(dim=1)).flatten().tolist()) == without
+
+
+def test_tokens_beyond_the_teachers_table_are_left_out(
+    tmp_path: Path,
+    tiny_bert: Path,
+    acl_imdb: Path,
+) -> None:
+    own = copytree(tiny_bert, tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    assert tokenizer.add_tokens(["qwertyuiop"]) == 1
+    tokenizer.save_pretrained(own)
+    manifest = read_manifest(cache_reviews(tmp_path / "cache", own, acl_imdb, hidden="pooled"))
+    assert read_token_states(tmp_path / "cache", manifest).shape == (30_522, 32)
+    assert manifest.about["token_states"]["num_rows"] == 30_522
 
 
 def forget_states(cache: Path) -> None:
