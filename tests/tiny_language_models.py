@@ -60,7 +60,8 @@ def tiny_teacher(num_ids: int, *, unused: Sequence[int] = ()) -> TinyTeacher:
         vocab_size=num_ids, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=MAX_LENGTH
     )
     model = tiny_language_model(config)
-    model.get_input_embeddings().weight.data *= 10  # the head's as well
+    table: Any = model.get_input_embeddings()
+    table.weight.data *= 10  # the head's as well
     return TinyTeacher(model=model, support=Support.of(set(range(num_ids)) - {*unused}, num_ids))
 
 

@@ -91,7 +91,7 @@ def test_comes_closer_to_the_teacher(run: Path) -> None:
 
 
 def test_the_folder_generates(run: Path, gpt2_tokenizer: PreTrainedTokenizerBase) -> None:
-    model = AutoModelForCausalLM.from_pretrained(run)
+    model: Any = AutoModelForCausalLM.from_pretrained(run)
     assert model.config.eos_token_id == gpt2_tokenizer.eos_token_id
     assert torch.equal(model.lm_head.weight, model.backbone.embedding.weight)
     ids = torch.tensor([gpt2_tokenizer("Emma had been")["input_ids"]])

@@ -162,6 +162,7 @@ def slow_divergence(codec: AnyCodec, sample: Sample, place: int, log_q: Tensor, 
         return (weights * (log_p - log_q[ids])).sum()
     if isinstance(codec, TopKCodec):
         found = codec.decode(codec.expand(sample), t)
+        assert found.ids is not None
         filled = found.ids[place] >= 0
         ids = torch.from_numpy(found.ids[place][filled])
         log_p = torch.from_numpy(found.log_probs[place][filled].astype(np.float64))
@@ -280,9 +281,10 @@ def test_shares_of_processes_add_up(tmp_path: Path) -> None:
         for batch in batches
     ]
     assert float(losses[3].detach()) == 0
-    sum(losses).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    total = torch.stack(losses).sum()
+    total.backward()
     assert_same(
-        (float(sum(losses).detach()), {name: one.grad for name, one in student.named_parameters()}),
+        (total.item(), {name: one.grad for name, one in student.named_parameters()}),
         whole,
     )
 
