@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import PreTrainedModel
 
 from teacher_cache.cache.commit import canonical_json
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.record import describe
-from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
     checkpoint_to_resume,
     refuse_what_cannot_start,
     training_arguments,
 )
-from teacher_cache.stages.training.batches import Collator
 from teacher_cache.stages.training.checkpoints import saved
+from teacher_cache.stages.training.classification import ClassificationStudents
 from teacher_cache.stages.training.config import (
     NOT_RESULTS,
     ArchitectureConfig,
     TrainStudentConfig,
 )
-from teacher_cache.stages.training.data import TrainingData, open_splits, training_data
+from teacher_cache.stages.training.data import TrainingData, open_splits
 from teacher_cache.stages.training.early_stopping import EarlyStopping
-from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
+from teacher_cache.stages.training.language_model import LanguageModelStudents
+from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
-from teacher_cache.stages.training.projected_student import ProjectedStudent
 from teacher_cache.stages.training.ranks import num_processes
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.start import (
     StartingStudent,
-    start_student,
     with_own_tokenizer,
 )
-from teacher_cache.stages.training.trainer import DistillationTrainer
+from teacher_cache.stages.training.task import StudentTask
 
-logger = logging.getLogger(__name__)
+TASKS: dict[str, Callable[[TrainStudentConfig, Sequence[CacheReader]], StudentTask]] = {
+    "classification": ClassificationStudents,
+    "lm": LanguageModelStudents,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +86,13 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     if config.cache is None:
         raise UserError("no cache was named: give --cache DIR")
     readers = open_splits(config.cache, config.unlabeled_alpha, config.unlabeled_from)
-    labeled = readers[0]
+    task = _task(config, readers)
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
     joined = join(config.cache, with_own_tokenizer(config), longest_sample=longest_sample)
     observer.on_join(joined)
     # All that can be refused is refused before the folder of the run is made.
-    data = training_data(config, readers)
-    student = start_student(
-        config,
-        joined,
-        id2label={int(i): name for i, name in labeled.manifest.about["id2label"].items()},
-        lengths=np.concatenate([reader.lengths() for reader in readers]),
-    )
+    data = task.data()
+    student = task.start(joined)
 
     record = _record(config, readers, joined, student)
     folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
@@ -109,14 +102,26 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     ):
         if record.complete:
             return TrainStudentResult(run=folder, record=record, was_complete=True)
-        record = _train(config, folder, record, student, data, joined, observer)
+        record = _train(config, folder, record, task, student, data, joined, observer)
     return TrainStudentResult(run=folder, record=record, was_complete=False)
+
+
+def _task(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> StudentTask:
+    """What kind of student this cache teaches."""
+    name = readers[0].manifest.settings["task"]
+    if name not in TASKS:
+        raise UserError(
+            f"{readers[0].cache} is of the task {name!r}, which is unknown to this release: "
+            f"{did_you_mean(name, TASKS)}"
+        )
+    return TASKS[name](config, readers)
 
 
 def _train(
     config: TrainStudentConfig,
     folder: Path,
     record: RunRecord,
+    task: StudentTask,
     student: StartingStudent,
     data: TrainingData,
     joined: Joined,
@@ -125,7 +130,7 @@ def _train(
     """Train from the newest checkpoint on and commit the student."""
     checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config, folder))
     observer.on_start(folder, data.num_steps, checkpoint)
-    trainer = _trainer(config, folder, student, data, observer)
+    trainer = _trainer(config, folder, task, student, data, observer)
     started = time.monotonic()
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     record = replace(
@@ -181,56 +186,28 @@ def _settings_hash(record: RunRecord) -> str:
 def _trainer(
     config: TrainStudentConfig,
     folder: Path,
+    task: StudentTask,
     student: StartingStudent,
     data: TrainingData,
     observer: StageTwoObserver,
-) -> DistillationTrainer:
+) -> ObjectiveTrainer:
     callbacks = observer.callbacks()
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping(config.early_stopping))
-    return DistillationTrainer(
-        model=_trained_module(config, student.model, data),
-        args=training_arguments(
-            config,
-            folder,
-            num_steps=data.num_steps,
-            steps_per_epoch=data.steps_per_epoch,
-            evaluates=data.evaluation is not None,
-            keeps_best=config.early_stopping is not None,
-            label_names=["labels", "teacher_logits"],
-            uses_all_weights=config.pretrained is None,
-        ),
-        objective=config,
-        embedding_lr_scale=config.embedding_lr_scale,
-        batches=data.batches,
-        train_dataset=data.training,
-        eval_dataset=data.evaluation,
-        data_collator=Collator(student.pad_id),
-        compute_metrics=_metrics,
-        callbacks=callbacks,
+    args = training_arguments(
+        config,
+        folder,
+        num_steps=data.num_steps,
+        steps_per_epoch=data.steps_per_epoch,
+        evaluates=data.evaluation is not None,
+        keeps_best=config.early_stopping is not None,
+        label_names=task.label_names,
+        uses_all_weights=config.pretrained is None,
     )
+    return task.trainer(student, data, args=args, callbacks=callbacks)
 
 
-def _trained_module(
-    config: TrainStudentConfig, student: PreTrainedModel, data: TrainingData
-) -> torch.nn.Module:
-    """The student, with a projection of its pooled state where the teacher's is matched."""
-    if data.pooled_width is None:
-        return student
-    assert isinstance(student, MambaStudentForSequenceClassification), "the settings see to it"
-    return ProjectedStudent(student, teacher_width=data.pooled_width, seed=config.seed)
-
-
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    logits = np.asarray(prediction.predictions)
-    labels, teacher_logits = (np.asarray(one) for one in prediction.label_ids)
-    return {
-        **classification_metrics(logits, labels),
-        **agreement_metrics(logits, teacher_logits),
-    }
-
-
-def _best_step(trainer: DistillationTrainer) -> int | None:
+def _best_step(trainer: ObjectiveTrainer) -> int | None:
     return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 

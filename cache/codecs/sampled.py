@@ -84,7 +84,7 @@ class SampledCodec:
             raise UserError(
                 f"--num-draws {self.num_draws} cannot be stored: give 1 to {MOST_DRAWS}"
             )
-        self._require_stored(self.draw_temperature)
+        self.require_stored(self.draw_temperature)
 
     @property
     def name(self) -> str:
@@ -158,7 +158,7 @@ class SampledCodec:
         Raises:
             UserError: if the temperature is not on the grid.
         """
-        self._require_stored(temperature)
+        self.require_stored(temperature)
         ids = unpack_ids(stored[IDS], stored.get(f"{IDS}_high"))
         drawn = cast(stored[LOG_PROBS], "float64")
         counts = cast(stored[COUNTS], "float64")
@@ -180,7 +180,12 @@ class SampledCodec:
             weights=cast(counts / self.num_draws * xp.exp(draws), "float32"),
         )
 
-    def _require_stored(self, temperature: float) -> None:
+    def require_stored(self, temperature: float) -> None:
+        """Refuse a temperature whose normaliser was not stored.
+
+        Raises:
+            UserError: naming the grid.
+        """
         if temperature not in self.temperatures:
             raise UserError(
                 f"temperature {temperature:g} is not of the grid of the sampled cache "

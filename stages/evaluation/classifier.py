@@ -84,11 +84,18 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
     """Load a finished run's student.
 
     Raises:
-        UserError: if the folder is no run, its training has not ended, or its model is damaged.
+        UserError: if the folder is no run, its training has not ended, its model is damaged or a
+            language model.
     """
     record = read_run(run)
     if not record.complete:
         raise UserError(f"{run} is not finished: run its `pipe train-student` again, it resumes")
+    if record.settings.get("task") == "lm":
+        raise UserError(
+            f"{run} is a language model, and `pipe evaluate` and `pipe predict` serve classifiers "
+            "only so far: its run.json has its held-out perplexity and KL, and transformers' "
+            "AutoModelForCausalLM loads it"
+        )
     device = resolve_device(config)
     model = _load_model(run)
     tokenizer = load_tokenizer(str(run.resolve()), option="RUN")

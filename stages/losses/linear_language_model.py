@@ -8,7 +8,7 @@ positions by counts of the step, so the chunks' shares add up like those of micr
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +24,18 @@ from teacher_cache.stages.losses.linear_cross_entropy import MAX_LOGITS
 from teacher_cache.stages.losses.step_totals import StepTotals
 
 
+class TargetsByPosition(Protocol):
+    """A teacher's targets, or what makes them of a few positions at a time."""
+
+    def at_positions(self, where: slice, /) -> Targets:
+        """Those of a run of positions."""
+        ...
+
+
 def linear_language_model_objective(
     hidden: Tensor,
     weight: Tensor,
-    targets: Targets,
+    targets: TargetsByPosition,
     next_ids: Tensor | None,
     *,
     config: ObjectiveConfig,
@@ -45,7 +53,7 @@ def linear_language_model_objective(
     Args:
         hidden: [N, D] the student's states at the counted positions.
         weight: [V, D] its head, without bias.
-        targets: the teacher's.
+        targets: the teacher's; asked for a chunk of positions at a time.
         next_ids: [N], or None for an unlabelled batch.
         config: the weights of the terms.
         totals: of the whole optimizer step.

@@ -24,13 +24,15 @@ class MambaStudentCausalLMOutput(ModelOutput):
 
     Attributes:
         loss: mean cross-entropy over the targets, nats; none without labels.
-        logits: [B, S, V] float32.
+        logits: [B, S, V] float32; none where the states were asked for in their place.
+        final_states: [B, S, d_model], what the head reads, where they were asked for.
         cache_params: the layers' states after the last position, where they were asked for.
         hidden_states: as in `MambaStudentOutput`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    final_states: Tensor | None = None
     cache_params: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
@@ -72,6 +74,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
+        states_only: bool = False,
     ) -> MambaStudentCausalLMOutput:
         """Predict each position's next token.
 
@@ -88,6 +91,8 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
                 training.
             logits_to_keep: how many positions at the end, or which, get logits; 0 for all.
             output_hidden_states: return the residual stream too.
+            states_only: return what the head reads, and no logits: a loss that takes the head's
+                weights itself needs only a few positions' at a time.
 
         Returns:
             Loss, logits and what was asked for.
@@ -106,6 +111,10 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
+        if states_only:
+            return MambaStudentCausalLMOutput(
+                final_states=output.last_hidden_state, cache_params=output.cache_params
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

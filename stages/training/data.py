@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ class TrainingData:
     num_steps: int
     steps_per_epoch: int
     batches: AlternatingBatches
-    pooled_width: int | None
+    pooled_width: int | None = None
 
 
 def open_splits(
@@ -97,25 +97,50 @@ def _choose(splits: list[str], unlabeled_from: UnlabeledFrom, cache: Path) -> li
 
 
 def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:
-    """Hold a share out, and lay down the order of all batches.
+    """A classifier's: `ordered_data`, with pooled states where they are matched.
 
     Args:
         config: the run's settings.
         readers: of `open_splits`.
 
     Raises:
-        UserError: if one class is all there is to train on, or no unlabelled sample, early stopping
-            has nothing to evaluate, or the cache lacks the pooled states that are to be matched.
+        UserError: as `ordered_data`, or if one class is all there is to train on, or the cache
+            lacks the pooled states that are to be matched.
     """
     labeled = readers[0]
     pooled_width = _pooled_width(config, labeled) if config.pooled_weight else None
+    _require_two_classes(labeled, ~held_out(labeled.sample_ids(), config.eval_fraction))
+    return replace(ordered_data(config, readers, CachedSamples), pooled_width=pooled_width)
+
+
+def ordered_data(
+    config: TrainStudentConfig,
+    readers: Sequence[CacheReader],
+    samples: type[CachedSamples],
+) -> TrainingData:
+    """Hold a share out, and lay down the order of all batches.
+
+    Args:
+        config: the run's settings.
+        readers: of `open_splits`.
+        samples: how the task reads one.
+
+    Raises:
+        UserError: if there is no sample to train on, no unlabelled one where they are asked for,
+            or early stopping has nothing to evaluate.
+    """
+    labeled = readers[0]
     is_held_out = held_out(labeled.sample_ids(), config.eval_fraction)
-    _require_two_classes(labeled, ~is_held_out)
+    if is_held_out.all():
+        raise UserError(
+            f"--eval-fraction {config.eval_fraction:g} holds out all {len(labeled)} samples of "
+            f"{labeled.cache}: cache more of the data, or hold out less"
+        )
     training = BothKinds(
-        CachedSamples(labeled, np.flatnonzero(~is_held_out), labeled=True),
-        _unlabeled_samples(config, readers[1:]),
+        samples(labeled, np.flatnonzero(~is_held_out), labeled=True),
+        _unlabeled_samples(config, readers[1:], samples),
     )
-    evaluation = CachedSamples(labeled, _by_length(labeled, is_held_out), labeled=True)
+    evaluation = samples(labeled, _by_length(labeled, is_held_out), labeled=True)
     if config.early_stopping is not None and not len(evaluation):
         raise UserError(
             "--early-stopping needs an evaluation, and --eval-fraction holds out no sample: raise "
@@ -140,7 +165,6 @@ def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) ->
             unlabeled_ratio=config.unlabeled_ratio,
             seed=config.seed,
         ),
-        pooled_width=pooled_width,
     )
 
 
@@ -156,7 +180,7 @@ def _pooled_width(config: TrainStudentConfig, reader: CacheReader) -> int:
 
 
 def _unlabeled_samples(
-    config: TrainStudentConfig, readers: Sequence[CacheReader]
+    config: TrainStudentConfig, readers: Sequence[CacheReader], samples: type[CachedSamples]
 ) -> SeveralSplits | None:
     """All but the views of labelled documents that are held out; None where none take part."""
     if not config.unlabeled_alpha:
@@ -166,8 +190,8 @@ def _unlabeled_samples(
         sample_idxs = np.arange(len(reader))
         if viewed_split(reader.split) == LABELED:
             sample_idxs = sample_idxs[~held_out(reader.sample_ids(), config.eval_fraction)]
-        splits.append(CachedSamples(reader, sample_idxs, labeled=False))
-    if not any(len(samples) for samples in splits):
+        splits.append(samples(reader, sample_idxs, labeled=False))
+    if not any(len(split) for split in splits):
         raise UserError(
             f"{config.cache} holds no unlabelled text and no view of a document that is trained "
             f"on, which --unlabeled-alpha {config.unlabeled_alpha:g} needs: cache more of the "

@@ -14,6 +14,8 @@ from teacher_cache.stages.training.ranks import is_main, local_rank, num_process
 
 Result = TypeVar("Result")
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "seq_idx")  # of a batch, what is no target
+
 # DistributedDataParallel's reducer holds its group as well. If the reducer is the last to let go,
 # the group's threads are joined with the interpreter's lock held, and a thread that needs the lock
 # to free what it gathered is waited for without end. Python's own reference lets go without it.
@@ -78,5 +80,5 @@ def share_of(
         return batch
     share = {name: values[rank::num_processes] for name, values in batch.items()}
     if not len(share["input_ids"]):
-        share |= {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
+        share |= {name: batch[name][:1] for name in MODEL_INPUTS if name in batch}
     return share

@@ -18,6 +18,7 @@ from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
+from teacher_cache.stages.training import classification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
 from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
 from teacher_cache.stages.training.projected_student import ProjectedStudent
@@ -66,7 +67,7 @@ def resolved(
         return checkpoint_to_resume(config, folder)
 
     resumed: list[str] = []
-    monkeypatch.setattr(train_student, "DistillationTrainer", stop)
+    monkeypatch.setattr(classification, "DistillationTrainer", stop)
     monkeypatch.setattr(train_student, "checkpoint_to_resume", remember)
     monkeypatch.setattr(commands.TrainingProgress, "callbacks", lambda self: [])
     base = student_config(cache, run).model_dump(mode="json", exclude_unset=True)

@@ -1,0 +1,167 @@
+"""Stage two's task of a language model's cache: a distribution at each position of packed text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from teacher_cache.cache.codecs.hidden import HiddenCodec
+from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.teacher.language_model_head import read_language_model_head
+from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.training.cached_targets import require_temperature, serves
+from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
+from teacher_cache.stages.training.data import TrainingData, ordered_data
+from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
+from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
+from teacher_cache.stages.training.start import StartingStudent
+
+# Each with the value at which it does nothing; None where it always does something.
+CLASSIFIERS_OPTIONS: dict[str, Any] = {
+    "pooling": None,
+    "head": None,
+    "dropout": None,
+    "bidirectional": False,
+    "lm_weight": 0.0,
+    "pooled_weight": 0.0,
+    "embeddings": "random",
+    "early_stopping": None,
+    "unlabeled_from": "all",
+}
+ENDS = ("bos", "eos")  # what generation begins and stops with
+SHAPE = set(ArchitectureConfig.model_fields) - CLASSIFIERS_OPTIONS.keys()
+
+
+class LanguageModelStudents:
+    """A `StudentTask`.
+
+    Raises:
+        UserError: for a classifier's options, a pre-trained student, or a temperature that the
+            cache does not serve.
+    """
+
+    def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
+        _refuse_other_tasks_options(config)
+        self._config = config
+        self._readers = readers
+        self._codec = codec_from(readers[0].manifest.settings["codec"])
+        require_temperature(self._codec, config.temperature)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The next tokens."""
+        return ["next_ids"]
+
+    def data(self) -> TrainingData:
+        """Packed sequences, and their order."""
+        return ordered_data(self._config, self._readers, PackedSamples)
+
+    def start(self, joined: Joined) -> StartingStudent:
+        """A Mamba with fresh weights, whose table has the ids of the tokenizer."""
+        tokenizer = joined.tokenizer
+        self._support = _support(self._readers[0], tokenizer)
+        if isinstance(self._codec, HiddenCodec):
+            reader = self._readers[0]
+            head = read_language_model_head(reader.cache, reader.manifest)
+            self._codec = replace(self._codec, head=head.of_support(self._support))
+        shape = self._config.model_dump(include=SHAPE)
+        if self._config.arch == "mamba":
+            del shape["head_dim"]
+        pad_id = tokenizer.pad_token_id
+        # Any id will do: padded positions are masked.
+        pad_id = pad_id if isinstance(pad_id, int) else 0
+        student_config = MambaStudentConfig(
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            **(shape | {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ENDS}),
+            pad_token_id=pad_id,
+        )
+        model = build_language_model(student_config, seed=self._config.seed)
+        return StartingStudent(
+            model=model, pad_id=pad_id, settings={"task": "lm"} | shape, about={}
+        )
+
+    def trainer(
+        self,
+        student: StartingStudent,
+        data: TrainingData,
+        *,
+        args: TrainingArguments,
+        callbacks: list[TrainerCallback],
+    ) -> LanguageModelTrainer:
+        """On the positions that count."""
+        return LanguageModelTrainer(
+            model=student.model,
+            args=args,
+            objective=self._config,
+            embedding_lr_scale=self._config.embedding_lr_scale,
+            codec=_on_device(self._codec, args.device),
+            support=_mask(self._support, student.model.config.vocab_size),
+            held_out_temperature=1.0 if serves(self._codec, 1.0) else self._config.temperature,
+            batches=data.batches,
+            train_dataset=data.training,
+            eval_dataset=data.evaluation,
+            data_collator=PackedCollator(student.pad_id, self._codec),
+            callbacks=callbacks,
+        )
+
+
+def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:
+    if config.pretrained is not None:
+        raise UserError(
+            f"--arch {config.arch} starts from a sequence classifier, and {config.cache} is of a "
+            "language model: give --arch mamba or mamba2"
+        )
+    given = [
+        name
+        for name, off in CLASSIFIERS_OPTIONS.items()
+        if name in config.model_fields_set and getattr(config, name) not in (off, None)
+    ]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(
+            f"{config.cache} is of a language model, and only a classifier's training takes "
+            f"{options}: leave that out"
+        )
+
+
+def _support(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> Support:
+    """The ids that the cached distributions are over.
+
+    Raises:
+        UserError: if they are not those of the tokenizer.
+    """
+    recorded = reader.manifest.settings["support"]
+    support = Support.of_tokenizer(tokenizer, recorded["size"])
+    if support.settings != recorded:
+        raise UserError(
+            f"{reader.cache} holds distributions over {recorded['size']:,} ids of kind "
+            f"{recorded['kind']!r}, which are not the ids of its tokenizer: make the cache again "
+            "with the teacher's own tokenizer"
+        )
+    return support
+
+
+def _mask(support: Support, vocab_size: int) -> Tensor | None:
+    """[V] bool of the student's table; None where all of it counts."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[: support.size] = True
+    mask[list(support.unused)] = False
+    return None if bool(mask.all()) else mask
+
+
+def _on_device(codec: AnyCodec, device: torch.device) -> AnyCodec:
+    """The codec with its head, if it decodes through one, where it decodes."""
+    if not isinstance(codec, HiddenCodec):
+        return codec
+    head: Any = codec.head
+    return replace(codec, head=head.to(device))

@@ -1,0 +1,214 @@
+"""The Trainer of language models: positions where a classifier has samples."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.schema import NEXT_LOG_PROB, TOP1_LOG_PROB
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.language_model import LanguageModelTerms
+from teacher_cache.stages.losses.linear_language_model import linear_language_model_objective
+from teacher_cache.stages.losses.objective import NO_LABEL
+from teacher_cache.stages.losses.sampled import MIN_EFFECTIVE_DRAWS
+from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.training.cached_targets import CachedTargets
+from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
+from teacher_cache.stages.training.packed_batches import at
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What counts of a batch, N positions.
+
+    Attributes:
+        hidden: [N, D] what the student's head reads.
+        stored: the codec's fields there.
+        next_ids: [N], `NO_LABEL` where none is to be learned; None of an unlabelled batch.
+    """
+
+    hidden: Tensor
+    stored: dict[str, Tensor]
+    next_ids: Tensor | None
+
+
+class LanguageModelTrainer(ObjectiveTrainer):
+    """Train a student from what a cache holds of a language model at each position.
+
+    Args:
+        codec: of the cache; one of hidden states with its head, on this training's device.
+        support: [V] bool, the ids over which teacher and student are compared; None: all.
+        held_out_temperature: at which held-out positions are compared: 1 where the cache serves it.
+        **kwargs: of `ObjectiveTrainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        codec: AnyCodec,
+        support: Tensor | None,
+        held_out_temperature: float,
+        **kwargs: Any,
+    ):
+        metrics = partial(position_metrics, temperature=held_out_temperature)
+        super().__init__(compute_metrics=metrics, **kwargs)
+        # Forward KL and plain cross-entropy, whatever is trained on.
+        self._plain = ObjectiveConfig(temperature=held_out_temperature)
+        self._codec = codec
+        self._support = None if support is None else support.to(self.args.device)
+        self._has_warned = False
+
+    def totals_of(self, batch: dict[str, Tensor]) -> StepTotals:
+        """The counted positions of a micro-batch."""
+        mask = batch["loss_mask"]
+        has_next = mask & (batch["next_ids"] != NO_LABEL) if "next_ids" in batch else None
+        return StepTotals.of_positions(
+            batch[TOP1_LOG_PROB][mask],
+            labeled=has_next is not None,
+            conf_power=self.objective.conf_power,
+            num_next_tokens=0 if has_next is None else int(has_next.sum()),
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss."""
+        terms = self._terms(
+            self._positions(model, inputs), self.objective, totals=num_items_in_batch
+        )
+        self._remember(terms)
+        # Data parallelism averages over processes what is a sum over them.
+        return terms.loss * self.args.world_size
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[None, Tensor, Tensor]:
+        """A held-out batch as one step of its own, [B, M] sums over its positions, B times 1 / B.
+
+        Its samples' counts differ, so that means of batches are not those of positions.
+        """
+        with torch.no_grad():
+            positions = self._positions(model, inputs)
+            totals, num = self.totals_of(inputs), int(inputs["loss_mask"].sum())
+            terms = self._terms(positions, self.objective, totals=totals)
+            plain = self._terms(
+                positions,
+                self._plain,
+                totals=StepTotals(num_labeled=num, num_next_tokens=totals.num_next_tokens),
+            )
+            assert plain.ce is not None, "held-out samples are labelled"
+            has_next = positions.next_ids != NO_LABEL
+            sums = torch.stack(
+                [
+                    terms.loss * num,
+                    plain.ce * totals.num_next_tokens,
+                    -positions.stored[NEXT_LOG_PROB][has_next].float().sum(),
+                    plain.kd * num,
+                    terms.loss.new_tensor(torch.nan)
+                    if plain.agreement is None
+                    else plain.agreement * num,
+                    terms.loss.new_tensor(totals.num_next_tokens),
+                    terms.loss.new_tensor(num),
+                ]
+            ).double()
+        size = len(inputs["input_ids"])
+        return None, (sums / size).expand(size, -1), inputs["next_ids"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Say once where the draws are too few for what they are to estimate."""
+        super().log(logs, start_time)
+        draws = logs.get("effective_draws", float("inf"))
+        if draws < MIN_EFFECTIVE_DRAWS and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the cache's draws are worth %.1f at temperature %g, below %d: their estimate is "
+                "mostly noise; train nearer to the temperature that they were drawn at, or cache "
+                "more (--num-draws)",
+                draws,
+                self.objective.temperature,
+                MIN_EFFECTIVE_DRAWS,
+            )
+
+    def _positions(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Positions:
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            seq_idx=inputs["seq_idx"],
+            use_cache=False,
+            states_only=True,
+        )
+        mask = inputs["loss_mask"]  # none of a share without samples, which reads one all the same
+        return Positions(
+            hidden=outputs.final_states[: len(mask)][mask],
+            stored={spec.name: at(inputs[spec.name], mask) for spec in self._codec.fields},
+            next_ids=inputs["next_ids"][mask] if "next_ids" in inputs else None,
+        )
+
+    def _terms(
+        self, positions: Positions, objective: ObjectiveConfig, *, totals: StepTotals
+    ) -> LanguageModelTerms:
+        student: Any = self.model  # as it is, not as a data-parallel wrapper
+        weight = student.lm_head.weight
+        return linear_language_model_objective(
+            positions.hidden,
+            weight,
+            CachedTargets(
+                codec=self._codec,
+                stored=positions.stored,
+                temperature=objective.temperature,
+                num_outcomes=len(weight),
+            ),
+            positions.next_ids,
+            config=objective,
+            totals=totals,
+            top1_log_prob=positions.stored[TOP1_LOG_PROB] if objective.conf_power else None,
+            support=self._support,
+        )
+
+    def _remember(self, terms: LanguageModelTerms) -> None:
+        """Add a micro-batch's shares; on the device, so that nothing waits for it."""
+        if terms.ce is None:
+            self.sums["kd_unlabeled"] += terms.kd
+            return
+        self.sums["ce"] += terms.ce
+        self.sums["kd"] += terms.kd
+        for name in ("agreement", "conf_w", "effective_draws"):
+            share = getattr(terms, name)
+            if share is not None:
+                self.sums[name] += share
+
+
+def position_metrics(prediction: EvalPrediction, *, temperature: float) -> dict[str, float]:
+    """Means over held-out positions: the objective, cross-entropies, and how close to the teacher.
+
+    `kl` is what the cache knows of it: of a head and its ghost, a bound from below; of draws, an
+    unbiased estimate. Draws may have missed the most probable token, so they give no `agreement`.
+
+    Args:
+        prediction: with the sums of `prediction_step`.
+        temperature: of the KL, which is named after one that is not 1.
+    """
+    sums = np.asarray(prediction.predictions).sum(axis=0)
+    loss, ce, teacher, kl, agreement, num_next_tokens, num = (float(total) for total in sums)
+    found = {
+        "loss": loss / num,
+        "ce": ce / num_next_tokens,
+        "perplexity": float(np.exp(ce / num_next_tokens)),
+        "teacher_perplexity": float(np.exp(teacher / num_next_tokens)),
+        "kl" if temperature == 1 else f"kl_at_{temperature:g}": kl / num,
+    }
+    return found if np.isnan(agreement) else found | {"agreement": agreement / num}

@@ -1,0 +1,82 @@
+"""What the Trainers of students have in common: totals of whole steps, and the terms' means."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.training.learning_rates import scale_learning_rate
+from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
+
+
+class ObjectiveTrainer(OrderedTrainer):
+    """Train a student on an objective whose terms are means over the whole optimizer step.
+
+    Args:
+        objective: weights of the terms.
+        embedding_lr_scale: learning rate of the input embeddings, as a multiple of the others'.
+        **kwargs: of `OrderedTrainer`.
+
+    Attributes:
+        kinds: of a term, the kind of sample that it is a mean over; `labeled` if not said.
+        objective: as given.
+        sums: of each term since the last line of the log; on the device, so that nothing waits.
+    """
+
+    kinds: ClassVar[Mapping[str, str]] = MappingProxyType({"kd_unlabeled": "unlabeled"})
+
+    def __init__(
+        self, *, objective: ObjectiveConfig, embedding_lr_scale: float = 1.0, **kwargs: Any
+    ):
+        super().__init__(**kwargs)
+        self.objective = objective
+        self.sums: dict[str, torch.Tensor | float] = defaultdict(float)
+        self._embedding_lr_scale = embedding_lr_scale
+        self._num_steps: Counter[str] = Counter()  # by the kind of their samples, and all of them
+        # compute_loss divides by the counts of the whole step; Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's own, with the embeddings in a group of their own where their rate differs."""
+        optimizer = super().create_optimizer(model)
+        if self._embedding_lr_scale != 1:
+            student: Any = self.model  # as it is, not as a data-parallel wrapper
+            scale_learning_rate(
+                optimizer, student.get_input_embeddings().weight, self._embedding_lr_scale
+            )
+        return optimizer
+
+    def step_totals(self, batches: list[dict[str, torch.Tensor]]) -> StepTotals:
+        """The totals of a step, which is counted by the kinds of its samples."""
+        totals = sum((self.totals_of(batch) for batch in batches), StepTotals())
+        self._num_steps["labeled"] += totals.num_labeled > 0
+        self._num_steps["unlabeled"] += totals.num_unlabeled > 0
+        self._num_steps["all"] += 1
+        return totals
+
+    def totals_of(self, batch: dict[str, torch.Tensor]) -> StepTotals:
+        """The counts of a micro-batch."""
+        raise NotImplementedError  # a classifier counts samples, a language model positions
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms' means since the last line."""
+        if "loss" in logs:
+            logs |= self.means()
+        super().log(logs, start_time)
+
+    def means(self) -> dict[str, float]:
+        """Each term's mean over the steps since the last line that held its kind of sample."""
+        sums = {name: torch.as_tensor(total).double() for name, total in self.sums.items()}
+        means = {
+            name: float(total) / self._num_steps[self.kinds.get(name, "labeled")]
+            for name, total in self.accelerator.reduce(sums).items()
+        }
+        self.sums.clear()
+        self._num_steps.clear()
+        return means

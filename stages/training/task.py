@@ -1,0 +1,53 @@
+"""What stage two asks of a task: the part of it that depends on what the cache holds."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from transformers import TrainerCallback, TrainingArguments
+
+from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.training.data import TrainingData
+from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
+from teacher_cache.stages.training.start import StartingStudent
+
+
+class StudentTask(Protocol):
+    """A cache of one kind, and how students learn from it.
+
+    Made of the run's settings and the splits that take part; making it refuses settings that are
+    another task's.
+    """
+
+    @property
+    def label_names(self) -> list[str]:
+        """Keys of a held-out batch that hold targets."""
+        ...
+
+    def data(self) -> TrainingData:
+        """Samples and their order.
+
+        Raises:
+            UserError: if there is too little to train on.
+        """
+        ...
+
+    def start(self, joined: Joined) -> StartingStudent:
+        """The student before its first step.
+
+        Raises:
+            UserError: if it cannot be built, or does not fit the tokenizer or the cache.
+            CheckFailed: if it would lose tokens, or a file of the cache is damaged.
+        """
+        ...
+
+    def trainer(
+        self,
+        student: StartingStudent,
+        data: TrainingData,
+        *,
+        args: TrainingArguments,
+        callbacks: list[TrainerCallback],
+    ) -> ObjectiveTrainer:
+        """What trains it; on the device of `args`."""
+        ...
