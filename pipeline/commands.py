@@ -13,6 +13,7 @@ from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.pipeline.language_tables import estimate_table
 from teacher_cache.pipeline.newest import newest_cache
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
@@ -39,6 +40,7 @@ from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
 from teacher_cache.stages.join.report import verified_line
@@ -63,6 +65,8 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     config = resolve_cache_teacher(options)
     if dry_run:
         console.print(settings_table(config.model_dump(mode="json"), "cache-teacher would run"))
+        if config.task == "lm":
+            console.print(estimate_table(estimate(config)))
         return None
     with StageOneProgress(console) as progress:
         result = stage_one.run(config, progress)

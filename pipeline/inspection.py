@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.progress import Progress
 
 from teacher_cache.cache.errors import CheckFailed
-from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
+from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify as verify_cache
+from teacher_cache.pipeline.language_tables import is_language_model, kept_table
 from teacher_cache.pipeline.reporting import console, working
 from teacher_cache.pipeline.sample_view import print_sample
 from teacher_cache.pipeline.tables import manifest_table, settings_table
@@ -35,6 +36,8 @@ def inspect(cache: Path, *, sample: str | None, as_json: bool) -> None:
     console.print(f"cache {cache}: {state}; fingerprint {manifest.fingerprint}", soft_wrap=True)
     console.print(settings_table(manifest.settings | {"about": manifest.about}, "settings"))
     console.print(manifest_table(manifest))
+    if is_language_model(manifest):
+        console.print(kept_table(manifest))
     shapes = [f"{one.name} {one.dtype}{list(one.shape) or ''}" for one in manifest.schema]
     console.print("fields of a sample: " + ", ".join(shapes), soft_wrap=True)
     if not manifest.complete:
@@ -74,4 +77,10 @@ def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
 
         with working(console, "running the teacher again"):
             worst = verify_deep(cache, deep, teacher=teacher)
-        console.print(f"✓ logits as cached: largest difference {worst:.2g}", style="green")
+        console.print(f"✓ {_found(read_manifest(cache), worst)}", style="green")
+
+
+def _found(manifest: Manifest, worst: float) -> str:
+    if is_language_model(manifest):
+        return f"distributions as cached: largest KL of a position {worst:.2g} nats"
+    return f"logits as cached: largest difference {worst:.2g}"

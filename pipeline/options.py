@@ -6,33 +6,27 @@ Light to import: `--help` builds itself from these models.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from teacher_cache.stages.config import DeviceConfig, StageConfig
+from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated
 from teacher_cache.stages.evaluation.config import EvaluateOptions, Length
 from teacher_cache.stages.join.config import JoinConfig
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import ShardConfig, TaskName
 from teacher_cache.stages.training.config import FinetuneOptions
 
-
-def _comma_separated(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_comma_separated)]
-Lengths = Annotated[tuple[Length, ...], BeforeValidator(_comma_separated)]
+TxtUnit = Literal["line", "paragraph", "document"]
+Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
+Lengths = Annotated[tuple[Length, ...], BeforeValidator(comma_separated)]
 
 
 class DataOptions(StageConfig):
     """How a person names labelled data."""
 
     data: str = Field(
-        description="Data: a preset (imdb, sst2, demo), a hub id, a folder (aclImdb's layout "
-        "too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
+        description="Data: a preset (imdb, sst2, demo; austen for --task lm), a hub id, a folder "
+        "(aclImdb's layout too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
     )
     split: str | None = Field(
         default=None, description="Split of the data. Default: the preset's, else train."
@@ -71,12 +65,24 @@ class CacheTeacherOptions(DataOptions, ShardConfig):
 
     teacher: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
         default=None,
-        description="Teacher: hub id or folder of a fine-tuned classifier. Default: the preset's.",
+        description="Teacher: hub id or folder of a fine-tuned classifier or, with --task lm, of "
+        "a causal language model. Default: the preset's.",
+    )
+    task: TaskName | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+        default=None,
+        description="What the teacher does: classification of documents, or lm, the prediction of "
+        "every next token, for which text needs no labels. Default: the preset's, else "
+        "classification.",
+    )
+    txt_unit: TxtUnit | None = Field(
+        default=None,
+        description="What of a txt file is a document: a line, a paragraph (between empty lines) "
+        "or the whole document. Default: line.",
     )
     unlabeled: str | None = Field(
         default=None,
         description="Unlabelled text: as --data, or none. Default: the preset's, or the folder's "
-        "own unlabelled split.",
+        "own unlabelled split; none with --task lm, for which it is a second corpus.",
     )
     unlabeled_split: str | None = Field(default=None, description="Split of the unlabelled text.")
     unlabeled_max_samples: int | None = Field(

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.cache.errors import UserError
+from teacher_cache.pipeline.language_models import resolve_language_model
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     DataOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
 )
+from teacher_cache.pipeline.preset_table import (
+    PRESETS,
+    Preset,
+    data_name,
+    refuse_misspelt,
+    task_of,
+)
+from teacher_cache.stages.teacher.codec_options import check_options
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.training.config import FinetuneOptions
 
@@ -23,73 +31,6 @@ if TYPE_CHECKING:
 
 UNLABELED_SPLITS = ("unsupervised", "unlabeled")
 HELD_OUT_SPLITS = ("test", "validation")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A data set by name, with all that a run needs besides.
-
-    Attributes:
-        source: hub id, or the packaged `reviews`.
-        train: split that is cached.
-        held_out: split that `pipe evaluate` reads.
-        validation: split that fine-tuning evaluates on, None for a share of `train`.
-        text_column: of the texts.
-        label_names: in the order of the class ids.
-        unlabeled: source and split of the unlabelled text.
-        teacher: hub id or folder.
-        base_model: what `finetune-teacher` starts from, None where a teacher exists.
-    """
-
-    source: str
-    train: str
-    held_out: str
-    validation: str | None = None
-    text_column: str
-    label_column: str = "label"
-    label_names: tuple[str, ...]
-    unlabeled: tuple[str, str]
-    teacher: str
-    base_model: str | None = None
-
-
-PRESETS = {
-    "imdb": Preset(
-        source="stanfordnlp/imdb",
-        train="train",
-        held_out="test",
-        text_column="text",
-        label_names=("neg", "pos"),
-        unlabeled=("stanfordnlp/imdb", "unsupervised"),
-        teacher="hipnologo/gpt2-imdb-finetune",
-    ),
-    "sst2": Preset(
-        source="stanfordnlp/sst2",
-        train="train",
-        held_out="validation",  # the test labels are hidden
-        text_column="sentence",
-        label_names=("negative", "positive"),
-        unlabeled=("stanfordnlp/imdb", "unsupervised"),
-        teacher="distilbert/distilbert-base-uncased-finetuned-sst-2-english",
-    ),
-    "demo": Preset(
-        source="reviews",
-        train="train",
-        held_out="test",
-        validation="validation",
-        text_column="text",
-        label_names=("rotten", "fresh"),
-        unlabeled=("reviews", "unlabeled"),
-        teacher="teachers/demo-minilm",
-        base_model="minilm",
-    ),
-}
-
-
-def data_name(data: str) -> str:
-    """A short name for folders: the preset's, or the last part of an id or path."""
-    name = Path(data.rstrip("/")).name
-    return data if data in PRESETS else name.split(".")[0] or "data"
 
 
 def labeled_corpus(
@@ -110,23 +51,17 @@ def labeled_corpus(
 
     preset = PRESETS.get(options.data)
     if preset is None:
-        _refuse_misspelt(options.data)
+        refuse_misspelt(options.data)
     return CorpusConfig(
         source=preset.source if preset else options.data,
         split=options.split or split,
         text_column=options.text_column or (preset.text_column if preset else None),
         label_column=options.label_column or (preset.label_column if preset else None),
         label_names=options.label_names or (preset.label_names if preset and own_classes else None),
+        txt_unit=getattr(options, "txt_unit", None) or "line",
         max_samples=options.max_samples,
         seed=getattr(options, "seed", 0),
     )
-
-
-def _refuse_misspelt(data: str) -> None:
-    """A bare word that is no file is more likely a misspelt preset than a hub id."""
-    suggestion = did_you_mean(data, PRESETS)
-    if suggestion.startswith("did") and not Path(data).exists():
-        raise UserError(f"there is no preset, file or folder {data!r}: {suggestion}")
 
 
 def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
@@ -137,6 +72,8 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     """
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
+    if (options.task or task_of(options.data)) == "lm":
+        return resolve_language_model(options)
     preset = PRESETS.get(options.data)
     teacher = options.teacher or (preset.teacher if preset else None)
     labeled = labeled_corpus(
@@ -154,8 +91,8 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
             f"the teacher of --data {options.data} is made here: run `pipe finetune-teacher "
             f"--data {options.data}` first, or give --teacher"
         )
-    return CacheTeacherConfig(
-        **options.model_dump(include=set(ShardConfig.model_fields) - {"teacher"}),
+    config = CacheTeacherConfig(
+        **options.model_dump(include=set(ShardConfig.model_fields) - {"teacher", "task"}),
         teacher=teacher,
         name=data_name(options.data),
         labeled=labeled,
@@ -163,6 +100,8 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         unlabeled_is_named=options.unlabeled is not None,
         fallback=tuple(_fallback_corpus(options, data) for data in options.fallback),
     )
+    check_options(config)
+    return config
 
 
 def _fallback_corpus(options: CacheTeacherOptions, data: str) -> CorpusConfig:
@@ -196,6 +135,7 @@ def _unlabeled_corpus(options: CacheTeacherOptions, preset: Preset | None) -> Co
         source=source,
         split=options.unlabeled_split or split,
         text_column=text_column,
+        txt_unit=options.txt_unit or "line",
         labeled=False,
         max_samples=options.unlabeled_max_samples,
         seed=options.seed,

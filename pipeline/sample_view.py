@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.manifest import TEACHER_FOLDER
+from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
+from teacher_cache.pipeline.language_tables import is_language_model
+from teacher_cache.pipeline.position_view import print_distributions
 from teacher_cache.stages.tokenizers import load_tokenizer
 
 
@@ -24,19 +27,26 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     reader = CacheReader(cache, split)
     sample = reader.sample(sample_idx)
     tokenizer = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="CACHE")
-    names = reader.manifest.about["id2label"]
-    label = int(sample["label"])
-    logits = sample["class_logits"].astype(np.float64)
-    probabilities = np.exp(logits - np.logaddexp.reduce(logits))
     console.print(f"{split} sample {sample_idx}, id {sample['sample_id'].tobytes().hex()}")
-    console.print(f"label: {'none' if label == NO_LABEL else names[str(label)]}")
-    for class_id, (logit, probability) in enumerate(zip(logits, probabilities, strict=True)):
-        console.print(f"  {names[str(class_id)]:>12}  logit {logit:+.4f}  p {probability:.4f}")
+    if is_language_model(reader.manifest):
+        print_distributions(console, reader.manifest, sample, tokenizer, cache)
+    else:
+        _print_classes(console, reader.manifest, sample)
     ids = sample["input_ids"].tolist()
     console.print(f"text: {tokenizer.decode(ids, skip_special_tokens=True)}", soft_wrap=True)
     console.print(
         f"{len(ids)} tokens: {' '.join(tokenizer.convert_ids_to_tokens(ids))}", soft_wrap=True
     )
+
+
+def _print_classes(console: Console, manifest: Manifest, sample: Mapping[str, np.ndarray]) -> None:
+    names = manifest.about["id2label"]
+    label = int(sample["label"])
+    logits = sample["class_logits"].astype(np.float64)
+    probabilities = np.exp(logits - np.logaddexp.reduce(logits))
+    console.print(f"label: {'none' if label == NO_LABEL else names[str(label)]}")
+    for class_id, (logit, probability) in enumerate(zip(logits, probabilities, strict=True)):
+        console.print(f"  {names[str(class_id)]:>12}  logit {logit:+.4f}  p {probability:.4f}")
 
 
 def _find(cache: Path, sample_id: str) -> tuple[str, int]:

@@ -30,7 +30,9 @@ from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.data.views import Views, split_settings, with_views
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.teacher.classification import Classification
+from teacher_cache.stages.teacher.codec_options import check_options
 from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.language_modeling import LanguageModeling
 from teacher_cache.stages.teacher.load import described_config
 from teacher_cache.stages.teacher.task import Task
 
@@ -44,7 +46,10 @@ class CacheTeacherConfig(ShardConfig):
     """Everything stage one needs, resolved: no preset, no default teacher."""
 
     name: str = Field(description="Short name of the data; begins the cache's folder name.")
-    labeled: CorpusConfig = Field(description="The labelled corpus.")
+    labeled: CorpusConfig = Field(
+        description="The labelled corpus; a language model's main one, in which every token is "
+        "the label of those before it."
+    )
     unlabeled: CorpusConfig | None = Field(
         default=None, description="The unlabelled corpus, or none."
     )
@@ -88,13 +93,15 @@ class StageOneObserver:
 
 
 def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) -> CacheTeacherResult:
-    """Cache the teacher's logits over all corpora; resumes from the committed shards.
+    """Cache what the teacher says of all corpora; resumes from the committed shards.
 
     Raises:
         UserError: for anything the user can mend: data, teacher, settings, disk.
     """
     observer = observer or StageOneObserver()
-    task: Task = Classification.prepared(config, _load_corpora(config))
+    check_options(config)
+    kind = Classification if config.task == "classification" else LanguageModeling
+    task: Task = kind.prepared(config, load_corpora(config))
     settings = {
         **task.settings(),
         "data": {split: corpus.identity for split, corpus in task.corpora.items()},
@@ -132,7 +139,12 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         )
 
 
-def _load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
+def load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
+    """The corpora by split, a fallback's where the first cannot be loaded.
+
+    Raises:
+        UserError: if there is none, or one cannot be read as asked.
+    """
     labeled, used = load_with_fallback(config.labeled, config.fallback)
     corpora = {"labeled": labeled}
     if used != config.labeled and config.unlabeled is not None and not config.unlabeled_is_named:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,13 @@ class StageConfig(BaseModel):
     """Frozen, keyword-only settings that refuse unknown keys; each stage owns its own subclass."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def comma_separated(value: Any) -> Any:
+    """A setting of several values as the command line gives it; others as they are."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 class DeviceConfig(StageConfig):

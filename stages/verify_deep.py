@@ -12,7 +12,9 @@ from teacher_cache.cache.schema import POOLED, width_of_pooled
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import run_teacher
+from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.teacher.load import load_teacher
+from teacher_cache.stages.verify_positions import verify_positions
 
 # Batches of other shapes round otherwise: a few units in the last place of the format, amplified
 # by the depth of the model.
@@ -32,7 +34,8 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
         teacher: where the teacher lies now, if not where the manifest says.
 
     Returns:
-        The largest absolute difference of a logit.
+        The largest absolute difference of a logit; of a language model the largest KL of a
+        position, nats.
 
     Raises:
         CheckFailed: if the teacher's weights are others, or a logit or a pooled state differs
@@ -41,13 +44,16 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
     """
     manifest = CacheReader(cache).manifest
     recorded = manifest.settings["teacher"]
-    loaded = load_teacher(_config(teacher or manifest.about["teacher"], recorded["dtype"]))
+    load = load_language_model if manifest.settings["task"] == "lm" else load_teacher
+    loaded = load(_config(teacher or manifest.about["teacher"], recorded["dtype"]))
     same_weights = loaded.weights_sha256 == recorded["weights_sha256"]
     if not same_weights or loaded.config_sha256 != recorded["config_sha256"]:
         raise CheckFailed(
             f"the teacher {loaded.name} has other weights or another configuration than the one "
             f"that made {cache}: name the right one with --teacher"
         )
+    if isinstance(loaded, LanguageModelTeacher):
+        return verify_positions(cache, loaded, num_samples)
     worst = worst_pooled = 0.0
     pooled_width = width_of_pooled(manifest.schema)
     for split in manifest.splits:

@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 STUDENT = (ROOT / "docs" / "student.md").read_text()
 RECIPE = (ROOT / "docs" / "recipe.md").read_text()
+LANGUAGE_MODELS = (ROOT / "docs" / "language-models.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pipe_lines() -> list[str]:
     found = re.findall(
         r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)",
-        README + STUDENT + RECIPE,
+        README + STUDENT + RECIPE + LANGUAGE_MODELS,
         re.MULTILINE,
     )
     return [line.strip() for line in found]
@@ -41,11 +42,14 @@ def test_every_command_and_option_exists(line: str) -> None:
     assert given <= known, line
 
 
-def test_every_option_of_the_tables_is_one_of_train_student() -> None:
-    known = {option for one in COMMANDS["train-student"].params for option in one.opts}
-    rows = [line for line in README.splitlines() if line.startswith("| `--")]
-    named = {option for row in rows for option in re.findall(r"`(--[a-z-]+)`", row)}
-    assert named and named <= known
+def test_every_option_of_the_tables_is_one_of_its_stage() -> None:
+    before, training = README.split("\n## What training does\n")
+    stages = {"cache-teacher": before + LANGUAGE_MODELS, "train-student": training}
+    for stage, text in stages.items():
+        known = {option for one in COMMANDS[stage].params for option in one.opts}
+        rows = [line for line in text.splitlines() if line.startswith("| `--")]
+        named = {option for row in rows for option in re.findall(r"`(--[a-z-]+)`", row)}
+        assert named and named <= known
 
 
 def test_there_are_commands_to_check() -> None:

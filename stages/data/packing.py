@@ -108,6 +108,11 @@ class Packed:
     num_empty: int
     num_continued: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all samples."""
+        return sum(len(sample.input_ids) for sample in self.samples)
+
 
 def packing_settings(
     tokenizer: PreTrainedTokenizerBase, *, max_length: int, document_end: DocumentEnd

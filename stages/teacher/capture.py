@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL, POOLED, SAMPLE_ID_BYTES, Ragged
 from teacher_cache.stages.data.tokenization import Sample
-from teacher_cache.stages.device import dtype_name, environment
 from teacher_cache.stages.inference import OnBatch
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.load import ClassificationTeacher
-from teacher_cache.stages.teacher.task import Captured
+from teacher_cache.stages.teacher.task import Captured, recorded_environment
 
 
 def capture(
@@ -66,14 +64,9 @@ def capture(
             **({} if pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}),
         },
         num_truncated=sum(sample.was_truncated for sample in samples),
-        environment={
-            **environment(teacher.device),
-            "dtype": dtype_name(teacher.dtype),
-            "batch_tokens": batch_tokens,
-            "num_halvings": outputs.num_halvings,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
+        environment=recorded_environment(
+            teacher, batch_tokens=batch_tokens, num_halvings=outputs.num_halvings
+        ),
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
-from teacher_cache.cache.codecs.dense import DenseCodec
+from teacher_cache.cache.codecs.dense import DenseCodec, ReducedDense
+from teacher_cache.cache.codecs.hidden import ReducedHidden
 from teacher_cache.cache.codecs.interface import Reduced
 from teacher_cache.cache.codecs.named import AnyCodec
-from teacher_cache.cache.codecs.sampled import SampledCodec
-from teacher_cache.cache.codecs.topk import TopKCodec
+from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
+from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
 from teacher_cache.stages.teacher.draws import reduce_sampled
 from teacher_cache.stages.teacher.reductions import (
     Unused,
@@ -18,6 +21,14 @@ from teacher_cache.stages.teacher.reductions import (
     reduce_topk,
 )
 from teacher_cache.stages.teacher.support import Support
+
+_REDUCED: dict[str, type[Reduced]] = {
+    "topk": ReducedTopK,
+    "sampled": ReducedSampled,
+    "hidden": ReducedHidden,
+    "dense": ReducedDense,
+}
+_OF_DRAWS = ("ids", "counts", "log_probs")  # as wide as a slice's most distinct draws
 
 
 def reduce_positions(
@@ -57,3 +68,18 @@ def reduce_positions(
     if states is None:
         raise ValueError("a hidden cache needs `states`, what the language-model head read")
     return reduce_hidden(states, support, logits, next_ids)
+
+
+def arrays_of(codec: AnyCodec, reduced: Reduced) -> dict[str, np.ndarray]:
+    """A reduction's arrays [N, ...] by name, of shapes that depend on the codec and N alone."""
+    arrays = {name: value for name, value in vars(reduced).items() if value is not None}
+    if isinstance(codec, SampledCodec):
+        for name in _OF_DRAWS:
+            missing = codec.num_draws - arrays[name].shape[1]
+            arrays[name] = np.pad(arrays[name], [(0, 0), (0, missing)])
+    return arrays
+
+
+def reduced_of(codec: AnyCodec, arrays: Mapping[str, np.ndarray]) -> Reduced:
+    """The reduction of which `arrays_of` made these."""
+    return _REDUCED[codec.name](**arrays)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated
+
+TaskName = Literal["classification", "lm"]
 
 
 class TeacherConfig(DeviceConfig):
-    """A fine-tuned sequence classifier and how to run it."""
+    """A teacher and how to run it."""
 
-    teacher: str = Field(description="Teacher: hub id or folder of a fine-tuned classifier.")
+    teacher: str = Field(
+        description="Teacher: hub id or folder of a fine-tuned classifier or, with --task lm, of "
+        "a causal language model."
+    )
     max_length: int | None = Field(
         default=None,
         ge=2,
         description="Longest sample in tokens, special tokens included; longer documents are cut, "
-        "counted and reported. Default: the teacher's limit, at most 512.",
+        "counted and reported, or with --task lm go on in the next sample. Default: the teacher's "
+        "limit, at most 512.",
     )
     batch_tokens: int = Field(
         default=8192,
@@ -30,9 +36,47 @@ class TeacherConfig(DeviceConfig):
     )
 
 
-class ShardConfig(TeacherConfig):
-    """What is cached besides the logits, where the cache goes and how it is cut."""
+class CodecConfig(StageConfig):
+    """How a language model's distributions are cached (--task lm)."""
 
+    codec: Literal["topk", "sampled", "hidden", "dense"] | None = Field(
+        default=None,
+        description="What is kept at each position: the most probable ids and the tail's mass "
+        "(topk), draws, the hidden states before the head, or all logits (dense). Default: topk.",
+    )
+    top_k: int | None = Field(
+        default=None, description="topk: so many of the most probable ids. Default: 64."
+    )
+    exact: bool | None = Field(
+        default=None,
+        description="topk: log-probs in float16, 2 bytes an id instead of 1. Default: no.",
+    )
+    top_p: float | None = Field(
+        default=None,
+        description="topk: of these only the fewest that hold so much mass. Default: all.",
+    )
+    num_draws: int | None = Field(
+        default=None, description="sampled: draws a position, at most 255. Default: 50."
+    )
+    temperatures: Annotated[tuple[float, ...], BeforeValidator(comma_separated)] | None = Field(
+        default=None,
+        description="topk, sampled: temperatures that a student can be trained at (topk: and all "
+        "between), ascending, comma-separated. Default: 1,1.5,2,3,4.",
+    )
+    draw_temperature: float | None = Field(
+        default=None,
+        description="sampled: temperature of the draws, one of --temperatures. Default: 1.",
+    )
+
+
+class ShardConfig(TeacherConfig, CodecConfig):
+    """What is cached, where the cache goes and how it is cut."""
+
+    task: TaskName = Field(
+        default="classification",
+        description="What the teacher does: classification of documents, or lm, the prediction of "
+        "every next token.",
+    )
     hidden: Literal["none", "pooled"] = Field(
         default="none",
         description="States to cache besides the logits: none, or pooled, the vector that the "

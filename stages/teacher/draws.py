@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
+from teacher_cache.stages.data.packing import PackedSample
 from teacher_cache.stages.teacher.reductions import Chunk, Unused, in_chunks, on_host
 from teacher_cache.stages.teacher.support import Support
 
 CHUNK_ELEMENTS = 2**22  # the cumulative sums are float64
+DRAW_SEED = 0
 
 
 def uniforms(sample_id: bytes, num_positions: int, num_draws: int, *, seed: int) -> np.ndarray:
@@ -23,6 +27,17 @@ def uniforms(sample_id: bytes, num_positions: int, num_draws: int, *, seed: int)
     digest = hashlib.sha256(b"%d:" % seed + sample_id).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
     return generator.random((num_positions, num_draws))
+
+
+def draws_of(codec: AnyCodec, samples: Sequence[PackedSample]) -> np.ndarray | None:
+    """Where each position of the samples draws, [N, draws]; None for a codec that draws nothing."""
+    if not isinstance(codec, SampledCodec):
+        return None
+    drawn = [
+        uniforms(sample.sample_id, len(sample.input_ids), codec.num_draws, seed=DRAW_SEED)
+        for sample in samples
+    ]
+    return np.concatenate([*drawn, np.empty((0, codec.num_draws))])
 
 
 def reduce_sampled(

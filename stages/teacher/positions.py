@@ -46,8 +46,8 @@ class Slice:
     states: Tensor
 
 
-# To named values of each position, [n, ...] each.
-Reduce = Callable[[Slice], dict[str, Tensor]]
+# To named values of each position, [n, ...] each, on the host.
+Reduce = Callable[[Slice], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,7 @@ def run_positions(
         with torch.inference_mode():
             for part in _slices(teacher, chosen, places, slice_logits):
                 where = part.places.cpu().numpy()
-                for name, found in reduce(part).items():
-                    kept = found.cpu().numpy()
+                for name, kept in reduce(part).items():
                     if name not in values:
                         values[name] = np.empty((starts[-1], *kept.shape[1:]), kept.dtype)
                     values[name][where] = kept

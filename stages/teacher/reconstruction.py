@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teacher_cache.cache.codecs.interface import Decoded
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.stages.teacher.capture_positions import reduce_positions
@@ -84,11 +85,9 @@ def reconstruction_error(
     with torch.inference_mode():
         decoded = codec.decode(on_device, temperature)
     below, _ = support.below_max(logits)
-    exact = torch.log_softmax(below.double() / temperature, dim=1).cpu().numpy()
-    ids = None if decoded.ids is None else on_host(decoded.ids)
-    log_probs = on_host(decoded.log_probs)
-    kl, lost = _divergence(exact, ids, log_probs, on_host(decoded.tail_log_prob))
-    num_ids = float(log_probs.shape[1] if ids is None else (ids >= 0).sum(-1).mean())
+    kl, lost = kl_to_decoded(below, decoded)
+    ids = decoded.ids
+    num_ids = float(support.size if ids is None else (on_host(ids) >= 0).sum(-1).mean())
     return ReconstructionError(
         temperature=temperature,
         num_positions=len(logits),
@@ -99,6 +98,18 @@ def reconstruction_error(
         num_ids=num_ids,
         bytes_per_token=bytes_per_position(codec.fields, num_ids),
     )
+
+
+def kl_to_decoded(below: Tensor, decoded: Decoded) -> tuple[np.ndarray, np.ndarray]:
+    """[N] KL from exact distributions to decoded ones, and [N] exact mass outside the stored ids.
+
+    Args:
+        below: [N, V] of `Support.below_max`.
+        decoded: of N positions, in torch, at its temperature.
+    """
+    exact = torch.log_softmax(below.double() / decoded.temperature, dim=1).cpu().numpy()
+    ids = None if decoded.ids is None else on_host(decoded.ids)
+    return _divergence(exact, ids, on_host(decoded.log_probs), on_host(decoded.tail_log_prob))
 
 
 def _divergence(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from teacher_cache.cache.schema import Fields, Schema
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.device import dtype_name, environment
 from teacher_cache.stages.inference import OnBatch
 from teacher_cache.stages.teacher.load import Teacher
 
@@ -80,3 +82,17 @@ class Task(Protocol):
                 cannot be kept.
         """
         ...
+
+
+def recorded_environment(
+    teacher: Teacher, *, batch_tokens: int, num_halvings: int
+) -> dict[str, Any]:
+    """What the bits of a shard depend on besides the settings."""
+    return {
+        **environment(teacher.device),
+        "dtype": dtype_name(teacher.dtype),
+        "batch_tokens": batch_tokens,
+        "num_halvings": num_halvings,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }

@@ -46,10 +46,10 @@ def samples(gpt2_tokenizer: PreTrainedTokenizerBase) -> list[PackedSample]:
     return pack(documents, gpt2_tokenizer, max_length=48).samples
 
 
-def reduced(part: Slice) -> dict[str, Tensor]:
+def reduced(part: Slice) -> dict[str, np.ndarray]:
     """The next token's log-probability, the largest logits, and what else a slice holds."""
     log_probs = part.logits.log_softmax(dim=1)
-    return {
+    found = {
         "next_log_prob": log_probs.gather(1, part.next_ids[:, None])[:, 0],
         "top_values": part.logits.topk(4).values,
         "top_ids": part.logits.topk(4).indices.to(torch.int32),
@@ -58,13 +58,14 @@ def reduced(part: Slice) -> dict[str, Tensor]:
         "places": part.places,
         "states": part.states.half(),
     }
+    return {name: value.numpy() for name, value in found.items()}
 
 
 def expected_of(
     teacher: LanguageModelTeacher, samples: Sequence[PackedSample]
 ) -> dict[str, np.ndarray]:
     """The same by the model's own forward pass over each piece alone."""
-    parts: list[dict[str, Tensor]] = []
+    parts: list[dict[str, np.ndarray]] = []
     for sample in samples:
         pieces = [piece.stop - piece.start for piece in sample.pieces]
         for ids in torch.from_numpy(sample.input_ids.astype(np.int64)).split(pieces):
@@ -79,7 +80,7 @@ def expected_of(
                 states=output.hidden_states[-1][0],
             )
             parts.append(reduced(part))
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -123,7 +124,7 @@ def test_no_slice_is_larger_than_it_may_be(
 ) -> None:
     sizes: list[int] = []
 
-    def watched(part: Slice) -> dict[str, Tensor]:
+    def watched(part: Slice) -> dict[str, np.ndarray]:
         sizes.append(len(part.logits))
         return {}
 
@@ -162,7 +163,7 @@ def test_out_of_memory_halves_a_batch_even_in_the_head(
         if len(kwargs["input_ids"]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def once(part: Slice) -> dict[str, Tensor]:
+    def once(part: Slice) -> dict[str, np.ndarray]:
         # The second slice of the first batch: what the first one left is written again.
         if part.places[0] > 0 and in_head:
             in_head.pop()
@@ -185,7 +186,7 @@ def test_out_of_memory_halves_a_batch_even_in_the_head(
 def test_a_sample_that_does_not_fit_is_a_sentence(
     teacher: LanguageModelTeacher, samples: list[PackedSample]
 ) -> None:
-    def full(_: Slice) -> dict[str, Tensor]:
+    def full(_: Slice) -> dict[str, np.ndarray]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match="does not fit into the device's memory"):

@@ -1,0 +1,79 @@
+"""What a person sees of a language model's cache: bytes a token, what is kept, what it costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from teacher_cache.cache.codecs.named import codec_from
+from teacher_cache.cache.manifest import Manifest
+from teacher_cache.cache.schema import bytes_per_position
+from teacher_cache.pipeline.tables import NONE
+
+if TYPE_CHECKING:  # it imports torch
+    from teacher_cache.stages.estimate import Estimate
+
+NOT_PROBED = "not probed: teacher or data is not on this machine"
+
+
+def is_language_model(manifest: Manifest) -> bool:
+    """Whether a cache is one of a language model."""
+    return manifest.settings["task"] == "lm"
+
+
+def estimate_table(estimate: Estimate) -> Table:
+    """Of a cache to be made; what is not known is not guessed."""
+    table = _table("estimated")
+    per_token = NONE if estimate.bytes_per_token is None else f"{estimate.bytes_per_token:,.1f}"
+    if estimate.bytes_per_token is not None and estimate.num_ids is None:
+        per_token += " (if the teacher has at most 65,536 ids)"
+    table.add_row("bytes a token", per_token)
+    table.add_row("tokens", _counted(estimate.num_tokens))
+    table.add_row("shards", _counted(estimate.num_shards))
+    table.add_row("MB", NONE if estimate.num_bytes is None else f"{estimate.num_bytes / 1e6:,.1f}")
+    errors = [] if estimate.probe is None else estimate.probe.to_json()["reconstruction"]
+    _add_errors(table, errors)
+    return table
+
+
+def kept_table(manifest: Manifest) -> Table:
+    """Of a cache: bytes a token field by field, captured mass, what reconstruction loses."""
+    table = _table("a token")
+    errors = manifest.about.get("probe", {}).get("reconstruction", [])
+    # A head of differing sizes is as the probe found it.
+    entries = errors[0]["num_ids"] if errors else 0.0
+    for spec in manifest.schema:
+        if spec.is_ragged:
+            table.add_row(f"bytes of {spec.name}", f"{bytes_per_position((spec,), entries):,.2f}")
+    total = bytes_per_position(manifest.schema, entries)
+    table.add_row("bytes in all", f"{total:,.2f} ({codec_from(manifest.settings['codec']).name})")
+    _add_errors(table, errors)
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("quantity")
+    table.add_column("value", overflow="fold")
+    return table
+
+
+def _add_errors(table: Table, errors: list[dict[str, Any]]) -> None:
+    if not errors:
+        table.add_row("reconstruction KL", NOT_PROBED)
+        return
+    first = errors[0]
+    at = f"at temperature {first['temperature']:g}"
+    table.add_row(f"captured mass {at}", f"{1 - first['lost_mass']:.4f}")
+    for error in errors:
+        table.add_row(
+            f"reconstruction KL at temperature {error['temperature']:g}",
+            f"{error['kl']:.2g} nats, at most {error['largest_kl']:.2g} "
+            f"({error['num_positions']} positions)",
+        )
+    table.add_row("mass of unused rows", f"{first['unused_mass']:.2g}")
+
+
+def _counted(number: float | None) -> str:
+    return NONE if number is None else f"{number:,.0f}"

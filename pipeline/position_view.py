@@ -1,0 +1,99 @@
+"""What a language model says next at some positions of a cached sample, as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from teacher_cache.cache.codecs.hidden import HiddenCodec
+from teacher_cache.cache.codecs.interface import Decoded
+from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.manifest import Manifest
+
+NUM_POSITIONS = 4
+NUM_TOKENS = 5
+
+
+def print_distributions(
+    console: Console,
+    manifest: Manifest,
+    sample: Mapping[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+) -> None:
+    """Print the most probable next tokens at positions that are evenly spaced over a sample.
+
+    Args:
+        console: to print to.
+        manifest: of the cache.
+        sample: as the reader gives it.
+        tokenizer: of the cache.
+        cache: its folder, in which a head may lie.
+
+    Raises:
+        CheckFailed: if the head of cached states is damaged.
+    """
+    counts = np.flatnonzero(sample["loss_mask"])
+    num_pieces = int(sample["segment"].max(initial=0)) + 1
+    console.print(f"pieces of documents: {num_pieces}; positions that count: {len(counts):,}")
+    codec = codec_from(manifest.settings["codec"])
+    temperature = _temperature(codec)
+    places = np.linspace(0, len(counts) - 1, min(NUM_POSITIONS, len(counts))).astype(int)
+    for position in counts[np.unique(places)]:
+        decoded = _decoded(codec, sample, int(position), temperature, cache, manifest)
+        real = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position + 1]))
+        log_prob = float(sample["next_log_prob"][position])
+        here = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position]))
+        console.print(
+            f"  at {position}, {here}: next is {real} (p {np.exp(log_prob):.4f} at T=1); "
+            f"T={temperature:g}: {_most_probable(decoded, tokenizer)}",
+            soft_wrap=True,
+        )
+
+
+def _most_probable(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    log_probs = np.asarray(decoded.log_probs)[0]
+    order = np.argsort(-log_probs, kind="stable")[:NUM_TOKENS]
+    order = order[np.isfinite(log_probs[order])]
+    ids = order if decoded.ids is None else np.asarray(decoded.ids)[0, order]
+    tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+    listed = [
+        f"{token} {np.exp(log_prob):.4f}"
+        for token, log_prob in zip(tokens, log_probs[order], strict=True)
+    ]
+    if decoded.ids is not None:
+        listed.append(f"all others {float(np.exp(np.asarray(decoded.tail_log_prob)[0])):.4f}")
+    return ", ".join(listed)
+
+
+def _decoded(
+    codec: AnyCodec,
+    sample: Mapping[str, np.ndarray],
+    position: int,
+    temperature: float,
+    cache: Path,
+    manifest: Manifest,
+) -> Decoded:
+    """The distribution at one position, [1, ...] arrays."""
+    rows = {name: one[position : position + 1] for name, one in codec.expand(sample).items()}
+    if not isinstance(codec, HiddenCodec):
+        return codec.decode(rows, temperature)
+    import torch  # only states need it, and the head that reads them
+
+    from teacher_cache.stages.teacher.language_model_head import read_language_model_head
+
+    codec = replace(codec, head=read_language_model_head(cache, manifest))
+    tensors = {name: torch.from_numpy(np.array(one)) for name, one in rows.items()}
+    with torch.inference_mode():
+        return codec.decode(tensors, temperature)
+
+
+def _temperature(codec: AnyCodec) -> float:
+    """1, or where the cache has none such the lowest that it has."""
+    grid = getattr(codec, "temperatures", (1.0,))
+    return 1.0 if 1.0 in grid else grid[0]

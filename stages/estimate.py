@@ -1,0 +1,90 @@
+"""What a language model's cache will take, before it is made: bytes, shards, what the codec loses.
+
+Nothing is fetched: what needs data or a teacher that is not on this machine is left open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from teacher_cache.cache.plan import ShardPlan, documents_per_shard
+from teacher_cache.stages.cache_teacher import (
+    NUM_PROBED_FOR_SIZE,
+    CacheTeacherConfig,
+    load_corpora,
+)
+from teacher_cache.stages.data import austen, reviews
+from teacher_cache.stages.data.packages import assets_folder
+from teacher_cache.stages.teacher.codec_options import DEFAULT_CODEC, codec_of
+from teacher_cache.stages.teacher.language_modeling import LanguageModeling, bytes_per_token
+from teacher_cache.stages.teacher.probe import Probe
+
+ASSUMED_IDS = 2**16  # ids take 2 bytes up to here, which is most vocabularies
+WITHOUT_SUPPORT = ("topk", "sampled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of a cache that does not exist yet.
+
+    Attributes:
+        bytes_per_token: of all fields; None where it takes the teacher to know.
+        num_ids: of the teacher's support; None where it was not loaded.
+        probe: of the codec; None where it was not probed.
+        num_bytes: of all shards; None where nothing was tokenised, as the next two.
+        num_tokens: of all corpora.
+        num_shards: of all corpora.
+    """
+
+    bytes_per_token: float | None
+    num_ids: int | None = None
+    probe: Probe | None = None
+    num_bytes: float | None = None
+    num_tokens: float | None = None
+    num_shards: int | None = None
+
+
+def estimate(config: CacheTeacherConfig) -> Estimate:
+    """Estimate a language model's cache from what is on this machine.
+
+    Raises:
+        UserError: for what the run itself would refuse.
+    """
+    corpora = [config.labeled, *([] if config.unlabeled is None else [config.unlabeled])]
+    if not Path(config.teacher).is_dir() or not all(_is_here(one.source) for one in corpora):
+        return Estimate(bytes_per_token=_assumed_bytes(config))
+    task = LanguageModeling.prepared(config, load_corpora(config))
+    num_bytes = num_tokens = 0.0
+    num_shards, per_shard = 0, None
+    for corpus in task.corpora.values():
+        documents = corpus.documents(0, min(NUM_PROBED_FOR_SIZE, len(corpus)))
+        of_one = task.bytes_per_document(documents)
+        if of_one is None:
+            continue
+        per_shard = per_shard or documents_per_shard(
+            of_one, shard_mb=config.shard_mb, max_documents=config.shard_documents
+        )
+        num_bytes += of_one * len(corpus)
+        num_tokens += task.tokens_per_document(documents) * len(corpus)
+        num_shards += len(ShardPlan(num_documents=len(corpus), documents_per_shard=per_shard))
+    return Estimate(
+        bytes_per_token=task.bytes_per_token,
+        num_ids=task.support.size,
+        probe=task.probe,
+        num_bytes=num_bytes,
+        num_tokens=num_tokens,
+        num_shards=num_shards,
+    )
+
+
+def _assumed_bytes(config: CacheTeacherConfig) -> float | None:
+    if (config.codec or DEFAULT_CODEC) not in WITHOUT_SUPPORT:
+        return None
+    return bytes_per_token(codec_of(config, support_size=ASSUMED_IDS, width=0))
+
+
+def _is_here(source: str) -> bool:
+    if source in (austen.NAME, reviews.NAME):
+        return (assets_folder() / source).is_dir()
+    return Path(source).expanduser().exists()

@@ -1,0 +1,98 @@
+"""From the options of stage one to a codec; what an option does not belong to is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from teacher_cache.cache.codecs.dense import DenseCodec
+from teacher_cache.cache.codecs.hidden import HiddenCodec
+from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.topk import TopKCodec
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.teacher.config import CodecConfig, ShardConfig
+
+DEFAULT_CODEC = "topk"
+
+# The attribute of the codec that each option sets.
+_TOPK = {
+    "top_k": "top_k",
+    "exact": "is_exact",
+    "top_p": "top_p",
+    "temperatures": "temperatures",
+}
+_SAMPLED = {
+    "num_draws": "num_draws",
+    "temperatures": "temperatures",
+    "draw_temperature": "draw_temperature",
+}
+OPTIONS_OF: dict[str, dict[str, str]] = {
+    "topk": _TOPK,
+    "sampled": _SAMPLED,
+    "hidden": {},
+    "dense": {},
+}
+
+
+def check_options(config: ShardConfig) -> None:
+    """Refuse what the task or the codec has no use for; nothing is left out in silence.
+
+    Raises:
+        UserError: naming the option and what it belongs to.
+    """
+    given = [name for name in CodecConfig.model_fields if getattr(config, name) is not None]
+    if config.task == "classification":
+        if given:
+            raise UserError(
+                f"{_flag(given[0])} is of language models, and this run caches a classifier: "
+                "leave it out, or give --task lm"
+            )
+        return
+    if config.hidden != "none":
+        raise UserError(
+            f"--hidden {config.hidden} is of classifiers: leave it out; --codec hidden caches a "
+            "language model's states"
+        )
+    if config.views:
+        raise UserError(
+            f"--views {config.views} is of classifiers, which label a perturbed text as a whole: "
+            "leave it out with --task lm"
+        )
+    name = config.codec or DEFAULT_CODEC
+    for option in given:
+        if option != "codec" and option not in OPTIONS_OF[name]:
+            codecs = " or ".join(one for one, options in OPTIONS_OF.items() if option in options)
+            raise UserError(
+                f"{_flag(option)} is of --codec {codecs}, and this run has --codec {name}: leave "
+                "it out, or give the other codec"
+            )
+
+
+def codec_of(config: ShardConfig, *, support_size: int, width: int) -> AnyCodec:
+    """The codec that the options ask for.
+
+    Args:
+        config: that `check_options` let pass.
+        support_size: V.
+        width: D of the states, for `hidden`.
+
+    Raises:
+        UserError: for a value that the codec cannot have.
+    """
+    name = config.codec or DEFAULT_CODEC
+    values: dict[str, Any] = {
+        attribute: getattr(config, option)
+        for option, attribute in OPTIONS_OF[name].items()
+        if getattr(config, option) is not None
+    }
+    if name == "topk":
+        return TopKCodec(support_size=support_size, **values)
+    if name == "sampled":
+        return SampledCodec(support_size=support_size, **values)
+    if name == "hidden":
+        return HiddenCodec(support_size=support_size, width=width)
+    return DenseCodec(support_size=support_size)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

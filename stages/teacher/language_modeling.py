@@ -1,0 +1,241 @@
+"""The language-modelling task: documents are packed, and each position's distribution is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.schema import (
+    SAMPLE_ID_BYTES,
+    Fields,
+    Ragged,
+    Schema,
+    bytes_per_position,
+    fixed_bytes,
+    language_model_schema,
+)
+from teacher_cache.stages.data.corpus import Corpus
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.packing import Packed, PackedSample, pack, packing_settings
+from teacher_cache.stages.inference import OnBatch
+from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.teacher.capture_positions import (
+    arrays_of,
+    reduce_positions,
+    reduced_of,
+)
+from teacher_cache.stages.teacher.codec_options import codec_of
+from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.draws import DRAW_SEED, draws_of
+from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
+from teacher_cache.stages.teacher.language_model_head import HEAD_FILE, LanguageModelHead
+from teacher_cache.stages.teacher.load import identity
+from teacher_cache.stages.teacher.positions import Reduce, Slice, run_positions
+from teacher_cache.stages.teacher.probe import Probe, probe_codec
+from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.teacher.task import Captured, recorded_environment
+
+NUM_PROBED_DOCUMENTS = 64
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModeling:
+    """A causal language model with its corpora; a `Task`.
+
+    Attributes:
+        corpora: by split, read without labels: every next token is one.
+        batch_tokens: padded tokens in a forward batch.
+        support: the ids of the tokenizer.
+        codec: what is kept of a position.
+        head: of the support, where states are cached; None for other codecs.
+    """
+
+    teacher: LanguageModelTeacher
+    corpora: Mapping[str, Corpus]
+    max_length: int
+    batch_tokens: int
+    support: Support
+    codec: AnyCodec
+    head: LanguageModelHead | None
+
+    @classmethod
+    def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
+        """Load the teacher and settle its support and codec.
+
+        Args:
+            config: the teacher and what to cache of it.
+            corpora: by split.
+
+        Raises:
+            UserError: if the teacher cannot be loaded, or the codec cannot serve it.
+        """
+        teacher = load_language_model(config)
+        support = Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
+        head = LanguageModelHead.of(teacher.model) if config.codec == "hidden" else None
+        return cls(
+            teacher=teacher,
+            corpora=corpora,
+            max_length=teacher.max_length(config.max_length),
+            batch_tokens=config.batch_tokens,
+            support=support,
+            codec=codec_of(
+                config,
+                support_size=support.size,
+                width=0 if head is None else head.weight.shape[1],
+            ),
+            head=head,
+        )
+
+    @property
+    def schema(self) -> Schema:
+        """The fields of a sample."""
+        return language_model_schema(self.codec.fields, is_packed=True)
+
+    @property
+    def files(self) -> Mapping[str, Callable[[Path], None]]:
+        """The head, where states are cached."""
+        if self.head is None:
+            return {}
+        return {HEAD_FILE: self.head.of_support(self.support).write}
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes the cached values, but for the data."""
+        record = describe(self.teacher.tokenizer, max_length=self.max_length)
+        return {
+            "task": "lm",
+            "codec": self.codec.settings,
+            "support": self.support.settings,
+            "teacher": identity(self.teacher, record.files_sha256),
+            "packing": packing_settings(
+                self.teacher.tokenizer, max_length=self.max_length, document_end="eos"
+            ),
+            "max_length": self.max_length,
+            **({"draw_seed": DRAW_SEED} if isinstance(self.codec, SampledCodec) else {}),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What the codec costs and loses on the first documents, and how the head is stored."""
+        probe = self.probe
+        found = {} if probe is None else {"probe": probe.to_json()}
+        return found if self.head is None else found | {"language_model_head": self.head.facts()}
+
+    @cached_property
+    def probe(self) -> Probe | None:
+        """Bytes and reconstruction error on the first documents; None if they predict nothing.
+
+        Raises:
+            UserError: if states and head do not give the teacher's logits.
+        """
+        corpus = self.corpora["labeled"]
+        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
+        return probe_codec(
+            self.teacher, self._pack(documents).samples, self.codec, self.support, self.head
+        )
+
+    def bytes_per_document(self, documents: Sequence[Document]) -> float | None:
+        """A document's share of the samples' fields, by the heads that the probe found."""
+        packed = self._pack(documents)
+        if not packed.samples:
+            return None
+        # Of each ragged field the sample's end is stored too.
+        per_sample = fixed_bytes(self.schema) + 4 * sum(spec.is_ragged for spec in self.schema)
+        return (packed.num_tokens * self.bytes_per_token + len(packed.samples) * per_sample) / len(
+            documents
+        )
+
+    def tokens_per_document(self, documents: Sequence[Document]) -> float:
+        """Mean number of tokens, empty documents included."""
+        return self._pack(documents).num_tokens / len(documents)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of all of a sample's fields."""
+        return bytes_per_token(self.codec, None if self.probe is None else self.probe.num_ids)
+
+    def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
+        """Pack a shard's documents and keep what the codec keeps of each position."""
+        packed = self._pack(documents)
+        if packed.num_continued:
+            logger.info(
+                "%s of %s documents of this shard are longer than a sample: each goes on in the "
+                "next one, without what stands before",
+                f"{packed.num_continued:,}",
+                f"{len(documents):,}",
+            )
+        outputs = run_positions(
+            self.teacher,
+            packed.samples,
+            self._reduce(packed.samples),
+            batch_tokens=self.batch_tokens,
+            on_batch=on_batch,
+        )
+        return Captured(
+            fields=self._fields(packed.samples, outputs.values),
+            num_truncated=0,
+            environment=recorded_environment(
+                self.teacher, batch_tokens=self.batch_tokens, num_halvings=outputs.num_halvings
+            ),
+        )
+
+    def _pack(self, documents: Sequence[Document]) -> Packed:
+        return pack(documents, self.teacher.tokenizer, max_length=self.max_length)
+
+    def _reduce(self, samples: Sequence[PackedSample]) -> Reduce:
+        drawn_at = draws_of(self.codec, samples)
+
+        def reduce(part: Slice) -> dict[str, np.ndarray]:
+            reduced, _ = reduce_positions(
+                self.codec,
+                self.support,
+                part.logits,
+                part.next_ids.where(part.counts, -1),
+                states=part.states,
+                drawn_at=None if drawn_at is None else drawn_at[part.places.cpu().numpy()],
+            )
+            return arrays_of(self.codec, reduced)
+
+        return reduce
+
+    def _fields(self, samples: Sequence[PackedSample], values: Mapping[str, np.ndarray]) -> Fields:
+        """Each sample's positions in the codec's code, beside its tokens."""
+        rows: list[dict[str, np.ndarray]] = []
+        start = 0
+        for sample in samples:
+            stop = start + len(sample.input_ids)
+            reduced = reduced_of(self.codec, {k: one[start:stop] for k, one in values.items()})
+            rows.append({
+                "input_ids": sample.input_ids,
+                "segment": sample.segment,
+                "loss_mask": sample.loss_mask,
+                **self.codec.encode(reduced),  # pyright: ignore[reportArgumentType]
+            })  # fmt: skip
+            start = stop
+        ids = b"".join(sample.sample_id for sample in samples)
+        return {"sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}")} | {
+            spec.name: Ragged.from_arrays(
+                [row[spec.name] for row in rows], spec.dtype, spec.inner_shape
+            )
+            for spec in self.schema
+            if spec.is_ragged
+        }
+
+
+def bytes_per_token(codec: AnyCodec, num_ids: float | None = None) -> float:
+    """Stored bytes of a position, the token itself included.
+
+    Args:
+        codec: of the cache.
+        num_ids: mean stored ids of a position, where that differs; the most, where not given.
+    """
+    tokens = bytes_per_position(language_model_schema((), is_packed=True))
+    return tokens + codec.bytes_per_token(num_ids)

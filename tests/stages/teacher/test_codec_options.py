@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from teacher_cache.cache.codecs.named import CODECS
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.teacher.codec_options import OPTIONS_OF, check_options, codec_of
+from teacher_cache.stages.teacher.config import CodecConfig, ShardConfig
+
+
+def config_of(**given: Any) -> ShardConfig:
+    return ShardConfig(teacher="t", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "saying"),
+    [
+        ({"top_k": 5}, "--top-k is of language models.* give --task lm"),
+        ({"codec": "dense"}, "--codec is of language models"),
+        ({"exact": False}, "--exact is of language models"),
+        ({"task": "lm", "hidden": "pooled"}, "--hidden pooled is of classifiers"),
+        ({"task": "lm", "views": 2}, "--views 2 is of classifiers"),
+        ({"task": "lm", "num_draws": 5}, "--num-draws is of --codec sampled, .* has --codec topk"),
+        (
+            {"task": "lm", "codec": "dense", "temperatures": "1,2"},
+            "--temperatures is of --codec topk or sampled, .* has --codec dense",
+        ),
+        ({"task": "lm", "codec": "sampled", "top_p": 0.5}, "--top-p is of --codec topk"),
+    ],
+)
+def test_options_that_belong_elsewhere_are_refused(given: dict[str, Any], saying: str) -> None:
+    with pytest.raises(UserError, match=saying):
+        check_options(config_of(**given))
+
+
+def test_every_option_belongs_to_a_codec() -> None:
+    assert OPTIONS_OF.keys() == CODECS.keys()
+    options = {name for names in OPTIONS_OF.values() for name in names}
+    assert options | {"codec"} == set(CodecConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({}, {"name": "topk", "top_k": 64, "is_exact": False, "top_p": None}),
+        (
+            {"top_k": 5, "exact": True, "top_p": 0.9, "temperatures": "1, 3"},
+            {"top_k": 5, "is_exact": True, "top_p": 0.9, "temperatures": [1.0, 3.0]},
+        ),
+        ({"codec": "sampled"}, {"num_draws": 50, "draw_temperature": 1.0}),
+        (
+            {"codec": "sampled", "num_draws": 7, "draw_temperature": 2},
+            {"name": "sampled", "num_draws": 7, "draw_temperature": 2.0},
+        ),
+        ({"codec": "hidden"}, {"name": "hidden", "width": 8}),
+        ({"codec": "dense"}, {"name": "dense", "support_size": 100}),
+    ],
+)
+def test_the_codec_is_what_the_options_say(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    config = config_of(task="lm", **given)
+    check_options(config)
+    found = codec_of(config, support_size=100, width=8).settings
+    assert settings.items() <= found.items()
+
+
+def test_a_value_that_cannot_be_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="--top-k 200 cannot be: the teacher uses 100 ids"):
+        codec_of(config_of(task="lm", top_k=200), support_size=100, width=8)
