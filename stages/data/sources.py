@@ -77,8 +77,18 @@ def open_source(source: str, split: str | None, *, txt_unit: TxtUnit = "line") -
 
     Raises:
         SourceUnavailable: if there is no such source, or nothing in it.
-        UserError: if it has no such split, or cannot be read.
+        UserError: if it has no such split, cannot be read, or has no .txt files for `txt_unit`.
     """
+    found = _open(source, split, txt_unit)
+    if txt_unit != "line" and "txt_unit" not in found.identity:
+        raise UserError(
+            f"--txt-unit {txt_unit} is for .txt files, and {source!r} is read from none: leave it "
+            "out, or give text files"
+        )
+    return found
+
+
+def _open(source: str, split: str | None, txt_unit: TxtUnit) -> Source:
     if source in _PACKAGED:
         return _open_packaged(source, split)
     path = Path(source).expanduser()

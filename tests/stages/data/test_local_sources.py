@@ -278,3 +278,9 @@ def test_a_split_must_be_named_where_there_is_no_train(tmp_path):
         (tmp_path / f"{name}.txt").write_text("one\n")
     with pytest.raises(UserError, match=r"no split 'train' \(it has dev, test\): name"):
         _load(tmp_path, labeled=False)
+
+
+def test_a_unit_of_text_files_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(UserError, match=r"--txt-unit paragraph is for \.txt files"):
+        sources.open_source(str(tmp_path / "some.jsonl"), None, txt_unit="paragraph")

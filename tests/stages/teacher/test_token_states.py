@@ -81,8 +81,10 @@ def test_reserved_tokens_and_states_that_overflow_are_left_out(
 ) -> None:
     teacher = load_teacher(TeacherConfig(teacher=str(tiny_bert), device="cpu"))
     reserved, overflowing = ids_of(teacher.tokenizer, ["[unused1]", "[unused2]"])
-    teacher.tokenizer.add_tokens([AddedToken("[unused1]", special=True)])
-    teacher.model.get_input_embeddings().weight.data[overflowing] = torch.inf
+    reserved_token: Any = AddedToken("[unused1]", special=True)  # what transformers takes too
+    teacher.tokenizer.add_tokens([reserved_token])
+    embedding: Any = teacher.model.get_input_embeddings()
+    embedding.weight.data[overflowing] = torch.inf
     table = token_states(teacher, num_ids=30_522, pooled_width=32, batch_tokens=4096)
     assert "states of 1 tokens are not finite" in caplog.text
     assert table.rows.isfinite().all() and table.relative_error < 1e-3
