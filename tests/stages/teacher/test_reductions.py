@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -226,7 +227,8 @@ def test_reconstruction_error_sees_a_wrong_decoder(monkeypatch: pytest.MonkeyPat
     exact = TopKCodec.decode
 
     def colder(self: TopKCodec, stored: Any, temperature: float) -> Any:
-        return exact(self, stored, temperature * 1.05)
+        # Of another temperature than it says.
+        return replace(exact(self, stored, temperature * 1.05), temperature=temperature)
 
     monkeypatch.setattr(TopKCodec, "decode", colder)
     error = reconstruction_error(codec, Support(size=400), logits, temperature=1.0)
