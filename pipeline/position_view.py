@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,9 +43,10 @@ def print_distributions(
     console.print(f"pieces of documents: {num_pieces}; positions that count: {len(counts):,}")
     codec = codec_from(manifest.settings["codec"])
     temperature = _temperature(codec)
+    decode = _decoder(codec, sample, temperature, cache, manifest)
     places = np.linspace(0, len(counts) - 1, min(NUM_POSITIONS, len(counts))).astype(int)
     for position in counts[np.unique(places)]:
-        decoded = _decoded(codec, sample, int(position), temperature, cache, manifest)
+        decoded = decode(int(position))
         real = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position + 1]))
         log_prob = float(sample["next_log_prob"][position])
         here = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position]))
@@ -71,26 +72,33 @@ def _most_probable(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> str:
     return ", ".join(listed)
 
 
-def _decoded(
+def _decoder(
     codec: AnyCodec,
     sample: Mapping[str, np.ndarray],
-    position: int,
     temperature: float,
     cache: Path,
     manifest: Manifest,
-) -> Decoded:
-    """The distribution at one position, [1, ...] arrays."""
-    rows = {name: one[position : position + 1] for name, one in codec.expand(sample).items()}
+) -> Callable[[int], Decoded]:
+    """What gives the distribution at one position, [1, ...] arrays."""
+    rows = codec.expand(sample)
     if not isinstance(codec, HiddenCodec):
-        return codec.decode(rows, temperature)
+        return lambda position: codec.decode(_one(rows, position), temperature)
     import torch  # only states need it, and the head that reads them
 
     from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 
-    codec = replace(codec, head=read_language_model_head(cache, manifest))
-    tensors = {name: torch.from_numpy(np.array(one)) for name, one in rows.items()}
-    with torch.inference_mode():
-        return codec.decode(tensors, temperature)
+    headed = replace(codec, head=read_language_model_head(cache, manifest))
+
+    def decode(position: int) -> Decoded:
+        one = {name: torch.from_numpy(np.array(row)) for name, row in _one(rows, position).items()}
+        with torch.inference_mode():
+            return headed.decode(one, temperature)
+
+    return decode
+
+
+def _one(rows: Mapping[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
+    return {name: field[position : position + 1] for name, field in rows.items()}
 
 
 def _temperature(codec: AnyCodec) -> float:

@@ -58,7 +58,7 @@ class Result:
         num_outside: outside the token embedding.
         settings: that the trial chosen by tuning added.
         to_teacher: accuracy minus the teacher's.
-        to_labels_only: accuracy minus that of the stronger labels-only student.
+        to_labels_only: accuracy minus that of the strongest labels-only student.
         of_teacher: accuracy over the teacher's.
     """
 
@@ -100,12 +100,12 @@ def results(
         num_resamples: of the bootstrap.
     """
     bootstrap = MovieBootstrap(movie_idx, num_resamples)
-    baseline = _stronger_labels_only(answers, labels)
+    baseline = _strongest_labels_only(answers, labels)
     return [_result(one, baseline, labels, bootstrap) for one in answers]
 
 
-def _stronger_labels_only(answers: Sequence[Answers], labels: np.ndarray) -> np.ndarray | None:
-    """[S, N] of the labels-only row that is the better one on these very reviews."""
+def _strongest_labels_only(answers: Sequence[Answers], labels: np.ndarray) -> np.ndarray | None:
+    """[S, N] of the labels-only row that is the best on these very reviews."""
     found = [one.correct(labels) for one in answers if one.row.is_labels_only]
     return max(found, key=lambda correct: correct.mean(), default=None)
 

@@ -92,7 +92,7 @@ def comparison_grid(title: str, found: Sequence[Result]) -> Grid:
             for one in found
         ),
         note="Accuracy, with 95 % intervals of a paired bootstrap over the test movies. The "
-        "teacher is the one that taught the row; labels only is the better of its block's two.",
+        "teacher is the one that taught the row; labels only is the best such row of its block.",
     )
 
 

@@ -62,15 +62,12 @@ class Decoded:
         log_probs: [..., K] float32 nats; -inf in an empty slot or for an excluded id.
         tail_log_prob: [...] float32 nats, log of the mass outside the head; -inf for none.
         temperature: of these log-probs.
-        weights: [..., K] float32 of a sampled head, its estimate's count / N times what re-weights
-            it to `temperature`; they do not sum to 1 and must not be made to. None for others.
     """
 
     ids: Array | None
     log_probs: Array
     tail_log_prob: Array
     temperature: float
-    weights: Array | None = None
 
 
 class Codec(Protocol[Reduction_contra]):

@@ -148,12 +148,11 @@ class SampledCodec:
         }
 
     def decode(self, stored: Stored, temperature: float) -> Decoded:
-        """The drawn ids with their log-probs and weights at a temperature of the grid.
+        """The drawn ids as a head beside a ghost, at a temperature of the grid.
 
-        `sum of weights * f(id)` estimates the teacher's mean of f without bias, so only what is
-        linear in the teacher's probabilities may use the weights. Other divergences take the drawn
-        ids as a head beside a ghost (`coarse`). No tail is stored for it, so it is what the head
-        leaves of 1: right to about 1e-3 of mass.
+        No tail is stored, so it is what the head leaves of 1: right to about 1e-3 of mass. What is
+        linear in the teacher's probabilities is better estimated from the counts, without bias:
+        `stages/losses/sampled.py`.
 
         Raises:
             UserError: if the temperature is not on the grid.
@@ -161,7 +160,6 @@ class SampledCodec:
         self.require_stored(temperature)
         ids = unpack_ids(stored[IDS], stored.get(f"{IDS}_high"))
         drawn = cast(stored[LOG_PROBS], "float64")
-        counts = cast(stored[COUNTS], "float64")
         sizes = cast(stored[SIZES], "int64")
         xp, filled = namespace(drawn), is_filled(sizes, ids.shape[-1])
         from_lse, to_lse = (
@@ -170,14 +168,12 @@ class SampledCodec:
         )
         below = self.draw_temperature * (drawn + from_lse)  # z - z_max
         log_probs = xp.where(filled, below / temperature - to_lse, -xp.inf)
-        draws = xp.where(filled, log_probs - drawn, -xp.inf)
         head, tail = _with_ghost(log_probs, sizes == self.support_size)
         return Decoded(
             ids=masked_ids(ids, filled),
             log_probs=cast(head, "float32"),
             tail_log_prob=cast(tail, "float32"),
             temperature=temperature,
-            weights=cast(counts / self.num_draws * xp.exp(draws), "float32"),
         )
 
     def require_stored(self, temperature: float) -> None:
@@ -192,20 +188,6 @@ class SampledCodec:
                 f"({named(self.temperatures)}), which nothing interpolates: give one of these, or "
                 "make the cache again with --temperatures that has it"
             )
-
-
-def effective_sample_size(weights: Array, counts: Array) -> Array:
-    """[...] Kish's effective number of draws: how many equal ones would be as good.
-
-    Args:
-        weights: [..., M], of `Decoded`, counts included.
-        counts: [..., M], how often each was drawn.
-    """
-    wide = cast(weights, "float64")
-    xp = namespace(wide)
-    counted = cast(counts, "float64")
-    squares = wide * wide / xp.where(counted > 0, counted, 1.0)
-    return wide.sum(-1) ** 2 / squares.sum(-1)
 
 
 def _with_ghost(log_probs: Array, is_whole: Array) -> tuple[Array, Array]:

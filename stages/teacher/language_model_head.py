@@ -6,9 +6,6 @@ soft cap. It lies in the cache's `teacher` folder once, so that cached states gi
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from teacher_cache.cache.commit import write_bytes_atomically
-from teacher_cache.cache.errors import CheckFailed, UserError
-from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.manifest import Manifest
+from teacher_cache.stages.teacher.stored_tables import read_teacher_file
 from teacher_cache.stages.teacher.support import Support
 
 HEAD_FILE = "language_model_head.safetensors"
@@ -142,14 +140,7 @@ def read_language_model_head(cache: Path, manifest: Manifest) -> LanguageModelHe
             f"{cache} holds no language-model head, so no logits can be had from states: make a "
             "cache with --codec hidden"
         )
-    path = cache / TEACHER_FOLDER / HEAD_FILE
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != manifest.teacher_files[HEAD_FILE]:
-        raise CheckFailed(
-            f"{path} is missing or differs from its SHA-256: run the same `pipe cache-teacher` "
-            "again, it writes the head anew and computes no shard again"
-        )
-    tensors = load(data)
+    tensors = load(read_teacher_file(cache, manifest, HEAD_FILE))
     soft_cap = tensors.get("soft_cap")
     return LanguageModelHead(
         weight=tensors["weight"],
@@ -160,31 +151,12 @@ def read_language_model_head(cache: Path, manifest: Manifest) -> LanguageModelHe
     )
 
 
-@contextmanager
-def states_read(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """What the head reads in each forward pass within: states after the final norm, [B, S, D].
-
-    Raises:
-        UserError: if the model's output layer is not linear.
-    """
-    seen: list[Tensor] = []
-
-    def remember(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-
-    hook = _output_layer(model).register_forward_pre_hook(remember)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
 def check_head(head: LanguageModelHead, states: Tensor, logits: Tensor) -> float:
     """Compare the teacher's logits with those of its states in f16.
 
     Args:
         head: without what a support leaves out.
-        states: [N, D], N > 0, as `states_read` gave them.
+        states: [N, D], N > 0, what the head reads (`language_model.final_states`).
         logits: [N, R] of the same forward pass.
 
     Returns:

@@ -81,11 +81,20 @@ def read_table(cache: Path, manifest: Manifest, name: str) -> Tensor:
     Raises:
         CheckFailed: if the file is damaged or missing.
     """
-    path = cache / TEACHER_FOLDER / file_of(name)
+    return load(read_teacher_file(cache, manifest, file_of(name)))[name]
+
+
+def read_teacher_file(cache: Path, manifest: Manifest, name: str) -> bytes:
+    """A file of the `teacher` folder that the manifest lists.
+
+    Raises:
+        CheckFailed: if it is damaged or missing.
+    """
+    path = cache / TEACHER_FOLDER / name
     data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != manifest.teacher_files[path.name]:
+    if hashlib.sha256(data).hexdigest() != manifest.teacher_files[name]:
         raise CheckFailed(
             f"{path} is missing or differs from its SHA-256: run the same `pipe cache-teacher` "
-            "again, it writes the table anew and computes no shard again"
+            "again, it writes the file anew and computes no shard again"
         )
-    return load(data)[name]
+    return data

@@ -24,7 +24,7 @@ from teacher_cache.stages.training.config import ArchitectureConfig, TrainStuden
 from teacher_cache.stages.training.data import TrainingData, ordered_data
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
-from teacher_cache.stages.training.start import StartingStudent
+from teacher_cache.stages.training.start import StartingStudent, filler_id
 
 # Each with the value at which it does nothing; None where it always does something.
 CLASSIFIERS_OPTIONS: dict[str, Any] = {
@@ -77,9 +77,7 @@ class LanguageModelStudents:
         shape = self._config.model_dump(include=SHAPE)
         if self._config.arch == "mamba":
             del shape["head_dim"]
-        pad_id = tokenizer.pad_token_id
-        # Any id will do: padded positions are masked.
-        pad_id = pad_id if isinstance(pad_id, int) else 0
+        pad_id = filler_id(tokenizer)
         student_config = MambaStudentConfig(
             vocab_size=max(tokenizer.get_vocab().values()) + 1,
             **(shape | {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ENDS}),

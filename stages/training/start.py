@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
@@ -102,9 +102,7 @@ def _mamba(
 ) -> StartingStudent:
     position_map = choose(joined.tokenizer, config.pooling)
     check_position_map(position_map, np.unique(lengths).tolist())
-    pad_id = joined.tokenizer.pad_token_id
-    # Any id will do: padded positions are masked.
-    pad_id = pad_id if isinstance(pad_id, int) else 0
+    pad_id = filler_id(joined.tokenizer)
     student_config = MambaStudentConfig(
         vocab_size=max(joined.tokenizer.get_vocab().values()) + 1,
         **_shape(config),
@@ -121,6 +119,12 @@ def _mamba(
         settings=_shape(config) | {"teacher_embeddings_sha256": None} | taken,
         about={},
     )
+
+
+def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills a Mamba student's batches; any id will do, since padded positions are masked."""
+    pad_id = tokenizer.pad_token_id
+    return pad_id if isinstance(pad_id, int) else 0
 
 
 def _take_embeddings(

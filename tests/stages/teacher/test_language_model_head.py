@@ -29,12 +29,12 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.fingerprint import hash_files
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.stages.teacher.capture_positions import reduce_positions
+from teacher_cache.stages.teacher.language_model import final_states
 from teacher_cache.stages.teacher.language_model_head import (
     HEAD_FILE,
     LanguageModelHead,
     check_head,
     read_language_model_head,
-    states_read,
 )
 from teacher_cache.stages.teacher.reconstruction import reconstruction_error
 from teacher_cache.stages.teacher.support import Support
@@ -70,10 +70,10 @@ def run(request: pytest.FixtureRequest) -> Run:
     with torch.no_grad():
         layer.weight.copy_(torch.randn_like(layer.weight) * 0.5)
     ids = torch.randint(NUM_IDS, (2, 11))
-    with torch.inference_mode(), states_read(model) as seen:
+    with torch.inference_mode():
         logits = model(input_ids=ids).logits
-    (states,) = seen
-    return model, states.reshape(-1, WIDTH), logits.reshape(-1, NUM_IDS)
+        states = final_states(model, list(ids.numpy()), [[11], [11]], packs=True)
+    return model, states, logits.reshape(-1, NUM_IDS)
 
 
 def test_states_and_head_give_the_teachers_logits(run: Run) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.interface import Decoded
 from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.reader import CacheReader
@@ -26,6 +27,7 @@ from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 from teacher_cache.stages.teacher.probe import probed_temperatures
+from teacher_cache.stages.training.cached_targets import sampled_targets
 from tests.small_caches import contents
 from tests.tiny_models import write_tiny_language_model
 
@@ -170,10 +172,11 @@ def test_the_draws_are_many_and_weigh_to_another_temperature(
 ) -> None:
     reader = CacheReader(cached("sampled"))
     codec = codec_from(reader.manifest.settings["codec"])
-    sample = reader.sample(0)
-    rows = codec.expand(sample)
+    assert isinstance(codec, SampledCodec)
+    rows = codec.expand(reader.sample(0))
     assert (rows["sampled_counts"].sum(1) == 9).all()
-    at_draws, at_one = (np.asarray(decoded(codec, sample, t).weights) for t in (1.5, 1.0))
+    tensors = {name: torch.from_numpy(np.array(one)) for name, one in rows.items()}
+    at_draws, at_one = (sampled_targets(codec, tensors, t).weights().numpy() for t in (1.5, 1.0))
     np.testing.assert_allclose(at_draws.sum(1), 1, atol=1e-6)
     assert not np.allclose(at_one.sum(1), 1, atol=1e-3)
     other = reader.sample(1)
