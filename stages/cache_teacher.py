@@ -25,6 +25,7 @@ from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.survey import survey_splits
 from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.data.views import Views, split_settings, with_views
@@ -107,7 +108,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         "data": {split: corpus.identity for split, corpus in task.corpora.items()},
     }
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
-    splits = with_views(task.corpora, config.views, task.teacher.mask_token)
+    splits = with_views(task.corpora, config.views, _reading(task))
     plans = _plan(config, cache, splits, task)
     manifest = _manifest(config, settings, plans, task)
     with CacheWriter(
@@ -180,6 +181,10 @@ def _plan(
     }
 
 
+def _reading(task: Task) -> Reading:
+    return Reading.of(task.teacher.tokenizer, max_length=task.max_length)
+
+
 def _manifest(
     config: CacheTeacherConfig,
     settings: dict[str, Any],
@@ -187,7 +192,7 @@ def _manifest(
     task: Task,
 ) -> Manifest:
     corpora = task.corpora
-    reports = survey_splits(corpora, config.views, task.teacher.mask_token)
+    reports = survey_splits(corpora, config.views, _reading(task))
     for split, report in reports.items():
         logger.info("%s: %s", split, report.describe())
     return Manifest(

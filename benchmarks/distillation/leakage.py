@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.views import views_of
 
 
@@ -93,7 +94,7 @@ def view_overlaps(
     held_out: Mapping[str, Sequence[str]],
     *,
     num_views: int,
-    mask_token: str | None,
+    reading: Reading,
 ) -> list[Overlap]:
     """Count the views that coincide with a held-out text; a short one may do so by chance.
 
@@ -101,12 +102,12 @@ def view_overlaps(
         corpora: whose views are cached, by name.
         held_out: texts by name.
         num_views: of each document.
-        mask_token: the teacher's.
+        reading: the teacher's.
     """
     found: list[Overlap] = []
     for name, config in corpora.items():
         corpus = load_corpus(config)
-        made = views_of(corpus, 0, len(corpus), num=num_views, mask_token=mask_token)
+        made = views_of(corpus, 0, len(corpus), num=num_views, reading=reading)
         texts = [view.text for views in made for view in views if view is not None]
         found += [overlap(f"views of {name}", texts, *judged) for judged in held_out.items()]
     return found

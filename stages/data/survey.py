@@ -12,6 +12,7 @@ from teacher_cache.cache.splits import views_split
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.views import views_of
 
 _CHUNK_DOCUMENTS = 4096
@@ -62,20 +63,20 @@ def survey(corpus: Corpus) -> CorpusReport:
 
 
 def survey_splits(
-    corpora: Mapping[str, Corpus], num_views: int, mask_token: str | None
+    corpora: Mapping[str, Corpus], num_views: int, reading: Reading
 ) -> dict[str, CorpusReport]:
     """The reports on the corpora and on their views, by the names of their splits.
 
     Args:
         corpora: by split.
         num_views: of each document.
-        mask_token: the teacher's, None without one.
+        reading: the teacher's.
     """
     reports = {split: survey(corpus) for split, corpus in corpora.items()}
     for split, corpus in corpora.items():
         views = [_Texts() for _ in range(num_views)]
         if views:
-            for made in views_of(corpus, 0, len(corpus), num=num_views, mask_token=mask_token):
+            for made in views_of(corpus, 0, len(corpus), num=num_views, reading=reading):
                 for texts, view in zip(views, made, strict=True):
                     if view is not None:
                         texts.add(view)

@@ -6,8 +6,12 @@ has no mask token, a masked word is dropped; the sampled n-gram is at least a th
 for the one to five words of the paper seldom tell its class; nothing is replaced by its part of
 speech, which takes a tagger; and documents are spliced. The teacher labels the views.
 
-A view is a function of the document, its place in the corpus's order, the view's number and the
-corpus's seed: it is the same in any run, whatever the limits, the shards and the number of views.
+Only what the teacher reads of a document is perturbed: a view of a long one would else be the
+document itself once it is cut.
+
+A view is a function of the document, its place in the corpus's order, the view's number, the
+corpus's seed and how the teacher reads: it is the same in any run, whatever the limits, the shards
+and the number of views.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from typing import Any
 from teacher_cache.cache.splits import viewed_split, views_split
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import PLACE_BYTES, Document
+from teacher_cache.stages.data.reading import Reading
 
 # Recorded with each split of views; `version` stands for the code below and changes with what it
 # makes. The seed is the corpus's, which the cache's settings hold.
 PERTURBATION: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "kinds": {"mask": 0.5, "part": 0.25, "splice": 0.25},
     "mask_probability": 0.1,
     "attempts": 10,
@@ -67,12 +72,12 @@ class Views:
     Attributes:
         corpus: whose documents they are made from.
         number: from 1.
-        mask_token: what stands for a masked word; None drops it.
+        reading: the teacher's.
     """
 
     corpus: Corpus
     number: int
-    mask_token: str | None
+    reading: Reading
 
     def __len__(self) -> int:
         """The number of documents, those without such a view included."""
@@ -80,16 +85,16 @@ class Views:
 
     def documents(self, start: int, stop: int) -> list[View]:
         """The views of documents `start` to `stop` (not included) that have one."""
-        made = views_of(self.corpus, start, stop, num=self.number, mask_token=self.mask_token)
+        made = views_of(self.corpus, start, stop, num=self.number, reading=self.reading)
         return [views[-1] for views in made if views[-1] is not None]
 
 
 def with_views(
-    corpora: Mapping[str, Corpus], num_views: int, mask_token: str | None
+    corpora: Mapping[str, Corpus], num_views: int, reading: Reading
 ) -> dict[str, Corpus | Views]:
     """The splits of a cache by name: the corpora, and behind them their views."""
     views = {
-        views_split(split, number): Views(corpus, number, mask_token)
+        views_split(split, number): Views(corpus, number, reading)
         for split, corpus in corpora.items()
         for number in range(1, num_views + 1)
     }
@@ -102,7 +107,7 @@ def split_settings(split: str) -> dict[str, Any]:
 
 
 def views_of(
-    corpus: Corpus, start: int, stop: int, *, num: int, mask_token: str | None
+    corpus: Corpus, start: int, stop: int, *, num: int, reading: Reading
 ) -> Iterator[list[View | None]]:
     """The first views of each of some documents.
 
@@ -114,7 +119,7 @@ def views_of(
         start: first document.
         stop: one past the last.
         num: views of each.
-        mask_token: what stands for a masked word; None drops it.
+        reading: the teacher's.
 
     Yields:
         `num` views; None for one that is left out, as empty documents have none.
@@ -125,7 +130,7 @@ def views_of(
             chosen = int(uniform() * idx)
             return corpus.documents(chosen, chosen + 1)[0] if idx else None
 
-        yield perturb(document, num, seed=corpus.config.seed, mask_token=mask_token, other=earlier)
+        yield perturb(document, num, seed=corpus.config.seed, reading=reading, other=earlier)
 
 
 def perturb(
@@ -133,23 +138,23 @@ def perturb(
     num: int,
     *,
     seed: int,
-    mask_token: str | None,
+    reading: Reading,
     other: Callable[[Uniform], Document | None],
 ) -> list[View | None]:
-    """The first views of a document, all different from it and from each other.
+    """The first views of a document; the teacher reads none like it, nor like another one.
 
     Args:
         document: of any length.
         num: how many.
         seed: of the run.
-        mask_token: what stands for a masked word; None drops it.
+        reading: the teacher's.
         other: chooses the document to splice with by a uniform number; None where there is none.
 
     Returns:
         `num` views; None for one that came out empty or like an earlier one in every attempt.
     """
-    seen = {"", _spaced(document.text)}
-    words = _WORD.findall(document.text)
+    seen = {tuple(reading.ids(text)) for text in ("", document.text)}
+    words = _WORD.findall(reading.cut(document.text))
     views: list[View | None] = []
     for number in range(1, num + 1):
         key = f"{seed} {number} ".encode() + document.sample_id
@@ -157,10 +162,11 @@ def perturb(
         uniform = random.Random(int.from_bytes(hashlib.sha256(key).digest())).random
         view = None
         for _ in range(PERTURBATION["attempts"] if words else 0):
-            candidate = _attempt(document, words, uniform, mask_token, other)
-            if _spaced(candidate.text) not in seen:
+            candidate = _attempt(document, words, uniform, reading, other)
+            ids = tuple(reading.ids(candidate.text))
+            if candidate.text and ids not in seen:
                 view = candidate
-                seen.add(_spaced(view.text))
+                seen.add(ids)
                 break
         views.append(view)
     return views
@@ -170,19 +176,20 @@ def _attempt(
     document: Document,
     words: list[str],
     uniform: Uniform,
-    mask_token: str | None,
+    reading: Reading,
     other: Callable[[Uniform], Document | None],
 ) -> View:
     kinds = PERTURBATION["kinds"]
     kind = uniform()
     place = document.sample_id[:PLACE_BYTES]
     if kind < kinds["mask"]:
-        text = _masked(words, uniform, mask_token)
+        text = _masked(words, uniform, reading.mask_token)
     elif kind < kinds["mask"] + kinds["part"]:
         text = _part(words, uniform)
     else:
         partner = other(uniform)
-        text = _spliced(words, _WORD.findall(partner.text) if partner else [], uniform)
+        others = _WORD.findall(reading.cut(partner.text)) if partner else []
+        text = _spliced(words, others, uniform)
         if partner:
             place = min(place, partner.sample_id[:PLACE_BYTES])
     return View(text, document.source, document.split, document.position, place=place)
@@ -216,8 +223,3 @@ def _spliced(words: list[str], others: list[str], uniform: Uniform) -> str:
 
 def _space_behind(word: str) -> str:
     return word[len(word.rstrip()) :]
-
-
-def _spaced(text: str) -> str:
-    """The text as tokenizers that do not mind whitespace see it."""
-    return " ".join(text.split())

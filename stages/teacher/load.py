@@ -54,12 +54,6 @@ class Teacher:
     config_sha256: str
     commit: str | None
 
-    @property
-    def mask_token(self) -> str | None:
-        """What its tokenizer writes for a masked word; None if it has no such token."""
-        token = self.tokenizer.mask_token
-        return token if isinstance(token, str) else None
-
     def max_length(self, requested: int | None) -> int:
         """The longest sample in tokens.
 

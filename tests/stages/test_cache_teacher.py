@@ -22,6 +22,7 @@ from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data import views
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher import classification
@@ -220,7 +221,7 @@ def test_views_made_in_another_way_are_not_mixed(
 ) -> None:
     cache_teacher.run(viewed(tmp_path / "c", tiny_bert, views=1))
     monkeypatch.setitem(views.PERTURBATION, "version", 99)
-    with pytest.raises(UserError, match=r"splits\.labeled_views_1\.version is 1 .* and 99 in"):
+    with pytest.raises(UserError, match=r"splits\.labeled_views_1\.version is 2 .* and 99 in"):
         cache_teacher.run(viewed(tmp_path / "c", tiny_bert, views=1))
     without = viewed(tmp_path / "c", tiny_bert, views=0)
     cache_teacher.run(without.model_copy(update={"overwrite": True}))
@@ -237,8 +238,9 @@ def test_views_of_both_corpora_are_what_the_teacher_saw(tmp_path: Path, tiny_ber
         *("labeled", "unlabeled", "labeled_views_1", "labeled_views_2"),
         *("unlabeled_views_1", "unlabeled_views_2"),
     ]
+    reading = Reading.of(teacher.tokenizer, max_length=32)
     for split, corpus in (("labeled", labeled), ("unlabeled", unlabeled)):
-        made = views.Views(load_corpus(corpus), 2, "[MASK]").documents(0, corpus.max_samples or 0)
+        made = views.Views(load_corpus(corpus), 2, reading).documents(0, corpus.max_samples or 0)
         found = CacheReader(tmp_path / "c", f"{split}_views_2")
         assert [view.sample_id for view in made] == list(found.sample_ids())
         assert (found.column("label") == -1).all()

@@ -7,9 +7,13 @@ import pytest
 from benchmarks.distillation.leakage import Overlap, check, normalised, overlap, view_overlaps
 from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.views import Views
 
 TEST = ["A warm, funny film that never drags.", "Straße: 7 von 10!", "..."]
+READING = Reading(
+    mask_token="[MASK]", cut=str, ids=lambda text: [len(word) for word in text.split()]
+)
 APART = ["A cold, dull film that drags.", "Street: 7 of 10", "?!"]
 
 
@@ -53,9 +57,9 @@ def test_views_that_read_like_a_held_out_text_are_counted(tmp_path: Path) -> Non
     path.write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
     config = CorpusConfig(source=str(tmp_path), split="train", labeled=False)
     corpus = load_corpus(config)
-    views = [view.text for n in (1, 2) for view in Views(corpus, n, "[MASK]").documents(0, 2)]
+    views = [view.text for n in (1, 2) for view in Views(corpus, n, READING).documents(0, 2)]
     judged = {"test": [views[0].upper(), "seven"], "validation": ["eight"]}
-    found = view_overlaps({"train": config}, judged, num_views=2, mask_token="[MASK]")
+    found = view_overlaps({"train": config}, judged, num_views=2, reading=READING)
     assert [(one.part, one.held_out, one.num_texts) for one in found] == [
         ("views of train", "test", len(views)),
         ("views of train", "validation", len(views)),

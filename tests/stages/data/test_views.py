@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,23 @@ from hypothesis import strategies as st
 
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.survey import survey_splits
 from teacher_cache.stages.data.views import View, Views, perturb, views_of, with_views
 from teacher_cache.stages.training.batches import held_out
 
 MASK = "[MASK]"
+
+
+def reading(mask_token: str | None = MASK, max_words: int | None = None) -> Reading:
+    """A model whose tokens are words, and which reads so many of them."""
+    return Reading(
+        mask_token=mask_token,
+        cut=lambda text: text if max_words is None else " ".join(text.split()[:max_words]),
+        ids=lambda text: [zlib.crc32(word.encode()) for word in text.split()[:max_words]],
+    )
+
+
 TEXT = "one two three four five six seven"
 _WORDS = st.text(st.sampled_from("ab ü\n好電ไ"), max_size=40)
 _MASKS = st.sampled_from([MASK, None])
@@ -36,7 +49,7 @@ def views(
     other: Document | None = None,
 ) -> list[View | None]:
     given = document_of(text)
-    return perturb(given, num, seed=seed, mask_token=mask_token, other=lambda _: other)
+    return perturb(given, num, seed=seed, reading=reading(mask_token), other=lambda _: other)
 
 
 def many(text: str, *, mask_token: str | None = MASK, other: Document | None = None) -> list[str]:
@@ -77,7 +90,7 @@ def test_a_view_is_held_out_exactly_when_one_of_its_documents_is(
     alone, either = held_out([document.sample_id, partner.sample_id], bound)
     for seed in range(8):
         asked.append(False)
-        (view,) = perturb(document, 1, seed=seed, mask_token=MASK, other=choose)
+        (view,) = perturb(document, 1, seed=seed, reading=reading(), other=choose)
         if view is None:
             continue
         (out,) = held_out([view.sample_id], bound)
@@ -93,7 +106,7 @@ def test_a_splice_has_the_smaller_place() -> None:
     spliced = 0
     for first, second in ((document, partner), (partner, document)):
         for seed in range(100):
-            (view,) = perturb(first, 1, seed=seed, mask_token=MASK, other=lambda _, o=second: o)
+            (view,) = perturb(first, 1, seed=seed, reading=reading(), other=lambda _, o=second: o)
             assert view is not None
             if set(view.text.split()) & set(second.text.split()):
                 assert view.sample_id[:8] == smaller
@@ -177,7 +190,7 @@ def corpus_of(films: Path, **changes: object) -> Corpus:
 
 def made_of(corpus: Corpus, bounds: Sequence[int], number: int = 2) -> list[View]:
     """All views of a number, shard by shard."""
-    split = Views(corpus, number, MASK)
+    split = Views(corpus, number, reading())
     found: list[View] = []
     for start, stop in itertools.pairwise(bounds):
         found += split.documents(start, stop)
@@ -216,16 +229,42 @@ def test_views_stay_what_they_are() -> None:
 
 def test_what_is_left_out_is_counted(films: Path) -> None:
     corpus = corpus_of(films)
-    splits = with_views({"labeled": corpus}, 2, MASK)
-    reports = survey_splits({"labeled": corpus}, 2, MASK)
+    splits = with_views({"labeled": corpus}, 2, reading())
+    reports = survey_splits({"labeled": corpus}, 2, reading())
     assert list(splits) == list(reports) == ["labeled", "labeled_views_1", "labeled_views_2"]
     for name in ("labeled_views_1", "labeled_views_2"):
         report, num = reports[name], len(splits[name].documents(0, 50))
         assert report.num_documents == len(splits[name]) == 50
         assert report.num_empty == 1 and report.label_counts is None
         assert num + report.num_empty + report.num_unchanged == 50
-    all_views = list(views_of(corpus, 0, 50, num=40, mask_token=MASK))
+    all_views = list(views_of(corpus, 0, 50, num=40, reading=reading()))
     assert any(made[-1] is None for made in all_views), "40 different views of two words?"
-    reports = survey_splits({"labeled": corpus}, 40, MASK)
+    reports = survey_splits({"labeled": corpus}, 40, reading())
     assert reports["labeled_views_40"].num_unchanged > 0
     assert "without another such view" in reports["labeled_views_40"].describe()
+
+
+def test_only_what_is_read_of_a_long_document_is_perturbed() -> None:
+    words = [f"w{idx}" for idx in range(300)]
+    document, other = document_of(" ".join(words)), document_of(" ".join(["x"] * 300), 1)
+    model = reading(max_words=60)
+    shares = dict.fromkeys(("mask", "part", "splice"), 0)
+    for seed in range(400):
+        (view,) = perturb(document, 1, seed=seed, reading=model, other=lambda _: other)
+        assert view is not None
+        assert model.ids(view.text) != model.ids(document.text)
+        assert not set(view.text.split()) & set(words[60:])
+        kind = "mask" if MASK in view.text else "splice" if "x" in view.text else "part"
+        shares[kind] += 1
+    assert shares == {"mask": pytest.approx(200, abs=40)} | dict.fromkeys(
+        ("part", "splice"), pytest.approx(100, abs=35)
+    )
+
+
+def test_no_two_views_read_the_same() -> None:
+    # Of this document the model reads three words, so there are few views that it can tell apart.
+    document, model = document_of("one two three four five"), reading(max_words=3)
+    made = perturb(document, 60, seed=0, reading=model, other=lambda _: None)
+    found = [tuple(model.ids(view.text)) for view in made if view is not None]
+    assert 3 < len(found) == len(set(found)) < 60
+    assert tuple(model.ids(document.text)) not in found
