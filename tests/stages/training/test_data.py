@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.views import Views
 from teacher_cache.stages.training import data
 from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.config import UnlabeledFrom
 from teacher_cache.stages.training.data import TrainingData, open_splits, training_data
-from tests.tiny_runs import reviews_config, student_config
+from tests.tiny_runs import MAX_LENGTH, reviews_config, student_config
 
 Restrict = Callable[[str, Sequence[int]], None]
 
@@ -122,7 +124,7 @@ def viewed_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5])
 def test_views_of_held_out_documents_are_left_out(
-    viewed_cache: Path, acl_imdb: Path, fraction: float
+    viewed_cache: Path, acl_imdb: Path, bert_tokenizer: PreTrainedTokenizerBase, fraction: float
 ) -> None:
     corpus = load_corpus(CorpusConfig(source=str(acl_imdb), split="train", max_samples=60))
     documents = corpus.documents(0, 60)
@@ -133,7 +135,8 @@ def test_views_of_held_out_documents_are_left_out(
     assert trained.unlabeled is not None
     num_both = len(trained.unlabeled)
     ids = {trained.unlabeled[idx]["sample_id"].tobytes() for idx in range(num_both)}
-    made = [view for number in (1, 2) for view in Views(corpus, number, "[MASK]").documents(0, 60)]
+    reading = Reading.of(bert_tokenizer, max_length=MAX_LENGTH)
+    made = [view for number in (1, 2) for view in Views(corpus, number, reading).documents(0, 60)]
     by_position = {one.position: one.sample_id for one in documents}
     foreign = set().union(*(texts[one] for one in held))
     foreign -= set().union(*(words for one, words in texts.items() if one not in held))
