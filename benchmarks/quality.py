@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality --tune    # each row's trials, judged by the validation movies
     python -m benchmarks.quality           # the rows as tuned, judged by the test movies
+    python -m benchmarks.quality --blocks long    # the recipe, trained eight times as long
 
 Whatever is trained lies below the work folder and is found again, so either command may be
 interrupted anywhere and run again, or run in parts. What is trained: `distillation/rows.py`.
@@ -29,7 +30,7 @@ from benchmarks.distillation.jobs import run_jobs
 from benchmarks.distillation.preparation import Prepared, prepare
 from benchmarks.distillation.quality_goals import goals
 from benchmarks.distillation.results import Result, figures, results
-from benchmarks.distillation.rows import BLOCKS, FULL, TINY, Row, Settings
+from benchmarks.distillation.rows import BLOCKS, FULL, TINY, USUAL_BLOCKS, Row, Settings
 from benchmarks.distillation.run import Run, choose_rows, choose_seeds
 from benchmarks.distillation.tables import trial_grid
 from benchmarks.distillation.teachers import Sureness
@@ -158,7 +159,7 @@ def main(
     rows: Annotated[
         str, typer.Option(help="Only these, as in labels,logits; a name may be in both blocks.")
     ] = "",
-    blocks: Annotated[str, typer.Option(help="Only these.")] = ",".join(BLOCKS),
+    blocks: Annotated[str, typer.Option(help=f"Of {', '.join(BLOCKS)}.")] = ",".join(USUAL_BLOCKS),
     seeds: Annotated[
         str, typer.Option(help="Of the students, as in 0,1; tuning takes the first.")
     ] = "",
@@ -201,7 +202,7 @@ def main(
         found = judge(run)
         found.show(run.console)
         if run.is_whole:
-            found.write(run.results)
+            found.write(run.results, run.results_name)
             run.say(f"✓ written to {run.results}")
         else:
             run.say(f"only a part of the rows or seeds: nothing was written to {run.results}")

@@ -29,6 +29,7 @@ CORPUS_OF: dict[tuple[Block, Stage], Name] = {
     ("main", "tuning"): "tuning",
     ("main", "final"): "full",
     ("scarce", "final"): "scarce",
+    ("long", "final"): "full",
 }
 SCARCE_SEED = 0
 

@@ -19,8 +19,6 @@ from benchmarks.distillation.teachers import Sureness
 from benchmarks.goal import Goal
 from teacher_cache.cache.commit import write_bytes_atomically
 
-JSON_NAME, MARKDOWN_NAME = "quality.json", "quality.md"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
@@ -64,13 +62,14 @@ class Findings:
         for grid in self.grids():
             console.print(grid.rich())
 
-    def write(self, folder: Path) -> None:
-        """Write `quality.json` and `quality.md`."""
+    def write(self, folder: Path, name: str) -> None:
+        """Write `name.json` and `name.md`."""
         described = "; ".join(f"{name} {value}" for name, value in self.machine.items() if value)
         grids = "\n".join(grid.markdown() for grid in self.grids())
-        intro = f"What `python -m benchmarks.quality` measured ({described}).\n"
-        _write(folder / MARKDOWN_NAME, f"{intro}\n{grids}")
-        _write(folder / JSON_NAME, json.dumps(self._as_json(), indent=1) + "\n")
+        command = "python -m benchmarks.quality --blocks " + ",".join(self.titles)
+        intro = f"What `{command}` measured ({described}).\n"
+        _write(folder / f"{name}.md", f"{intro}\n{grids}")
+        _write(folder / f"{name}.json", json.dumps(self._as_json(), indent=1) + "\n")
 
     def _as_json(self) -> dict[str, Any]:
         return {

@@ -9,10 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Block = Literal["main", "scarce"]
+Block = Literal["main", "scarce", "long"]
 Settings = dict[str, Any]
 
-BLOCKS: dict[Block, str] = {"main": "all labels", "scarce": "few labels"}
+BLOCKS: dict[Block, str] = {
+    "main": "all labels",
+    "scarce": "few labels",
+    "long": "all labels, trained long",
+}
+# What a run takes that is not told otherwise.
+USUAL_BLOCKS: tuple[Block, ...] = ("main", "scarce")
 
 MAX_LENGTH = 128  # tokens, of teacher and students
 
@@ -21,6 +27,7 @@ TEACHERS: dict[Block, Settings] = {
     "main": {"epochs": 2, "eval_fraction": 0},
     "scarce": {"epochs": 8, "eval_fraction": 0},
 }
+TEACHERS["long"] = TEACHERS["main"]
 
 # Of `TrainStudentConfig`: architecture and optimizer steps of every student.
 STUDENT: Settings = {
@@ -34,10 +41,10 @@ STUDENT: Settings = {
     "log_steps": 50,
     "eval_fraction": 0,
 }
-NUM_STEPS: dict[Block, int] = {"main": 1200, "scarce": 800}
+NUM_STEPS: dict[Block, int] = {"main": 1200, "scarce": 800, "long": 9600}
 # Perturbed copies of each document in the caches; the scarce block has as many documents as the
 # main one, and fewer steps to learn from them.
-NUM_VIEWS: dict[Block, int] = {"main": 6, "scarce": 2}
+NUM_VIEWS: dict[Block, int] = {"main": 6, "scarce": 2, "long": 6}
 # Of each trial, whatever the row: enough to tell the rates apart.
 TUNING_STEPS, TUNING_VIEWS = 500, 2
 
@@ -135,6 +142,7 @@ SHORT_LABELS_ROWS: tuple[Row, ...] = tuple(
     )
     for row in LABELS_ROWS
 )
+VIEWS_ROW = Row(name="views", title="+ logits + views", block="main", overrides=VIEWS)
 LOGITS_ROW = Row(name="logits", title="+ logits", block="main", overrides=LOGITS)
 ALL_ROW = Row(
     name="all",
@@ -153,6 +161,13 @@ def _scarce(row: Row) -> Row:
     return replace(row, block="scarce", overrides=row.overrides | part, tuned_as=row.key)
 
 
+def _long(row: Row) -> Row:
+    """The same row in the block that trains long, with the trial chosen in the main one."""
+    return replace(row, block="long", tuned_as=row.key)
+
+
+TEACHER_ROW = Row(name="teacher", title="teacher (MiniLM)", block="main", kind="teacher", trials=())
+
 ROWS: tuple[Row, ...] = (
     Row(name="majority", title="majority", block="main", kind="majority", trials=()),
     Row(
@@ -162,7 +177,7 @@ ROWS: tuple[Row, ...] = (
         kind="tfidf",
         trials=REGULARISATIONS,
     ),
-    Row(name="teacher", title="teacher (MiniLM)", block="main", kind="teacher", trials=()),
+    TEACHER_ROW,
     *LABELS_ROWS,
     *SHORT_LABELS_ROWS,
     LOGITS_ROW,
@@ -185,7 +200,7 @@ ROWS: tuple[Row, ...] = (
         overrides=LOGITS | STATES,
     ),
     Row(name="unlabelled", title="+ logits + unlabelled text", block="main", overrides=PLOTS),
-    Row(name="views", title="+ logits + views", block="main", overrides=VIEWS),
+    VIEWS_ROW,
     ALL_ROW,
     replace(
         ALL_ROW,
@@ -202,7 +217,7 @@ ROWS: tuple[Row, ...] = (
         trials=REGULARISATIONS,
         tuned_as="main/tfidf",
     ),
-    Row(name="teacher", title="teacher (MiniLM)", block="scarce", kind="teacher", trials=()),
+    replace(TEACHER_ROW, block="scarce"),
     *(_scarce(row) for row in (*LABELS_ROWS, LOGITS_ROW, ALL_ROW)),
     replace(
         _scarce(ALL_ROW),
@@ -217,6 +232,13 @@ ROWS: tuple[Row, ...] = (
         kind="teacher",
         trials=(),
         teacher="full",
+    ),
+    replace(TEACHER_ROW, block="long"),
+    *(_long(row) for row in (LABELS_ROWS[-1], VIEWS_ROW)),
+    replace(
+        _long(SHORT_LABELS_ROWS[-1]),
+        tuned_as=LABELS_ROWS[-1].key,
+        times_steps=SHORT * NUM_STEPS["main"] / NUM_STEPS["long"],
     ),
 )
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.distillation import tuning
 from benchmarks.distillation.folders import Folders
-from benchmarks.distillation.rows import BLOCKS, FULL, ROWS, Row, Scale, Settings
+from benchmarks.distillation.rows import BLOCKS, FULL, ROWS, USUAL_BLOCKS, Row, Scale, Settings
 from teacher_cache.cache.errors import did_you_mean
 
 
@@ -42,8 +42,16 @@ class Run:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row and seed is asked for."""
-        return self.rows == ROWS and self.seeds == self.scale.seeds
+        """Whether every row of some blocks and every seed is asked for."""
+        blocks = {row.block for row in self.rows}
+        whole = tuple(row for row in ROWS if row.block in blocks)
+        return self.rows == whole and self.seeds == self.scale.seeds
+
+    @property
+    def results_name(self) -> str:
+        """What its files of results are called, without their endings."""
+        blocks = [block for block in BLOCKS if any(row.block == block for row in self.rows)]
+        return "quality" if tuple(blocks) == USUAL_BLOCKS else "-".join(("quality", *blocks))
 
     @property
     def is_standard(self) -> bool:

@@ -72,7 +72,7 @@ def student_config(
     Raises:
         UserError: if the recipe's settings are not those of a student.
     """
-    steps = {"max_steps": round(scale.num_steps[row.block] * row.times_steps)}
+    steps = {"max_steps": max(1, round(scale.num_steps[row.block] * row.times_steps))}
     values = {**scale.student, **steps, **row.overrides, **trial, "seed": seed}
     config = validate(TrainStudentConfig, values, where=f"the recipe's row {row.key}")
     return config.model_copy(update={"cache": cache, "out": folders.student(config, cache)})
