@@ -65,6 +65,12 @@ def _add_errors(table: Table, errors: list[dict[str, Any]]) -> None:
         return
     first = errors[0]
     at = f"at temperature {first['temperature']:g}"
+    for error in errors:
+        if "coverage" in error:
+            table.add_row(
+                f"coverage of the student's ids at temperature {error['temperature']:g}",
+                f"{error['coverage']:.4f}",
+            )
     table.add_row(f"captured mass {at}", f"{1 - first['lost_mass']:.4f}")
     for error in errors:
         table.add_row(

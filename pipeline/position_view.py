@@ -14,6 +14,7 @@ from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.interface import Decoded
 from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.manifest import Manifest
+from teacher_cache.stages.join.aligned_cache import recorded_map
 
 NUM_POSITIONS = 4
 NUM_TOKENS = 5
@@ -36,7 +37,7 @@ def print_distributions(
         cache: its folder, in which a head may lie.
 
     Raises:
-        CheckFailed: if the head of cached states is damaged.
+        CheckFailed: if the head of cached states, or the map of an aligned cache, is damaged.
     """
     counts = np.flatnonzero(sample["loss_mask"])
     num_pieces = int(sample["segment"].max(initial=0)) + 1
@@ -44,6 +45,7 @@ def print_distributions(
     codec = codec_from(manifest.settings["codec"])
     temperature = _temperature(codec)
     decode = _decoder(codec, sample, temperature, cache, manifest)
+    named = _namer(tokenizer, manifest, cache)
     places = np.linspace(0, len(counts) - 1, min(NUM_POSITIONS, len(counts))).astype(int)
     for position in counts[np.unique(places)]:
         decoded = decode(int(position))
@@ -52,17 +54,32 @@ def print_distributions(
         here = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position]))
         console.print(
             f"  at {position}, {here}: next is {real} (p {np.exp(log_prob):.4f} at T=1); "
-            f"T={temperature:g}: {_most_probable(decoded, tokenizer)}",
+            f"T={temperature:g}: {_most_probable(decoded, named)}",
             soft_wrap=True,
         )
 
 
-def _most_probable(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> str:
+def _namer(
+    tokenizer: PreTrainedTokenizerBase, manifest: Manifest, cache: Path
+) -> Callable[[list[int]], list[str]]:
+    """What says the strings of the support's ids: a student's by the teacher's of the same bytes."""
+    vocabulary_map = recorded_map(cache, manifest)
+    if vocabulary_map is None:
+        return tokenizer.convert_ids_to_tokens
+    teacher_ids = np.arange(len(vocabulary_map.student_ids))
+    # Of several teacher ids, the lowest.
+    teacher_id_of = dict(
+        zip(vocabulary_map.student_ids[::-1].tolist(), teacher_ids[::-1].tolist(), strict=True)
+    )
+    return lambda ids: tokenizer.convert_ids_to_tokens([teacher_id_of[one] for one in ids])
+
+
+def _most_probable(decoded: Decoded, named: Callable[[list[int]], list[str]]) -> str:
     log_probs = np.asarray(decoded.log_probs)[0]
     order = np.argsort(-log_probs, kind="stable")[:NUM_TOKENS]
     order = order[np.isfinite(log_probs[order])]
     ids = order if decoded.ids is None else np.asarray(decoded.ids)[0, order]
-    tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+    tokens = named(ids.tolist())
     listed = [
         f"{token} {np.exp(log_prob):.4f}"
         for token, log_prob in zip(tokens, log_probs[order], strict=True)

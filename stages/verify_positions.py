@@ -20,12 +20,12 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NEXT_LOG_PROB
 from teacher_cache.stages.data.packing import PackedSample, Piece
 from teacher_cache.stages.device import dtype_name
+from teacher_cache.stages.teacher.aligned_support import AnySupport, support_of_cache
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher
 from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 from teacher_cache.stages.teacher.positions import Slice, run_positions
 from teacher_cache.stages.teacher.probe import probed_temperatures
 from teacher_cache.stages.teacher.reconstruction import kl_to_decoded
-from teacher_cache.stages.teacher.support import Support
 
 # Of a position, nats: about half the square of what a logit may differ by, and the codec's own.
 KL_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.01}
@@ -47,14 +47,14 @@ def verify_positions(cache: Path, teacher: LanguageModelTeacher, num_samples: in
     Raises:
         CheckFailed: if a distribution, or a next token's log-prob, differs by more than number
             format and codec explain.
-        UserError: if the cached states have no head.
+        UserError: if the cached states have no head, or an aligned cache no map.
     """
     manifest = CacheReader(cache).manifest
     codec = codec_from(manifest.settings["codec"])
     if isinstance(codec, HiddenCodec):
         head = read_language_model_head(cache, manifest)
         codec = replace(codec, head=head.to(teacher.device))
-    support = Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
+    support = support_of_cache(cache, manifest, teacher.tokenizer, teacher.num_logits)
     worst, apart = 0.0, 0.0
     for split in manifest.splits:
         reader = CacheReader(cache, split)
@@ -78,7 +78,7 @@ def verify_positions(cache: Path, teacher: LanguageModelTeacher, num_samples: in
 def _again(
     teacher: LanguageModelTeacher,
     codec: AnyCodec,
-    support: Support,
+    support: AnySupport,
     sample: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """[S] KL, and how far the next token's log-prob is off beyond its rounding, of a sample."""
@@ -91,9 +91,9 @@ def _again(
         stored = {
             name: torch.from_numpy(one[where]).to(teacher.device) for name, one in rows.items()
         }
-        below, _ = support.below_max(part.logits)
-        kl, _ = kl_to_decoded(below, codec.decode(stored, temperature))
-        log_probs = below.double().log_softmax(dim=1)
+        exact_log_probs, unmatched = support.log_probs(part.logits, temperature)
+        kl, _ = kl_to_decoded(exact_log_probs, unmatched, codec.decode(stored, temperature))
+        log_probs, _ = support.teacher.log_probs(part.logits, 1.0)
         exact = log_probs.gather(1, part.next_ids[:, None])[:, 0].where(part.counts, 0.0)
         cached = cached_next[where]
         off = np.abs(exact.cpu().numpy() - cached) - HALF_STEP * np.abs(cached)

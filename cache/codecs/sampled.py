@@ -34,7 +34,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import FieldSpec, Schema, bytes_per_position
 
 IDS, COUNTS, LOG_PROBS = "sampled_ids", "sampled_counts", "sampled_log_probs"
-SIZES, LSE = "sampled_sizes", "sampled_lse"
+SIZES, LSE, UNMATCHED = "sampled_sizes", "sampled_lse", "sampled_unmatched"
 MOST_DRAWS = 255  # of a count in u8
 LEAST_TAIL = 2.0**-11
 """Of a head's mass, what rounding its log-probs to f16 cannot resolve."""
@@ -50,6 +50,8 @@ class ReducedSampled(Reduced):
         log_probs: [N, M] nats, at the temperature of the draws, of the whole support.
         sizes: [N], distinct ids of a position.
         lse: [N, G], logsumexp over the support of (z_i - z_max) / T.
+        unmatched: [N, G] nats, the log of the mass at T that no id of the support has; None where
+            it has all. What was drawn of it has no slot.
     """
 
     ids: np.ndarray
@@ -57,6 +59,7 @@ class ReducedSampled(Reduced):
     log_probs: np.ndarray
     sizes: np.ndarray
     lse: np.ndarray
+    unmatched: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,9 @@ class SampledCodec:
         num_draws: N, at most 255.
         temperatures: the grid; only these can be trained at, for no slope of `lse` is kept.
         draw_temperature: of the grid, what is drawn from.
+        has_unmatched: some of the mass has no id of the support, as when a teacher is mapped to a
+            student's ids: it is stored at each temperature, in `2G` bytes more, and a draw that
+            met it counts among the N but has no slot.
 
     Raises:
         UserError: for draws or a grid that cannot be.
@@ -77,6 +83,7 @@ class SampledCodec:
     num_draws: int = 50
     temperatures: tuple[float, ...] = DEFAULT_TEMPERATURES
     draw_temperature: float = 1.0
+    has_unmatched: bool = False
 
     def __post_init__(self) -> None:
         check_temperatures(self.temperatures)
@@ -100,18 +107,22 @@ class SampledCodec:
             "num_draws": self.num_draws,
             "temperatures": list(self.temperatures),
             "draw_temperature": self.draw_temperature,
+            # Only where it is so: caches without it keep their fingerprint.
+            **({"has_unmatched": True} if self.has_unmatched else {}),
         }
 
     @property
     def fields(self) -> Schema:
         """Ids, counts, log-probs and normalisers, and what comes with every codec."""
-        entries = entry_shape(SIZES)
+        entries, grid = entry_shape(SIZES), ("S", len(self.temperatures))
+        unmatched = (FieldSpec(name=UNMATCHED, dtype="float16", shape=grid),)
         return (
             FieldSpec(name=SIZES, dtype="uint16", shape=("S",)),
             *id_fields(IDS, self.support_size, entries, plane_shape(SIZES)),
             FieldSpec(name=COUNTS, dtype="uint8", shape=entries),
             FieldSpec(name=LOG_PROBS, dtype="float16", shape=entries),
-            FieldSpec(name=LSE, dtype="float16", shape=("S", len(self.temperatures))),
+            FieldSpec(name=LSE, dtype="float16", shape=grid),
+            *(unmatched if self.has_unmatched else ()),
             *EVERY_CODECS_FIELDS,
         )
 
@@ -128,12 +139,17 @@ class SampledCodec:
         filled = is_filled(reduced.sizes, reduced.ids.shape[-1])
         # Both are finite for whatever can be drawn.
         log_probs = np.maximum(reduced.log_probs[filled], -LARGEST_HALF)
+        unmatched: dict[str, np.ndarray] = {}
+        if self.has_unmatched:
+            assert reduced.unmatched is not None, "the mass of what no id means is known"
+            unmatched[UNMATCHED] = reduced.unmatched.astype(np.float16)
         return {
             SIZES: reduced.sizes.astype(np.uint16),
             **pack_ids(IDS, reduced.ids[filled], self.support_size),
             COUNTS: reduced.counts[filled].astype(np.uint8),
             LOG_PROBS: log_probs.astype(np.float16),
             LSE: reduced.lse.astype(np.float16),
+            **unmatched,
             **reduced.stored(),
         }
 

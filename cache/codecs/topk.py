@@ -43,6 +43,8 @@ class ReducedTopK(Reduced):
         tail_r: [N, G], logsumexp over the ids outside the head of (z_i - z_max) / T; -inf for none.
         tail_m: [N, G], the mean of z_i - z_max over the tail at T; 0 for none.
         sizes: [N], slots of the head that count, where a nucleus cuts it; None: all K.
+        first_log_prob: [N] nats at T = 1, of the head's first id; None where that is
+            `top1_log_prob`, as it is unless the head is of other ids than the teacher's.
     """
 
     ids: np.ndarray
@@ -50,6 +52,7 @@ class ReducedTopK(Reduced):
     tail_r: np.ndarray
     tail_m: np.ndarray
     sizes: np.ndarray | None = None
+    first_log_prob: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +202,8 @@ class TopKCodec:
         """The values' fields, and what they decode to: [N, K] float64 below the maximum."""
         below = reduced.below_max
         if self.is_exact:
-            log_probs = below + reduced.top1_log_prob[:, None]
+            first = reduced.first_log_prob
+            log_probs = below + (reduced.top1_log_prob if first is None else first)[:, None]
             finite = np.maximum(log_probs, -LARGEST_HALF)
             kept = np.where(np.isneginf(below), below, finite)
             values = {LOG_PROBS: kept.astype(np.float16)}

@@ -15,6 +15,10 @@ from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.stages.join.tables import Meaning, compare_tables
 
 RelationKind = Literal["identical", "padded", "different"]
+WAYS_OUT = (
+    "use --align map (exact byte strings) or --align spans (chunks of text), or a student of the "
+    "teacher's tokenizer"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +63,12 @@ class VocabularyRelation:
             "another string"
         )
 
-    def require_same_ids(self, option: str) -> None:
+    def require_same_ids(self, option: str, *, ways_out: str = WAYS_OUT) -> None:
         """Refuse to cut or extend where ids do not mean the same.
 
         Args:
             option: what asked for it, as the user wrote it: `--align truncate`.
+            ways_out: what to do instead, where the option stands.
 
         Raises:
             CheckFailed: if the vocabularies are different, with the overlap and the ways out.
@@ -71,8 +76,7 @@ class VocabularyRelation:
         if self.kind == "different":
             raise CheckFailed(
                 f"{option} needs ids that mean the same to teacher and student; {self.overlap}: "
-                "use --align map (exact byte strings) or --align spans (chunks of text), or a "
-                "student of the teacher's tokenizer"
+                f"{ways_out}"
             )
 
 

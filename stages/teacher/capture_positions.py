@@ -13,14 +13,18 @@ from teacher_cache.cache.codecs.interface import Reduced
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
 from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
+from teacher_cache.stages.teacher.aligned_support import AnySupport, MappedSupport
 from teacher_cache.stages.teacher.draws import reduce_sampled
+from teacher_cache.stages.teacher.mapped_reductions import (
+    reduce_mapped_sampled,
+    reduce_mapped_topk,
+)
 from teacher_cache.stages.teacher.reductions import (
     Unused,
     reduce_dense,
     reduce_hidden,
     reduce_topk,
 )
-from teacher_cache.stages.teacher.support import Support
 
 _REDUCED: dict[str, type[Reduced]] = {
     "topk": ReducedTopK,
@@ -33,7 +37,7 @@ _OF_DRAWS = ("ids", "counts", "log_probs")  # as wide as a slice's most distinct
 
 def reduce_positions(
     codec: AnyCodec,
-    support: Support,
+    support: AnySupport,
     logits: Tensor,
     next_ids: Tensor,
     *,
@@ -54,20 +58,40 @@ def reduce_positions(
         The reduction, and [N] the probability (T = 1) of what the support leaves out.
 
     Raises:
-        ValueError: if `states` or `drawn_at` is missing.
+        ValueError: if `states` or `drawn_at` is missing, or a whole distribution is mapped.
         UserError: if logits are not finite.
     """
+    if isinstance(support, MappedSupport):
+        return _reduce_mapped(codec, support, logits, next_ids, drawn_at)
     if isinstance(codec, TopKCodec):
         return reduce_topk(codec, support, logits, next_ids)
     if isinstance(codec, DenseCodec):
         return reduce_dense(codec, support, logits, next_ids)
     if isinstance(codec, SampledCodec):
-        if drawn_at is None:
-            raise ValueError("a sampled cache needs `drawn_at`, the uniform numbers of its draws")
-        return reduce_sampled(codec, support, logits, next_ids, drawn_at)
+        return reduce_sampled(codec, support, logits, next_ids, _drawn(drawn_at))
     if states is None:
         raise ValueError("a hidden cache needs `states`, what the language-model head read")
     return reduce_hidden(states, support, logits, next_ids)
+
+
+def _reduce_mapped(
+    codec: AnyCodec,
+    support: MappedSupport,
+    logits: Tensor,
+    next_ids: Tensor,
+    drawn_at: np.ndarray | None,
+) -> tuple[Reduced, Unused]:
+    if isinstance(codec, TopKCodec):
+        return reduce_mapped_topk(codec, support, logits, next_ids)
+    if isinstance(codec, SampledCodec):
+        return reduce_mapped_sampled(codec, support, logits, next_ids, _drawn(drawn_at))
+    raise ValueError(f"a {codec.name} cache holds whole distributions, which are not mapped")
+
+
+def _drawn(drawn_at: np.ndarray | None) -> np.ndarray:
+    if drawn_at is None:
+        raise ValueError("a sampled cache needs `drawn_at`, the uniform numbers of its draws")
+    return drawn_at
 
 
 def arrays_of(codec: AnyCodec, reduced: Reduced) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.teacher.alignment_options import check_alignment
 from teacher_cache.stages.teacher.config import CodecConfig, ShardConfig
 
 DEFAULT_CODEC = "topk"
@@ -40,6 +41,7 @@ def check_options(config: ShardConfig) -> None:
     Raises:
         UserError: naming the option and what it belongs to.
     """
+    check_alignment(config)
     given = [name for name in CodecConfig.model_fields if getattr(config, name) is not None]
     if config.task == "classification":
         if given:
@@ -68,13 +70,16 @@ def check_options(config: ShardConfig) -> None:
             )
 
 
-def codec_of(config: ShardConfig, *, support_size: int, width: int) -> AnyCodec:
+def codec_of(
+    config: ShardConfig, *, support_size: int, width: int, has_unmatched: bool = False
+) -> AnyCodec:
     """The codec that the options ask for.
 
     Args:
         config: that `check_options` let pass.
         support_size: V.
         width: D of the states, for `hidden`.
+        has_unmatched: whether some of the teacher's mass may have no id of the support.
 
     Raises:
         UserError: for a value that the codec cannot have.
@@ -88,7 +93,7 @@ def codec_of(config: ShardConfig, *, support_size: int, width: int) -> AnyCodec:
     if name == "topk":
         return TopKCodec(support_size=support_size, **values)
     if name == "sampled":
-        return SampledCodec(support_size=support_size, **values)
+        return SampledCodec(support_size=support_size, has_unmatched=has_unmatched, **values)
     if name == "hidden":
         return HiddenCodec(support_size=support_size, width=width)
     return DenseCodec(support_size=support_size)

@@ -69,7 +69,24 @@ class CodecConfig(StageConfig):
     )
 
 
-class ShardConfig(TeacherConfig, CodecConfig):
+class AlignmentConfig(StageConfig):
+    """For whose token ids a language model's distributions are cached (--task lm)."""
+
+    student_tokenizer: str | None = Field(
+        default=None,
+        description="Tokenizer of the student, hub id or folder: the log says how its ids relate "
+        "to the teacher's, and --align brings the distributions to them. Default: the preset's.",
+    )
+    align: Literal["none", "truncate", "map"] | None = Field(
+        default=None,
+        description="Over whose ids the distributions are cached: none keeps the teacher's, for "
+        "any student; truncate cuts or extends to the student's where equal ids mean equal "
+        "strings; map adds them up by exact byte strings, before the codec cuts. A cache that was "
+        "aligned serves that student's tokenizer only. Default: none.",
+    )
+
+
+class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
     """What is cached, where the cache goes and how it is cut."""
 
     task: TaskName = Field(

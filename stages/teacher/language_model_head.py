@@ -74,10 +74,15 @@ class LanguageModelHead:
 
     def of_support(self, support: Support) -> LanguageModelHead:
         """The rows of the support, the ids that it leaves out excluded."""
+        weight, bias = self.weight[: support.size], self.bias
+        missing = support.size - len(weight)
+        if missing > 0:  # ids of a student's longer table, which are unused
+            weight = nn.functional.pad(weight, (0, 0, 0, missing))
+            bias = None if bias is None else nn.functional.pad(bias, (0, missing))
         return replace(
             self,
-            weight=self.weight[: support.size],
-            bias=None if self.bias is None else self.bias[: support.size],
+            weight=weight,
+            bias=None if bias is None else bias[: support.size],
             unused=support.unused,
         )
 

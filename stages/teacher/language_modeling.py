@@ -27,6 +27,13 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import Packed, PackedSample, pack, packing_settings
 from teacher_cache.stages.inference import OnBatch
 from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.teacher.aligned_support import (
+    AnySupport,
+    MappedSupport,
+    files_of,
+    states_support,
+)
+from teacher_cache.stages.teacher.alignment import Alignment, aligned
 from teacher_cache.stages.teacher.capture_positions import (
     arrays_of,
     reduce_positions,
@@ -55,7 +62,7 @@ class LanguageModeling:
     Attributes:
         corpora: by split, read without labels: every next token is one.
         batch_tokens: padded tokens in a forward batch.
-        support: the ids of the tokenizer.
+        alignment: over whose ids the distributions are cached.
         codec: what is kept of a position.
         head: of the support, where states are cached; None for other codecs.
     """
@@ -64,7 +71,7 @@ class LanguageModeling:
     corpora: Mapping[str, Corpus]
     max_length: int
     batch_tokens: int
-    support: Support
+    alignment: Alignment
     codec: AnyCodec
     head: LanguageModelHead | None
 
@@ -78,23 +85,32 @@ class LanguageModeling:
 
         Raises:
             UserError: if the teacher cannot be loaded, or the codec cannot serve it.
+            CheckFailed: if its ids cannot be aligned as asked.
         """
         teacher = load_language_model(config)
-        support = Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
+        alignment = aligned(
+            config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
+        )
         head = LanguageModelHead.of(teacher.model) if config.codec == "hidden" else None
         return cls(
             teacher=teacher,
             corpora=corpora,
             max_length=teacher.max_length(config.max_length),
             batch_tokens=config.batch_tokens,
-            support=support,
+            alignment=alignment,
             codec=codec_of(
                 config,
-                support_size=support.size,
+                support_size=alignment.support.size,
                 width=0 if head is None else head.weight.shape[1],
+                has_unmatched=isinstance(alignment.support, MappedSupport),
             ),
             head=head,
         )
+
+    @property
+    def support(self) -> AnySupport:
+        """The ids that the cached distributions are over."""
+        return self.alignment.support
 
     @property
     def schema(self) -> Schema:
@@ -103,10 +119,11 @@ class LanguageModeling:
 
     @property
     def files(self) -> Mapping[str, Callable[[Path], None]]:
-        """The head, where states are cached."""
-        if self.head is None:
-            return {}
-        return {HEAD_FILE: self.head.of_support(self.support).write}
+        """The head, where states are cached; the map, where they are for a student's ids."""
+        found = dict(files_of(self.support))
+        if self.head is not None:
+            found[HEAD_FILE] = self.head.of_support(states_support(self.support)).write
+        return found
 
     def settings(self) -> dict[str, Any]:
         """All that changes the cached values, but for the data."""
@@ -126,7 +143,7 @@ class LanguageModeling:
     def about(self) -> dict[str, Any]:
         """What the codec costs and loses on the first documents, and how the head is stored."""
         probe = self.probe
-        found = {} if probe is None else {"probe": probe.to_json()}
+        found = self.alignment.about | ({} if probe is None else {"probe": probe.to_json()})
         return found if self.head is None else found | {"language_model_head": self.head.facts()}
 
     @cached_property

@@ -12,6 +12,7 @@ import torch
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.stages.data.packing import PackedSample
+from teacher_cache.stages.teacher.aligned_support import AnySupport, states_support
 from teacher_cache.stages.teacher.draws import draws_of
 from teacher_cache.stages.teacher.language_model import (
     LanguageModelTeacher,
@@ -20,7 +21,6 @@ from teacher_cache.stages.teacher.language_model import (
 )
 from teacher_cache.stages.teacher.language_model_head import LanguageModelHead, check_head
 from teacher_cache.stages.teacher.reconstruction import ReconstructionError, reconstruction_error
-from teacher_cache.stages.teacher.support import Support
 
 NUM_POSITIONS = 128
 USUAL_TEMPERATURES = (1.0, 2.0)  # 1 is the teacher's own, 2 the default of a student's training
@@ -56,7 +56,7 @@ def probe_codec(
     teacher: LanguageModelTeacher,
     samples: Sequence[PackedSample],
     codec: AnyCodec,
-    support: Support,
+    support: AnySupport,
     head: LanguageModelHead | None,
 ) -> Probe | None:
     """Run the teacher over the first samples and reconstruct some of its distributions.
@@ -90,7 +90,7 @@ def probe_codec(
         assert head is not None, "states are cached with their head"
         head = head.to(teacher.device)
         difference = check_head(head, states, logits)
-        codec = replace(codec, head=head.of_support(support))
+        codec = replace(codec, head=head.of_support(states_support(support)))
     drawn_at = draws_of(codec, chosen)
     return Probe(
         errors=tuple(

@@ -12,9 +12,9 @@ from torch import Tensor
 from teacher_cache.cache.codecs.interface import Decoded
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.schema import bytes_per_position
+from teacher_cache.stages.teacher.aligned_support import AnySupport, MappedSupport
 from teacher_cache.stages.teacher.capture_positions import reduce_positions
 from teacher_cache.stages.teacher.reductions import on_host
-from teacher_cache.stages.teacher.support import Support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class ReconstructionError:
         unused_mass: mean mass of the model's rows that no token has, at T = 1.
         num_ids: mean stored ids of a position.
         bytes_per_token: of the codec's fields at that size.
+        coverage: mean mass that has an id of the support; None where all of it has.
     """
 
     temperature: float
@@ -42,18 +43,20 @@ class ReconstructionError:
     unused_mass: float
     num_ids: float
     bytes_per_token: float
+    coverage: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest records it, to four digits."""
         return {
             name: float(f"{value:.4g}") if isinstance(value, float) else value
             for name, value in asdict(self).items()
+            if value is not None
         }
 
 
 def reconstruction_error(
     codec: AnyCodec,
-    support: Support,
+    support: AnySupport,
     logits: Tensor,
     *,
     temperature: float,
@@ -84,8 +87,8 @@ def reconstruction_error(
     on_device = {name: torch.from_numpy(one).to(logits.device) for name, one in stored.items()}
     with torch.inference_mode():
         decoded = codec.decode(on_device, temperature)
-    below, _ = support.below_max(logits)
-    kl, lost = kl_to_decoded(below, decoded)
+    exact, unmatched = support.log_probs(logits, temperature)
+    kl, lost = kl_to_decoded(exact, unmatched, decoded)
     ids = decoded.ids
     num_ids = float(support.size if ids is None else (on_host(ids) >= 0).sum(-1).mean())
     return ReconstructionError(
@@ -97,28 +100,44 @@ def reconstruction_error(
         unused_mass=float(unused.mean()),
         num_ids=num_ids,
         bytes_per_token=bytes_per_position(codec.fields, num_ids),
+        coverage=float(-torch.expm1(unmatched).mean())
+        if isinstance(support, MappedSupport)
+        else None,
     )
 
 
-def kl_to_decoded(below: Tensor, decoded: Decoded) -> tuple[np.ndarray, np.ndarray]:
+def kl_to_decoded(
+    exact: Tensor, unmatched: Tensor, decoded: Decoded
+) -> tuple[np.ndarray, np.ndarray]:
     """[N] KL from exact distributions to decoded ones, and [N] exact mass outside the stored ids.
 
     Args:
-        below: [N, V] of `Support.below_max`.
-        decoded: of N positions, in torch, at its temperature.
+        exact: [N, V] float64 nats, of `log_probs` of the support.
+        unmatched: [N] of the same, the log of the mass that has no id.
+        decoded: of N positions, in torch, at the same temperature.
     """
-    exact = torch.log_softmax(below.double() / decoded.temperature, dim=1).cpu().numpy()
     ids = None if decoded.ids is None else on_host(decoded.ids)
-    return _divergence(exact, ids, on_host(decoded.log_probs), on_host(decoded.tail_log_prob))
+    return _divergence(
+        on_host(exact),
+        np.exp(on_host(unmatched)),
+        ids,
+        on_host(decoded.log_probs),
+        on_host(decoded.tail_log_prob),
+    )
 
 
 def _divergence(
-    exact: np.ndarray, ids: np.ndarray | None, log_probs: np.ndarray, tail_log_prob: np.ndarray
+    exact: np.ndarray,
+    unmatched: np.ndarray,
+    ids: np.ndarray | None,
+    log_probs: np.ndarray,
+    tail_log_prob: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """[N] KL over head and ghost, and [N] exact mass outside the head.
 
     Args:
         exact: [N, V] float64, nats.
+        unmatched: [N] mass that has no id.
         ids: as of `Decoded`, like the rest.
         log_probs: [N, K].
         tail_log_prob: [N].
@@ -132,7 +151,7 @@ def _divergence(
     outside = np.ones(exact.shape, bool)
     rows = np.broadcast_to(np.arange(len(exact))[:, None], taken.shape)
     outside[rows[filled], taken[filled]] = False
-    lost = (np.exp(exact) * outside).sum(-1)  # over the tail itself, never 1 - sum
+    lost = unmatched + (np.exp(exact) * outside).sum(-1)  # over the tail itself, never 1 - sum
     has_tail = lost > 0
     log_lost = np.log(lost, out=np.full_like(lost, -np.inf), where=has_tail)
     tail = _terms(log_lost, tail_log_prob.astype(np.float64))

@@ -183,12 +183,7 @@ def _topk_chunk(codec: TopKCodec, chunk: Chunk) -> ReducedTopK:
     below = chunk.below_max
     ids = sorted_head(below, codec.top_k)
     head = below.gather(1, ids)
-    sizes, kept = None, torch.ones_like(head, dtype=torch.bool)
-    if codec.top_p is not None:
-        mass = (head - chunk.lse[:, None]).exp().cumsum(dim=1)
-        # As many as it takes to reach the mass: those before which it was not reached.
-        sizes = 1 + (mass[:, :-1] < codec.top_p).sum(dim=1)
-        kept = torch.arange(codec.top_k, device=head.device) < sizes[:, None]
+    sizes, kept = nucleus(codec, head - chunk.lse[:, None])
     always = chunk.always()
     below.scatter_(1, ids, torch.where(kept, -torch.inf, head))  # what is left is the tail
     tail_r, tail_m = tail_statistics(below, codec.temperatures)
@@ -200,6 +195,20 @@ def _topk_chunk(codec: TopKCodec, chunk: Chunk) -> ReducedTopK:
         sizes=None if sizes is None else on_host(sizes),
         **always,
     )
+
+
+def nucleus(codec: TopKCodec, head: Tensor) -> tuple[Tensor | None, Tensor]:
+    """How many slots of each head count, [N], None for all; and which, [N, K] bool.
+
+    Args:
+        codec: says the mass, if any.
+        head: [N, K] log-probs at T = 1, descending.
+    """
+    if codec.top_p is None:
+        return None, torch.ones_like(head, dtype=torch.bool)
+    # As many as it takes to reach the mass: those before which it was not reached.
+    sizes = 1 + (head.exp().cumsum(dim=1)[:, :-1] < codec.top_p).sum(dim=1)
+    return sizes, torch.arange(codec.top_k, device=head.device) < sizes[:, None]
 
 
 def sorted_head(logits: Tensor, top_k: int) -> Tensor:

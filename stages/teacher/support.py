@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
@@ -64,7 +64,7 @@ class Support:
         """Logits of the support, relative to their largest.
 
         Args:
-            logits: [N, R] float32 of all rows, R >= V.
+            logits: [N, R] float32 of all rows; ids from R on are unused ones.
 
         Returns:
             [N, V] float32 nats, a new tensor, -inf at unused ids; and [N], the teacher's
@@ -74,6 +74,9 @@ class Support:
             UserError: if a position has no finite largest logit, or one that is no number.
         """
         below = logits[:, : self.size].float().clone()
+        missing = self.size - below.shape[1]
+        if missing > 0:  # ids of a student's longer table, which are unused
+            below = nn.functional.pad(below, (0, missing), value=-torch.inf)
         if self.unused:
             below[:, list(self.unused)] = -torch.inf
         largest = below.amax(dim=1, keepdim=True)  # a NaN is the largest of its row
@@ -84,8 +87,28 @@ class Support:
                 "--dtype float32, or bfloat16 where the device has it"
             )
         below -= largest
-        outside = torch.cat([logits[:, self.size :], logits[:, list(self.unused)]], dim=1)
+        unused = [token_id for token_id in self.unused if token_id < logits.shape[1]]
+        outside = torch.cat([logits[:, self.size :], logits[:, unused]], dim=1)
         if not outside.shape[1]:
             return below, below.new_zeros(len(below))
         odds = outside.float().logsumexp(dim=1) - largest[:, 0] - below.logsumexp(dim=1)
         return below, torch.sigmoid(odds)
+
+    @property
+    def teacher(self) -> Support:
+        """The ids that the teacher's own tokens are of."""
+        return self
+
+    def log_probs(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The exact distributions that a cache of this support is of.
+
+        Args:
+            logits: [N, R] float32 of all rows.
+            temperature: positive.
+
+        Returns:
+            [N, V] float64 nats, and [N], the log of the mass that no id of the support has: none.
+        """
+        below, _ = self.below_max(logits)
+        log_probs = torch.log_softmax(below.double() / temperature, dim=1)
+        return log_probs, log_probs.new_full((len(log_probs),), -torch.inf)

@@ -1,0 +1,150 @@
+"""From `--student-tokenizer` and `--align` to the support of a language model's cache."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.join.relation import VocabularyRelation, relate
+from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.join.vocabulary_map import VocabularyMap, exact_map
+from teacher_cache.stages.teacher.aligned_support import AnySupport, CutSupport, MappedSupport
+from teacher_cache.stages.teacher.alignment_options import NO_ALIGNMENT
+from teacher_cache.stages.teacher.codec_options import DEFAULT_CODEC
+from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.language_model import LanguageModelTeacher
+from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokenizers import load_tokenizer
+
+WAYS_OUT = (
+    "use --align map (exact byte strings), or --align none, which leaves the alignment to "
+    "train-student, or a student of the teacher's tokenizer"
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """Over whose ids a cache is.
+
+    Attributes:
+        support: of the cache.
+        about: what the manifest says of the student's tokenizer; empty where none was named.
+    """
+
+    support: AnySupport
+    about: dict[str, Any]
+
+
+def aligned(config: ShardConfig, teacher: LanguageModelTeacher, support: Support) -> Alignment:
+    """Bring the teacher's support to the ids that the options ask for.
+
+    Where a student's tokenizer is named, the log says how its ids relate to the teacher's.
+
+    Args:
+        config: that `check_alignment` let pass.
+        teacher: the model, with its tokenizer.
+        support: the ids that it uses.
+
+    Raises:
+        UserError: if the student's tokenizer cannot be loaded or is of no known kind, or a head
+            would leave no outcome for what no student id means.
+        CheckFailed: if `truncate` is asked for where equal ids mean different strings.
+    """
+    if config.student_tokenizer is None:
+        return Alignment(support=support, about={})
+    student = token_bytes(
+        load_tokenizer(
+            config.student_tokenizer,
+            option="--student-tokenizer",
+            trust_remote_code=config.trust_remote_code,
+        )
+    )
+    own = token_bytes(teacher.tokenizer)
+    relation = relate(
+        _of_support(own, support),
+        student.keys,
+        teacher_rows=max(teacher.num_logits, support.size),
+    )
+    logger.info("student tokenizer %s: %s", config.student_tokenizer, relation.overlap)
+    for caveat in dict.fromkeys(one.caveat for one in (own, student) if one.caveat):
+        logger.warning("%s", caveat)
+    about: dict[str, Any] = {
+        "student_tokenizer": config.student_tokenizer,
+        "vocabularies": _facts(relation),
+    }
+    align = config.align or NO_ALIGNMENT
+    if align == NO_ALIGNMENT:
+        return Alignment(support=support, about=about)
+    if align == "truncate":
+        relation.require_same_ids("--align truncate", ways_out=WAYS_OUT)
+        return Alignment(support=CutSupport.by(_same_ids(own, student, support)), about=about)
+    mapped = MappedSupport(teacher=support, vocabulary_map=exact_map(own, student))
+    num_teacher = support.size - len(support.unused)
+    num_mapped = int((mapped.student_ids >= 0).sum())
+    logger.info(
+        "mapped by exact byte strings: %s of the teacher's %s ids to %s of the student's; the "
+        "mass of the others is kept as one outcome",
+        f"{num_mapped:,}",
+        f"{num_teacher:,}",
+        f"{mapped.num_reached:,}",
+    )
+    _check_top_k(config, mapped, num_student=relation.num_student)
+    about["vocabularies"] |= {"num_mapped": num_mapped, "num_reached": mapped.num_reached}
+    return Alignment(support=mapped, about=about)
+
+
+def _of_support(own: TokenBytes, support: Support) -> list[bytes | None]:
+    """What the ids mean that the teacher has rows for."""
+    return own.keys[: support.size]
+
+
+def _same_ids(own: TokenBytes, student: TokenBytes, support: Support) -> VocabularyMap:
+    """Each used id to itself."""
+    ids = np.full(len(own), -1, np.int64)
+    same = np.arange(min(support.size, len(student)))
+    used = ~np.isin(same, np.array(support.unused, np.int64))
+    ids[same[used]] = same[used]
+    return VocabularyMap(
+        student_ids=ids,
+        num_student_ids=len(student),
+        teacher_sha256=own.sha256,
+        student_sha256=student.sha256,
+    )
+
+
+def _check_top_k(config: ShardConfig, mapped: MappedSupport, *, num_student: int) -> None:
+    """A head of ids that the teacher can say, and something left for what it says besides."""
+    if (config.codec or DEFAULT_CODEC) != "topk":
+        return
+    most = min(mapped.num_reached, num_student - 1)
+    if most < 1:
+        raise UserError(
+            f"--align map finds {mapped.num_reached:,} of the teacher's byte strings among the "
+            f"student's {num_student:,} ids, which leaves no head and no other outcome: leave "
+            "--align out, or give another student"
+        )
+    if config.top_k is not None and config.top_k > most:
+        raise UserError(
+            f"--top-k {config.top_k} cannot be: {mapped.num_reached:,} of the student's "
+            f"{num_student:,} ids have a string of the teacher's, and one outcome is left for all "
+            f"others, so give 1 to {most:,}"
+        )
+
+
+def _facts(relation: VocabularyRelation) -> dict[str, Any]:
+    """Of two vocabularies, for the manifest."""
+    return {
+        "relation": relation.kind,
+        "num_teacher": relation.num_teacher,
+        "num_student": relation.num_student,
+        "num_same_id": relation.num_same_id,
+        "num_shared": relation.num_shared,
+        "num_below_cut": relation.num_below_cut,
+        "num_differing_below_cut": relation.num_differing_below_cut,
+    }
