@@ -19,10 +19,10 @@ OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
 
 
 def resolve_language_model(options: CacheTeacherOptions) -> CacheTeacherConfig:
-    """Fill in what the preset supplies; the teacher is always named.
+    """Fill in what the preset supplies.
 
     Raises:
-        UserError: if no teacher is named, or an option has no meaning for a language model.
+        UserError: if nothing names a teacher, or an option has no meaning for a language model.
     """
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
@@ -33,15 +33,22 @@ def resolve_language_model(options: CacheTeacherOptions) -> CacheTeacherConfig:
                 "which each token is the label of those before it"
             )
     refuse_misspelt(options.data)
-    if options.teacher is None:
+    teacher, student_tokenizer = options.teacher, options.student_tokenizer
+    if options.data in TEXTS:
+        teacher = teacher or TEXTS[options.data].teacher
+        student_tokenizer = student_tokenizer or TEXTS[options.data].student_tokenizer
+    if teacher is None:
         raise UserError(
             f"--data {options.data} names no language model: give --teacher, the folder or hub id "
             "of a causal language model"
         )
     config = CacheTeacherConfig(
-        **options.model_dump(include=set(ShardConfig.model_fields) - {"teacher", "task"}),
+        **options.model_dump(
+            include=set(ShardConfig.model_fields) - {"teacher", "task", "student_tokenizer"}
+        ),
         task="lm",
-        teacher=options.teacher,
+        teacher=teacher,
+        student_tokenizer=student_tokenizer,
         name=data_name(options.data),
         labeled=_text_corpus(options, options.data, options.split, options.max_samples),
         unlabeled=_second_corpus(options),

@@ -25,7 +25,8 @@ class DataOptions(StageConfig):
     """How a person names labelled data."""
 
     data: str = Field(
-        description="Data: a preset (imdb, sst2, demo; austen for --task lm), a hub id, a folder "
+        description="Data: a preset (imdb, sst2, demo; austen, moe-to-mamba for "
+        "--task lm), a hub id, a folder "
         "(aclImdb's layout too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
     )
     split: str | None = Field(

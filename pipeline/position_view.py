@@ -62,16 +62,20 @@ def print_distributions(
 def _namer(
     tokenizer: PreTrainedTokenizerBase, manifest: Manifest, cache: Path
 ) -> Callable[[list[int]], list[str]]:
-    """What says the strings of the support's ids: a student's by the teacher's of the same bytes."""
+    """Strings of the support's ids; of a student's, the teacher's tokens of the same bytes."""
+
+    def own_tokens(ids: list[int]) -> list[str]:
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
     vocabulary_map = recorded_map(cache, manifest)
     if vocabulary_map is None:
-        return tokenizer.convert_ids_to_tokens
+        return own_tokens
     teacher_ids = np.arange(len(vocabulary_map.student_ids))
     # Of several teacher ids, the lowest.
     teacher_id_of = dict(
         zip(vocabulary_map.student_ids[::-1].tolist(), teacher_ids[::-1].tolist(), strict=True)
     )
-    return lambda ids: tokenizer.convert_ids_to_tokens([teacher_id_of[one] for one in ids])
+    return lambda ids: own_tokens([teacher_id_of[one] for one in ids])
 
 
 def _most_probable(decoded: Decoded, named: Callable[[list[int]], list[str]]) -> str:

@@ -75,17 +75,29 @@ class TextPreset:
     """Text without labels by name, for language models.
 
     Attributes:
-        source: hub id, or a packaged text.
+        source: hub id (`id:subset` where it has several), or a packaged text.
         train: split that is cached.
         text_column: of the texts.
+        teacher: hub id, None where one has to be named.
+        student_tokenizer: hub id, None where students have the teacher's.
     """
 
     source: str
     train: str
     text_column: str = "text"
+    teacher: str | None = None
+    student_tokenizer: str | None = None
 
 
-TEXTS = {"austen": TextPreset(source="austen", train="train")}
+TEXTS = {
+    "austen": TextPreset(source="austen", train="train"),
+    "moe-to-mamba": TextPreset(
+        source="Salesforce/wikitext:wikitext-2-raw-v1",
+        train="train",
+        teacher="huihui-ai/Huihui-MoE-1B-A0.6B",
+        student_tokenizer="HuggingFaceTB/SmolLM-135M",
+    ),
+}
 
 
 def task_of(data: str) -> TaskName:

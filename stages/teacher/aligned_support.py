@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import Manifest
 from teacher_cache.stages.join.aligned_cache import ALIGNED, recorded_map
@@ -146,36 +145,6 @@ def support_of_cache(
     if manifest.settings["support"]["align"] == "truncate":
         return CutSupport.by(vocabulary_map)
     return MappedSupport(teacher=support, vocabulary_map=vocabulary_map)
-
-
-def student_support(cache: Path, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Support:
-    """The ids among which the student of an aligned cache shares its probability out.
-
-    Of a cut cache those that the teacher has: it rules out the others. Of a mapped one all of the
-    tokenizer's: those that the teacher has no string of are outcomes like its own unmatched mass,
-    the two meet in the ghost.
-
-    Args:
-        cache: its folder.
-        manifest: its manifest.
-        tokenizer: of the student, which `require_own_table` let pass.
-
-    Raises:
-        UserError: for draws from a mapped teacher, which no loss takes yet, or a missing map.
-        CheckFailed: if the map is not the one of the manifest.
-    """
-    recorded = manifest.settings["support"]
-    if recorded["align"] == "map":
-        if manifest.settings["codec"]["name"] == "sampled":
-            raise UserError(
-                f"{cache} holds draws of which some met text that no student id means, and the "
-                "training from draws cannot weigh those: make the cache with --codec topk, or "
-                "without --align"
-            )
-        return Support.of_tokenizer(tokenizer, recorded["size"])
-    vocabulary_map = recorded_map(cache, manifest)
-    assert vocabulary_map is not None, "an aligned cache has a map"
-    return CutSupport.by(vocabulary_map)
 
 
 def _settings(align: str, vocabulary_map: VocabularyMap, outcomes: Support) -> dict[str, Any]:

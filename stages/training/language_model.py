@@ -14,11 +14,9 @@ from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages.join.aligned_cache import ALIGNED, require_own_table
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.teacher.aligned_support import student_support
 from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 from teacher_cache.stages.teacher.support import Support
 from teacher_cache.stages.training.cached_targets import require_temperature, serves
@@ -138,13 +136,9 @@ def _support(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> Support
     """The ids that the cached distributions are over.
 
     Raises:
-        UserError: if they are not those of the tokenizer, or cannot be trained from.
-        CheckFailed: if the cache was aligned to the ids of another.
+        UserError: if they are not those of the tokenizer.
     """
     recorded = reader.manifest.settings["support"]
-    if recorded["kind"] == ALIGNED:
-        require_own_table(reader.cache, reader.manifest, tokenizer)
-        return student_support(reader.cache, reader.manifest, tokenizer)
     support = Support.of_tokenizer(tokenizer, recorded["size"])
     if support.settings != recorded:
         raise UserError(
