@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.join.relation import VocabularyRelation, relate
 from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
@@ -129,9 +130,10 @@ def _check_top_k(config: ShardConfig, mapped: MappedSupport, *, num_student: int
             f"student's {num_student:,} ids, which leaves no head and no other outcome: leave "
             "--align out, or give another student"
         )
-    if config.top_k is not None and config.top_k > most:
+    top_k = TopKCodec.top_k if config.top_k is None else config.top_k
+    if top_k > most:
         raise UserError(
-            f"--top-k {config.top_k} cannot be: {mapped.num_reached:,} of the student's "
+            f"--top-k {top_k} cannot be: {mapped.num_reached:,} of the student's "
             f"{num_student:,} ids have a string of the teacher's, and one outcome is left for all "
             f"others, so give 1 to {most:,}"
         )

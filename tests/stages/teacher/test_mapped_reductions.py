@@ -46,7 +46,7 @@ def support_of(student_ids: np.ndarray, num_student: int = NUM_STUDENT) -> Mappe
 
 
 def one_to_one(seed: int = 0, *, num_mapped: int = 30) -> MappedSupport:
-    """Half of the teacher's ids, each to a student id of its own; some on either side stay alone."""
+    """Half of the teacher's ids, each to an id of its own; on either side some stay alone."""
     rng = np.random.default_rng(seed)
     ids = np.full(NUM_TEACHER, -1)
     ids[rng.permutation(NUM_TEACHER)[:num_mapped]] = rng.permutation(NUM_STUDENT)[:num_mapped]
