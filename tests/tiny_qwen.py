@@ -66,7 +66,6 @@ def write_tiny_qwen_moe(folder: Path) -> Path:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
         num_experts=4,
         num_experts_per_tok=2,
         max_position_embeddings=512,

@@ -157,7 +157,6 @@ def test_the_configuration_maps_at_capture() -> None:
         (("--data", "imdb", "--student-tokenizer", "t"), "--student-tokenizer is of language"),
         (("--data", "austen", "--teacher", "t", "--align", "map"), "give --student-tokenizer"),
         (("--data", "moe-to-mamba", "--align", "map", "--codec", "hidden"), "whole distribution"),
-        (("--data", "moe-to-mamba", "--align", "pad"), "--align is 'pad'"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options: tuple[str, ...], saying: str) -> None:

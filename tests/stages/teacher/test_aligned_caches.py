@@ -134,7 +134,7 @@ def test_a_mapped_cache_is_the_models_distribution_mapped(
             head = wanted.masses[ids[filled]]
             log_probs = np.asarray(decoded.log_probs[position])[filled]
             np.testing.assert_allclose(log_probs, np.log(head), atol=0.03)
-            tail = float(np.exp(decoded.tail_log_prob[position]))
+            tail = float(torch.as_tensor(decoded.tail_log_prob)[position].exp())
             assert tail == pytest.approx(1 - head.sum(), abs=3e-3)
             if name != "sampled":
                 largest = np.sort(wanted.masses)[::-1][: len(head)]
@@ -150,13 +150,18 @@ def test_a_mapped_cache_is_the_models_distribution_mapped(
     assert verify_deep(cache, 3) < 1e-3
 
 
-def test_another_map_is_another_cache_and_a_lost_shard_is_made_again(
+def test_an_aligned_cache_grows_is_mended_and_is_not_mixed(
     tmp_path: Path, teacher: Path, longer: Path
 ) -> None:
     student = smollm2_tokenizer_folder()
     config = config_of(tmp_path / "one", teacher, student, align="map", top_k=8)
     cache = cache_teacher.run(config).cache
     before = contents(cache)
+    fewer = config_of(tmp_path / "two", teacher, student, align="map", top_k=8)
+    two = fewer.labeled.model_copy(update={"max_samples": 2})
+    assert cache_teacher.run(fewer.model_copy(update={"labeled": two})).num_shards_run == 1
+    assert cache_teacher.run(fewer).num_shards_kept == 1
+    assert contents(fewer.out or Path()) == before
     (cache / "labeled/000/000001.arrow").unlink()
     (cache / "teacher" / MAP_FILE).unlink()
     result = cache_teacher.run(config)
@@ -249,7 +254,7 @@ def test_without_an_alignment_the_log_says_what_cutting_would_have_meant(
     ],
 )
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], saying: str) -> None:
-    config = ShardConfig(**({"task": "lm", "teacher": "t"} | options))
+    config = ShardConfig.model_validate({"task": "lm", "teacher": "t"} | options)
     with pytest.raises(UserError, match=saying):
         check_alignment(config)
 
