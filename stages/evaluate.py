@@ -120,7 +120,9 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     say("timing one document at a time")
     latency = measure_latency(classifiers, config.latency_lengths)
     timed = [replace(row, latency_ms=latency.get(row.name)) for row in rows]
-    return EvaluateResult(num_documents=len(labels), rows=tuple(timed), marks=tokenization_marks(config.runs))
+    return EvaluateResult(
+        num_documents=len(labels), rows=tuple(timed), marks=tokenization_marks(config.runs)
+    )
 
 
 def _teacher(config: EvaluateConfig) -> Classifier | None:

@@ -6,8 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.run_folder import RunRecord, read_run
 
 
@@ -84,3 +88,27 @@ def tokenization_marks(runs: Sequence[Path]) -> dict[str, str]:
         for name, differences in tokenizations.items()
         if differences != "verified"
     }
+
+
+def held_out_of(runs: Sequence[Path], reader: CacheReader) -> np.ndarray | None:
+    """[N] bool: what no run that was trained on this cache has seen; None where none was.
+
+    Raises:
+        UserError: if that is nothing.
+    """
+    settings = {folder: read_run(folder).settings for folder in runs}
+    own = {
+        folder: float(one["eval_fraction"])
+        for folder, one in settings.items()
+        if one["cache_fingerprint"] == reader.manifest.fingerprint
+    }
+    if not own:
+        return None
+    folder, fraction = min(own.items(), key=lambda item: item[1])  # a smaller share is in a larger
+    chosen = held_out(reader.sample_ids(), fraction)
+    if not chosen.any():
+        raise UserError(
+            f"{folder} was trained on all of {reader.cache} (--eval-fraction {fraction:g} held out "
+            "no sample): give text with --data, or a cache of other text"
+        )
+    return chosen
