@@ -20,7 +20,7 @@ from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
-    PredictOptions,
+    PredictSettings,
 )
 from teacher_cache.pipeline.presets import (
     held_out_corpus,
@@ -152,7 +152,7 @@ def evaluate_classifiers(
     return result
 
 
-def predict(options: PredictOptions, run: Path, text: str) -> None:
+def predict(options: PredictSettings, run: Path, text: str) -> None:
     """Print a label and its probability for each text, or what a language model makes of it."""
     texts = [line.rstrip("\n") for line in sys.stdin] if text == "-" else [text]
     if task_of([run]) == "lm":

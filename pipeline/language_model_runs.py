@@ -8,7 +8,7 @@ from pathlib import Path
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.pipeline.language_tables import language_model_table
-from teacher_cache.pipeline.options import EvaluateCommandOptions, PredictOptions
+from teacher_cache.pipeline.options import EvaluateCommandOptions, PredictSettings
 from teacher_cache.pipeline.presets import held_out_text
 from teacher_cache.pipeline.reporting import console
 from teacher_cache.stages import evaluate_language_model as evaluation
@@ -41,7 +41,7 @@ def evaluate_language_models(
     return result
 
 
-def go_on(options: PredictOptions, run: Path, texts: Sequence[str], *, as_json: bool) -> None:
+def go_on(options: PredictSettings, run: Path, texts: Sequence[str], *, as_json: bool) -> None:
     """Print each text with what the model writes behind it.
 
     Args:

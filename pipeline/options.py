@@ -134,3 +134,7 @@ class EvaluateCommandOptions(DataOptions, TextOptions, EvaluateOptions):
 
 class PredictOptions(DeviceConfig, GenerationOptions):
     """`pipe predict`."""
+
+
+class PredictSettings(EvaluateCommandOptions, GenerationOptions):
+    """What `pipe predict` may find in the section `evaluate` of a file, and its own options."""

@@ -1,0 +1,84 @@
+"""lm-eval runs a student's folder as a plain `hf` model, on prose that lies here."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from teacher_cache.stages.data.austen import chapters
+from teacher_cache.stages.evaluation import lm_eval as adapter
+from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student.config import MambaStudentConfig
+
+# As docs/language-model-student.md shows it.
+TASK = {
+    "task": "austen",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "persuasion.jsonl"}},
+    "test_split": "test",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+}
+
+
+def test_bits_a_byte_of_prose(
+    austen_dir: Path,
+    gpt2_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("lm_eval")
+    novel = (austen_dir / "persuasion.txt").read_text(encoding="utf-8")
+    texts = [one for one in chapters(novel)[0].split("\n\n") if 50 < len(one) < 400][:3]
+    assert len(texts) == 3
+    (tmp_path / "persuasion.jsonl").write_text(
+        "".join(f'{{"text": {json.dumps(one)}}}\n' for one in texts)
+    )
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "austen.yaml").write_text(yaml.safe_dump(TASK))
+    config = MambaStudentConfig(
+        vocab_size=len(gpt2_tokenizer), d_model=8, num_layers=1, expand=2, d_state=4, head_dim=8,
+        bos_token_id=gpt2_tokenizer.bos_token_id, eos_token_id=gpt2_tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = build_language_model(config, seed=0).eval()
+    model.save_pretrained(tmp_path / "run")
+    gpt2_tokenizer.save_pretrained(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    arguments = (
+        "lm_eval", "--model", "hf", "--model_args", "pretrained=run", "--device", "cpu",
+        "--include_path", "tasks", "--tasks", "austen", "--batch_size", "2",
+        "--output_path", "found",
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    adapter.main()
+    (file,) = (tmp_path / "found").rglob("results*.json")
+    found = json.loads(file.read_text())["results"]["austen"]
+
+    nll = 0.0
+    for text in texts:
+        ids = [gpt2_tokenizer.bos_token_id, *gpt2_tokenizer(text)["input_ids"]]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        nll -= sum(float(log_probs[i, following]) for i, following in enumerate(ids[1:]))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert found["bits_per_byte,none"] == pytest.approx(nll / num_bytes / math.log(2), rel=1e-4)
+
+
+def test_without_it_the_way_to_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("lm_eval", "lm_eval.__main__"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as raised:
+        adapter.main()
+    assert raised.value.code == 2
+    assert "pip install -c constraints.txt -e" in capsys.readouterr().err
