@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.data.austen import chapters
@@ -17,17 +17,13 @@ from teacher_cache.stages.evaluation import lm_eval as adapter
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 
-# As docs/language-model-student.md shows it.
-TASK = {
-    "task": "austen",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "persuasion.jsonl"}},
-    "test_split": "test",
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{text}}",
-    "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
-}
+DOCS = Path(__file__).parents[3] / "docs" / "language-model-student.md"
+
+
+def documented_task() -> str:
+    """The task that the documentation shows."""
+    (found,) = re.findall(r"```yaml\n(task: .*?)```", DOCS.read_text(), re.DOTALL)
+    return found
 
 
 def test_bits_a_byte_of_prose(
@@ -44,7 +40,7 @@ def test_bits_a_byte_of_prose(
         "".join(f'{{"text": {json.dumps(one)}}}\n' for one in texts)
     )
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "austen.yaml").write_text(yaml.safe_dump(TASK))
+    (tmp_path / "tasks" / "austen.yaml").write_text(documented_task())
     config = MambaStudentConfig(
         vocab_size=len(gpt2_tokenizer), d_model=8, num_layers=1, expand=2, d_state=4, head_dim=8,
         bos_token_id=gpt2_tokenizer.bos_token_id, eos_token_id=gpt2_tokenizer.eos_token_id,
