@@ -125,7 +125,7 @@ class EvaluateCommandOptions(DataOptions, TextOptions, EvaluateOptions):
     cache: Path | None = Field(
         default=None,
         description="Of language models, in the place of --data: a cache, which needs no teacher; "
-        "of the one that a run was trained on, what it held out.",
+        "of the one that a run was trained on, what it held out. Default: none.",
     )
     latency_lengths: Lengths = Field(
         default=(32, 128, 512), description="Lengths in tokens at which one forward pass is timed."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -118,7 +118,7 @@ def _builder(source: str, *, is_streamed: bool) -> datasets.DatasetBuilder:
         if is_streamed:
             raise _Unreachable(_not_here(source, error)) from error
         return _cached_builder(name, subset or None, error)
-    identity = (name, subset) if subset else (name,)
+    identity: tuple[Any, ...] = (name, subset) if subset else (name,)
     try:
         return datasets.load_dataset_builder(*identity)
     except RuntimeError as error:

@@ -37,11 +37,11 @@ def read_beginning(
     Raises:
         UserError: if there is no such split.
     """
-    streams = builder.as_streaming_dataset()
+    streams = cast(dict[str, datasets.IterableDataset], builder.as_streaming_dataset())
     chosen = choose_split(list(streams), split, name)
     folder = _folder(name, chosen, num_rows) / str(builder.hash)
     if not folder.is_dir():
-        _write(cast(datasets.IterableDataset, streams[chosen]), folder, num_rows)
+        _write(streams[chosen], folder, num_rows)
     return datasets.Dataset.load_from_disk(str(folder)), chosen
 
 

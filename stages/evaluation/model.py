@@ -44,6 +44,7 @@ class EvaluatedModel:
         is_copy = (
             isinstance(head, nn.Linear)
             and getattr(self.model.config, "tie_word_embeddings", False)
+            and isinstance(table, nn.Embedding)
             and head.weight is not table.weight
         )
         counted = sum(parameter.numel() for parameter in self.model.parameters())

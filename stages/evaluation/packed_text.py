@@ -32,7 +32,7 @@ class PackedRow:
     def lengths(self) -> list[int]:
         """Tokens of each document, in order."""
         starts = np.flatnonzero(np.diff(self.segment)) + 1
-        return np.diff([0, *starts, len(self.segment)]).tolist()
+        return np.diff(starts, prepend=0, append=len(self.segment)).tolist()
 
     @property
     def next_ids(self) -> np.ndarray:

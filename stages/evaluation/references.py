@@ -39,7 +39,10 @@ class BatchReference(Protocol):
 class Reference(Protocol):
     """The teacher at the positions of all rows."""
 
-    support: Support
+    @property
+    def support(self) -> Support:
+        """The ids that its distributions are over."""
+        ...
 
     def of_batch(self, batch: np.ndarray, /) -> BatchReference:
         """The teacher at the counted positions of the rows of these indices, end to end."""

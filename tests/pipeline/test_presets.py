@@ -276,7 +276,7 @@ def test_a_text_names_data_teacher_and_splits(name: str) -> None:
 def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> None:
     held = held_out_text(EvaluateCommandOptions(data="imdb"))
     assert held is not None and (held.split, held.labeled) == ("test", False)
-    assert held_out_text(EvaluateCommandOptions(cache="c")) is None
+    assert held_out_text(EvaluateCommandOptions(cache=Path("c"))) is None
     folder = held_out_text(EvaluateCommandOptions(data=str(acl_imdb)))
     assert folder is not None and folder.split == "test"
     for options, saying in (
@@ -287,6 +287,6 @@ def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> 
         ({"data": "wikitxt"}, "did you mean 'wikitext'"),
     ):
         with pytest.raises(UserError, match=saying):
-            held_out_text(EvaluateCommandOptions(**options))
+            held_out_text(EvaluateCommandOptions.model_validate(options))
     with pytest.raises(UserError, match="--cache is of language models"):
-        held_out_corpus(EvaluateCommandOptions(data="imdb", cache="c"))
+        held_out_corpus(EvaluateCommandOptions(data="imdb", cache=Path("c")))

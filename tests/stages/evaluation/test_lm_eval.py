@@ -41,10 +41,9 @@ def test_bits_a_byte_of_prose(
     )
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "austen.yaml").write_text(documented_task())
-    config = MambaStudentConfig(
-        vocab_size=len(gpt2_tokenizer), d_model=8, num_layers=1, expand=2, d_state=4, head_dim=8,
-        bos_token_id=gpt2_tokenizer.bos_token_id, eos_token_id=gpt2_tokenizer.eos_token_id,
-    )  # fmt: skip
+    ends = {f"{end}_token_id": getattr(gpt2_tokenizer, f"{end}_token_id") for end in ("bos", "eos")}
+    shape = {"d_model": 8, "num_layers": 1, "expand": 2, "d_state": 4, "head_dim": 8}
+    config = MambaStudentConfig(vocab_size=len(gpt2_tokenizer), **shape, **ends)
     model = build_language_model(config, seed=0).eval()
     model.save_pretrained(tmp_path / "run")
     gpt2_tokenizer.save_pretrained(tmp_path / "run")
