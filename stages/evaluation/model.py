@@ -39,16 +39,12 @@ class EvaluatedModel:
 
         A head in float32 beside embeddings in half precision is a copy of theirs (`on_device`).
         """
-        head = self.model.get_output_embeddings()
-        table = self.model.get_input_embeddings()
-        is_copy = (
-            isinstance(head, nn.Linear)
-            and getattr(self.model.config, "tie_word_embeddings", False)
-            and isinstance(table, nn.Embedding)
-            and head.weight is not table.weight
-        )
         counted = sum(parameter.numel() for parameter in self.model.parameters())
-        return counted - (head.weight.numel() if is_copy else 0)
+        head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        is_tied = getattr(self.model.config, "tie_word_embeddings", False)
+        if is_tied and isinstance(head, nn.Linear) and isinstance(table, nn.Embedding):
+            counted -= head.weight.numel() if head.weight is not table.weight else 0
+        return counted
 
     @property
     def num_positions(self) -> float:
