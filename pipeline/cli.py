@@ -18,6 +18,7 @@ from teacher_cache.pipeline.options import (
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
     PredictOptions,
+    PredictSettings,
 )
 from teacher_cache.pipeline.reporting import console, quiet_libraries, reported
 from teacher_cache.pipeline.settings import Model, resolve
@@ -157,13 +158,13 @@ def evaluate(*, runs: list[Path], json: Path | None, **given: Any) -> None:
     PredictOptions,
     leading=[
         argument("run", Path, "Folder of a trained student."),
-        argument("text", str, "Text to classify; - reads one text a line.", "-"),
+        argument("text", str, "Text to classify or go on with; - reads one text a line.", "-"),
     ],
 )
 def predict(*, run: Path, text: str, **given: Any) -> None:
-    """Classify text with a trained student."""
+    """Classify text with a trained student, or let a language model go on with it."""
     with reported():
-        options = _resolve(EvaluateCommandOptions, "evaluate", given)
+        options = _resolve(PredictSettings, "evaluate", given)
         from teacher_cache.pipeline import commands
 
         quiet_libraries()

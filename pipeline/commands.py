@@ -13,12 +13,14 @@ from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.pipeline.language_model_runs import evaluate_language_models, go_on
 from teacher_cache.pipeline.language_tables import estimate_table
 from teacher_cache.pipeline.newest import newest_cache
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
+    PredictSettings,
 )
 from teacher_cache.pipeline.presets import (
     held_out_corpus,
@@ -38,10 +40,11 @@ from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages import evaluate as evaluation
 from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
-from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.estimate import estimate
+from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
 from teacher_cache.stages.evaluation.classifier import load_student
+from teacher_cache.stages.evaluation.runs import task_of
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
 from teacher_cache.stages.join.report import verified_line
 from teacher_cache.stages.training.config import TrainStudentConfig
@@ -118,8 +121,23 @@ def evaluate(
     *,
     json_file: Path | None = None,
     names: dict[str, str] | None = None,
+) -> evaluation.EvaluateResult | EvaluateLanguageModelResult:
+    """Evaluate students beside their teacher and print the tables."""
+    run = evaluate_language_models if task_of(runs) == "lm" else evaluate_classifiers
+    result = run(options, runs, names)
+    console.print(cost_table(result, names))
+    for name, mark in result.marks.items():
+        console.print(f"! {name}: {mark}", style="yellow")
+    if json_file is not None:
+        figures = json.dumps(asdict(result), indent=1)
+        write_bytes_atomically(json_file, f"{figures}\n".encode())
+    return result
+
+
+def evaluate_classifiers(
+    options: EvaluateCommandOptions, runs: list[Path], names: dict[str, str] | None
 ) -> evaluation.EvaluateResult:
-    """Evaluate students beside their teacher and print the table."""
+    """Evaluate classifiers and print how well they classify."""
     config = evaluation.EvaluateConfig(
         runs=tuple(runs),
         corpus=held_out_corpus(options),
@@ -131,19 +149,21 @@ def evaluate(
         "agrees: the teacher's class is chosen; KL: from the teacher's distribution, mean nats",
         style="dim",
     )
-    console.print(cost_table(result, names))
-    for name, mark in result.marks.items():
-        console.print(f"! {name}: {mark}", style="yellow")
-    if json_file is not None:
-        figures = json.dumps(asdict(result), indent=1)
-        write_bytes_atomically(json_file, f"{figures}\n".encode())
     return result
 
 
-def predict(config: DeviceConfig, run: Path, text: str) -> None:
-    """Print a label and its probability for each text."""
+def predict(options: PredictSettings, run: Path, text: str) -> None:
+    """Print a label and its probability for each text, or what a language model makes of it."""
     texts = [line.rstrip("\n") for line in sys.stdin] if text == "-" else [text]
-    classifier = load_student(run, config)
+    if task_of([run]) == "lm":
+        go_on(options, run, texts, as_json=text == "-")
+        return
+    if options.given:
+        raise UserError(
+            f"{', '.join(options.given)} is of language models, and {run} is a classifier: leave "
+            "that out"
+        )
+    classifier = load_student(run, options)
     documents = [
         Document(text=one, source="prompt", split="prompt", position=i)
         for i, one in enumerate(texts)

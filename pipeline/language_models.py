@@ -1,11 +1,11 @@
-"""Stage one's options for a language model: corpora of text, of which no labels are read."""
+"""A language model's options: corpora of text, of which no labels are read."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.pipeline.options import CacheTeacherOptions
+from teacher_cache.pipeline.options import CacheTeacherOptions, DataOptions, EvaluateCommandOptions
 from teacher_cache.pipeline.preset_table import PRESETS, TEXTS, data_name, refuse_misspelt
 from teacher_cache.stages.teacher.codec_options import check_options
 from teacher_cache.stages.teacher.config import ShardConfig
@@ -26,12 +26,7 @@ def resolve_language_model(options: CacheTeacherOptions) -> CacheTeacherConfig:
     """
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
-    for name in OF_LABELS:
-        if getattr(options, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} is of classifiers: leave it out with --task lm, for "
-                "which each token is the label of those before it"
-            )
+    refuse_labels(options)
     refuse_misspelt(options.data)
     teacher, student_tokenizer = options.teacher, options.student_tokenizer
     if options.data in TEXTS:
@@ -50,11 +45,11 @@ def resolve_language_model(options: CacheTeacherOptions) -> CacheTeacherConfig:
         teacher=teacher,
         student_tokenizer=student_tokenizer,
         name=data_name(options.data),
-        labeled=_text_corpus(options, options.data, options.split, options.max_samples),
+        labeled=text_corpus(options, options.data, options.split, options.max_samples),
         unlabeled=_second_corpus(options),
         unlabeled_is_named=options.unlabeled is not None,
         fallback=tuple(
-            _text_corpus(options, data, None, options.max_samples) for data in options.fallback
+            text_corpus(options, data, None, options.max_samples) for data in options.fallback
         ),
     )
     check_options(config)
@@ -70,7 +65,7 @@ def _second_corpus(options: CacheTeacherOptions) -> CorpusConfig | None:
                     "it with --unlabeled, or leave the option out"
                 )
         return None
-    return _text_corpus(
+    return text_corpus(
         options,
         options.unlabeled,
         options.unlabeled_split,
@@ -79,31 +74,59 @@ def _second_corpus(options: CacheTeacherOptions) -> CorpusConfig | None:
     )
 
 
-def _text_corpus(
-    options: CacheTeacherOptions,
+def refuse_labels(options: DataOptions) -> None:
+    """Refuse what says how labels are read.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in OF_LABELS:
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is of classifiers: leave it out with language models, "
+                "for which each token is the label of those before it"
+            )
+
+
+def text_corpus(
+    options: CacheTeacherOptions | EvaluateCommandOptions,
     data: str,
     split: str | None,
     max_samples: int | None,
     *,
     is_second: bool = False,
+    is_held_out: bool = False,
 ) -> CorpusConfig:
-    """The text that `--data`, or with `is_second` `--unlabeled`, names."""
+    """The text that `--data`, or with `is_second` `--unlabeled`, names.
+
+    Args:
+        options: with what says how to read it.
+        data: a preset, file, folder or hub id.
+        split: to read; the preset's if none is named.
+        max_samples: at most so many documents.
+        is_second: whether it is the corpus of `--unlabeled`.
+        is_held_out: take the split that a preset holds out.
+    """
     from teacher_cache.stages.data.corpus import CorpusConfig
 
-    source, own_split, text_column = data, None, None
+    source, own_split, text_column, unit, is_streamed = data, None, None, None, False
     if data in TEXTS:
         text = TEXTS[data]
-        source, own_split, text_column = text.source, text.train, text.text_column
+        source, text_column, unit = text.source, text.text_column, text.txt_unit
+        own_split = text.held_out if is_held_out else text.train
+        is_streamed = text.is_streamed
     elif data in PRESETS:
         preset = PRESETS[data]
-        source, own_split = preset.unlabeled if is_second else (preset.source, preset.train)
+        own = (preset.source, preset.held_out if is_held_out else preset.train)
+        source, own_split = preset.unlabeled if is_second else own
         text_column = None if is_second else preset.text_column
     return CorpusConfig(
         source=source,
         split=split or own_split,
         text_column=(None if is_second else options.text_column) or text_column,
-        txt_unit=options.txt_unit or "line",
+        txt_unit=options.txt_unit or unit or "line",
         labeled=False,
         max_samples=max_samples,
-        seed=options.seed,
+        seed=getattr(options, "seed", 0),
+        streamed=is_streamed,
     )

@@ -9,10 +9,11 @@ from rich.table import Table
 from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.schema import bytes_per_position
-from teacher_cache.pipeline.tables import NONE
+from teacher_cache.pipeline.tables import NONE, nats, percent
 
 if TYPE_CHECKING:  # it imports torch
     from teacher_cache.stages.estimate import Estimate
+    from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
 
 NOT_PROBED = "not probed: teacher or data is not on this machine"
 
@@ -49,6 +50,31 @@ def kept_table(manifest: Manifest) -> Table:
     total = bytes_per_position(manifest.schema, entries)
     table.add_row("bytes in all", f"{total:,.2f} ({codec_from(manifest.settings['codec']).name})")
     _add_errors(table, errors)
+    return table
+
+
+def language_model_table(
+    result: EvaluateLanguageModelResult, names: dict[str, str] | None = None
+) -> Table:
+    """Teacher and students side by side: how well they predict the next token.
+
+    Args:
+        result: of `stages.evaluate_language_model`.
+        names: what to call a row, by its name.
+    """
+    table = Table(title=f"{result.num_documents:,} held-out documents", title_justify="left")
+    table.add_column("model", overflow="fold", min_width=20)
+    for heading in ("positions", "perplexity", "bits a byte", "agrees %", "KL"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        table.add_row(
+            (names or {}).get(row.name, row.name),
+            f"{row.num_positions:,}",
+            f"{row.perplexity:,.2f}",
+            nats(row.bits_per_byte),
+            percent(row.agreement),
+            nats(row.kl),
+        )
     return table
 
 

@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated
-from teacher_cache.stages.evaluation.config import EvaluateOptions, Length
+from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions, Length
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.teacher.config import ShardConfig, TaskName
 from teacher_cache.stages.training.config import FinetuneOptions
 
-TxtUnit = Literal["line", "paragraph", "document"]
+TxtUnit = Literal["line", "paragraph", "document", "article"]
 Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
 Lengths = Annotated[tuple[Length, ...], BeforeValidator(comma_separated)]
 
@@ -25,9 +25,9 @@ class DataOptions(StageConfig):
     """How a person names labelled data."""
 
     data: str = Field(
-        description="Data: a preset (imdb, sst2, demo; austen, moe-to-mamba for "
-        "--task lm), a hub id, a folder "
-        "(aclImdb's layout too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
+        description="Data: a preset (imdb, sst2, demo; for language models wikitext, openwebtext, "
+        "moe-to-mamba, austen), a hub id (id:subset where it has several), a folder (aclImdb's "
+        "layout too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
     )
     split: str | None = Field(
         default=None, description="Split of the data. Default: the preset's, else train."
@@ -61,7 +61,18 @@ class FinetuneTeacherOptions(DataOptions, FinetuneOptions):
     )
 
 
-class CacheTeacherOptions(DataOptions, ShardConfig):
+class TextOptions(StageConfig):
+    """How text files are cut into documents."""
+
+    txt_unit: TxtUnit | None = Field(
+        default=None,
+        description="What of a txt file is a document: a line, a paragraph (between empty lines) "
+        "or the whole document; or an article of WikiText, which a table of its lines may hold "
+        "too. Default: the preset's, else line.",
+    )
+
+
+class CacheTeacherOptions(DataOptions, TextOptions, ShardConfig):
     """`pipe cache-teacher`."""
 
     teacher: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
@@ -74,11 +85,6 @@ class CacheTeacherOptions(DataOptions, ShardConfig):
         description="What the teacher does: classification of documents, or lm, the prediction of "
         "every next token, for which text needs no labels. Default: the preset's, else "
         "classification.",
-    )
-    txt_unit: TxtUnit | None = Field(
-        default=None,
-        description="What of a txt file is a document: a line, a paragraph (between empty lines) "
-        "or the whole document. Default: line.",
     )
     unlabeled: str | None = Field(
         default=None,
@@ -108,18 +114,27 @@ class CheckOptions(JoinConfig):
     )
 
 
-class EvaluateCommandOptions(DataOptions, EvaluateOptions):
+class EvaluateCommandOptions(DataOptions, TextOptions, EvaluateOptions):
     """`pipe evaluate`."""
 
     data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
         default=None,
-        description="Labelled data to evaluate on: as for cache-teacher; a preset's held-out "
-        "split.",
+        description="Data to evaluate on, labelled for classifiers: as for cache-teacher; a "
+        "preset's held-out split.",
+    )
+    cache: Path | None = Field(
+        default=None,
+        description="Of language models, in the place of --data: a cache, which needs no teacher; "
+        "of the one that a run was trained on, what it held out. Default: none.",
     )
     latency_lengths: Lengths = Field(
         default=(32, 128, 512), description="Lengths in tokens at which one forward pass is timed."
     )
 
 
-class PredictOptions(DeviceConfig):
+class PredictOptions(DeviceConfig, GenerationOptions):
     """`pipe predict`."""
+
+
+class PredictSettings(EvaluateCommandOptions, GenerationOptions):
+    """What `pipe predict` may find in the section `evaluate` of a file, and its own options."""

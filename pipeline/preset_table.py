@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.pipeline.options import TxtUnit
 from teacher_cache.stages.teacher.config import TaskName
 
 
@@ -77,23 +78,45 @@ class TextPreset:
     Attributes:
         source: hub id (`id:subset` where it has several), or a packaged text.
         train: split that is cached.
+        held_out: split that `pipe evaluate` reads; None where there is none.
         text_column: of the texts.
+        txt_unit: what of its lines is a document, where that is not each.
+        is_streamed: too large to be fetched whole: only so much is read as is asked for.
         teacher: hub id, None where one has to be named.
         student_tokenizer: hub id, None where students have the teacher's.
     """
 
     source: str
     train: str
+    held_out: str | None
     text_column: str = "text"
+    txt_unit: TxtUnit = "line"
+    is_streamed: bool = False
     teacher: str | None = None
     student_tokenizer: str | None = None
 
 
 TEXTS = {
-    "austen": TextPreset(source="austen", train="train"),
+    "austen": TextPreset(source="austen", train="train", held_out="test"),
+    "wikitext": TextPreset(
+        source="Salesforce/wikitext:wikitext-2-raw-v1",
+        train="train",
+        held_out="test",
+        txt_unit="article",
+        teacher="openai-community/gpt2",
+    ),
+    "openwebtext": TextPreset(
+        source="Skylion007/openwebtext",
+        train="train",
+        held_out=None,
+        is_streamed=True,
+        teacher="openai-community/gpt2",
+    ),
     "moe-to-mamba": TextPreset(
         source="Salesforce/wikitext:wikitext-2-raw-v1",
         train="train",
+        held_out="test",
+        txt_unit="article",
         teacher="huihui-ai/Huihui-MoE-1B-A0.6B",
         student_tokenizer="HuggingFaceTB/SmolLM-135M",
     ),
@@ -107,7 +130,7 @@ def task_of(data: str) -> TaskName:
 
 def data_name(data: str) -> str:
     """A short name for folders: the preset's, or the last part of an id or path."""
-    name = Path(data.rstrip("/")).name
+    name = Path(data.rstrip("/")).name.replace(":", "-")
     return data if data in PRESETS or data in TEXTS else name.split(".")[0] or "data"
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.pipeline.language_models import resolve_language_model
+from teacher_cache.pipeline.language_models import (
+    refuse_labels,
+    resolve_language_model,
+    text_corpus,
+)
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     DataOptions,
@@ -15,13 +19,14 @@ from teacher_cache.pipeline.options import (
 )
 from teacher_cache.pipeline.preset_table import (
     PRESETS,
+    TEXTS,
     Preset,
     data_name,
     refuse_misspelt,
     task_of,
 )
 from teacher_cache.stages.teacher.codec_options import check_options
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import ShardConfig, TaskName
 from teacher_cache.stages.training.config import FinetuneOptions
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
 UNLABELED_SPLITS = ("unsupervised", "unlabeled")
 HELD_OUT_SPLITS = ("test", "validation")
+OF_TEXT = ("data", "split", "text_column", "txt_unit", "max_samples")
 
 
 def labeled_corpus(
@@ -173,25 +179,83 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     )
 
 
+def check_evaluation(options: EvaluateCommandOptions, task: TaskName) -> None:
+    """Refuse before a run what its evaluation would refuse at the end.
+
+    Raises:
+        UserError: as `held_out_corpus` and `held_out_text`.
+    """
+    if task == "classification":
+        held_out_corpus(options)
+    elif options.data is not None or options.cache is not None:
+        held_out_text(options)
+
+
+def held_out_text(options: EvaluateCommandOptions) -> CorpusConfig | None:
+    """The text to evaluate language models on; None where a cache takes its place.
+
+    Raises:
+        UserError: if neither text nor a cache is named, or both are; for a classifier's options; or
+            if there is no held-out split and none is named.
+    """
+    refuse_labels(options)
+    if options.cache is not None:
+        given = [one for one in OF_TEXT if getattr(options, one) is not None]
+        if given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is of text, and --cache takes its place: leave "
+                "one of them out"
+            )
+        return None
+    if options.data is None:
+        raise UserError(
+            "evaluate needs --data, text that the student has not seen; or --cache, of which it "
+            "reads what the run held out"
+        )
+    refuse_misspelt(options.data)
+    text = TEXTS.get(options.data)
+    if text is not None and text.held_out is None and options.split is None:
+        raise UserError(
+            f"--data {options.data} has no held-out split: evaluate on other text (--data "
+            "wikitext, say) or on --cache, or name a split with --split"
+        )
+    split = options.split
+    if split is None and text is None and options.data not in PRESETS:
+        split = _own_held_out_split(options.data)
+    return text_corpus(options, options.data, split, options.max_samples, is_held_out=True)
+
+
 def held_out_corpus(options: EvaluateCommandOptions) -> CorpusConfig:
     """The labelled documents to evaluate on: the preset's or folder's held-out split.
 
     Raises:
-        UserError: if no data is named, or the folder has no held-out split and none is named.
+        UserError: if no data is named, or the folder has no held-out split and none is named; or
+            for an option of language models.
     """
-    from teacher_cache.stages.data.sources import offered_splits
-
+    if options.cache is not None:
+        raise UserError("--cache is of language models: give labelled documents with --data")
     if options.data is None:
         raise UserError("evaluate needs --data: labelled documents that the student has not seen")
     preset = PRESETS.get(options.data)
     if preset is not None:
         return labeled_corpus(options, preset.held_out)
-    offered = offered_splits(options.data)
+    split = None if options.split is not None else _own_held_out_split(options.data)
+    return labeled_corpus(options, split)
+
+
+def _own_held_out_split(data: str) -> str | None:
+    """The held-out split of data that is no preset; None of a file, which is read whole.
+
+    Raises:
+        UserError: if it has none.
+    """
+    from teacher_cache.stages.data.sources import offered_splits
+
+    offered = offered_splits(data)
     found = [name for name in HELD_OUT_SPLITS if name in (offered or HELD_OUT_SPLITS)]
-    is_file = Path(options.data).is_file()
-    if not found and options.split is None:
+    if not found:
         raise UserError(
-            f"{options.data} has no split {' or '.join(HELD_OUT_SPLITS)} (it has "
+            f"{data} has no split {' or '.join(HELD_OUT_SPLITS)} (it has "
             f"{', '.join(offered or ())}): name the split to evaluate on with --split"
         )
-    return labeled_corpus(options, None if is_file or not found else found[0])
+    return None if Path(data).is_file() else found[0]

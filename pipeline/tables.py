@@ -13,6 +13,8 @@ from teacher_cache.stages.join.report import JoinReport
 
 if TYPE_CHECKING:  # it imports torch
     from teacher_cache.stages.evaluate import EvaluateResult, Evaluation
+    from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
+    from teacher_cache.stages.evaluation.language_model_rows import LanguageModelEvaluation
 
 NONE = "–"
 
@@ -44,7 +46,9 @@ def quality_table(result: EvaluateResult, names: dict[str, str] | None = None) -
     return table
 
 
-def cost_table(result: EvaluateResult, names: dict[str, str] | None = None) -> Table:
+def cost_table(
+    result: EvaluateResult | EvaluateLanguageModelResult, names: dict[str, str] | None = None
+) -> Table:
     """Teacher and students side by side: size, and milliseconds for one document by length."""
     table = Table(title="size, and time for one document", title_justify="left")
     lengths = sorted({n for row in result.rows for n in row.latency_ms or {}})
@@ -59,25 +63,27 @@ def cost_table(result: EvaluateResult, names: dict[str, str] | None = None) -> T
     return table
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
     return NONE if value is None else f"{100 * value:.1f}"
 
 
-def _nats(value: float | None) -> str:
+def nats(value: float | None) -> str:
+    """To three places."""
     return NONE if value is None else f"{value:.3f}"
 
 
-def _ms(row: Evaluation, length: int) -> str:
+def _ms(row: Evaluation | LanguageModelEvaluation, length: int) -> str:
     found = (row.latency_ms or {}).get(length)
     return NONE if found is None else f"{found:.1f}"
 
 
 QUALITY: dict[str, Callable[[Evaluation], str]] = {
-    "accuracy %": lambda row: _percent(row.accuracy),
-    "F1 %": lambda row: _percent(row.f1),
-    "ECE %": lambda row: _percent(row.ece),
-    "agrees %": lambda row: _percent(row.agreement),
-    "KL": lambda row: _nats(row.kl),
+    "accuracy %": lambda row: percent(row.accuracy),
+    "F1 %": lambda row: percent(row.f1),
+    "ECE %": lambda row: percent(row.ece),
+    "agrees %": lambda row: percent(row.agreement),
+    "KL": lambda row: nats(row.kl),
 }
 
 

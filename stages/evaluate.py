@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,21 @@ from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.label_mapping import is_generic
 from teacher_cache.stages.evaluation.classifier import (
-    TEACHER,
     Classifier,
     load_student,
     load_teacher_classifier,
 )
 from teacher_cache.stages.evaluation.config import EvaluateOptions
 from teacher_cache.stages.evaluation.latency import measure_latency
+from teacher_cache.stages.evaluation.model import TEACHER
+from teacher_cache.stages.evaluation.runs import (
+    cached_length,
+    require_distinct_names,
+    teacher_of,
+    tokenization_marks,
+)
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
-from teacher_cache.stages.training.run_folder import read_run
 
 MAJORITY = "majority"
 
@@ -91,7 +95,7 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
         UserError: for anything the user can mend: runs, documents, teacher.
     """
     say = on_step or (lambda _: None)
-    _require_distinct_names(config.runs)
+    require_distinct_names(config.runs, [MAJORITY, TEACHER])
     students = [load_student(folder, config) for folder in config.runs]
     teacher = _teacher(config)
     classifiers = [*([teacher] if teacher else []), *students]
@@ -116,42 +120,24 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     say("timing one document at a time")
     latency = measure_latency(classifiers, config.latency_lengths)
     timed = [replace(row, latency_ms=latency.get(row.name)) for row in rows]
-    return EvaluateResult(num_documents=len(labels), rows=tuple(timed), marks=_marks(config.runs))
-
-
-def _require_distinct_names(runs: tuple[Path, ...]) -> None:
-    names = Counter([MAJORITY, TEACHER, *(folder.name for folder in runs)])
-    taken = [folder for folder in runs if names[folder.name] > 1]
-    if taken:
-        raise UserError(
-            f"the table names a run by its folder, and {taken[0].name!r} is there twice: rename "
-            f"{taken[0]}"
-        )
+    return EvaluateResult(
+        num_documents=len(labels), rows=tuple(timed), marks=tokenization_marks(config.runs)
+    )
 
 
 def _teacher(config: EvaluateConfig) -> Classifier | None:
     if config.teacher == "none":
         return None
-    names = {read_run(folder).about["teacher"] for folder in config.runs}
-    if config.teacher is None and len(names) > 1:
-        raise UserError(
-            f"the runs have different teachers ({', '.join(sorted(names))}): name one with "
-            "--teacher, or evaluate them apart"
-        )
     return load_teacher_classifier(
         TeacherConfig(
-            teacher=config.teacher or names.pop(),
+            teacher=config.teacher or teacher_of(config.runs),
             # As the students' cache saw it; another teacher reads what it can.
-            max_length=_cached_length(config) if config.teacher is None else None,
+            max_length=cached_length(config.runs) if config.teacher is None else None,
             device=config.device,
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
         )
     )
-
-
-def _cached_length(config: EvaluateConfig) -> int:
-    return max(read_run(folder).about["teacher_max_length"] for folder in config.runs)
 
 
 def _documents(corpus: Corpus) -> list[Document]:
@@ -206,12 +192,3 @@ def _row(
         num_parameters=classifier.num_parameters,
         megabytes=classifier.megabytes,
     )
-
-
-def _marks(runs: tuple[Path, ...]) -> dict[str, str]:
-    tokenizations = {folder.name: read_run(folder).about["tokenization"] for folder in runs}
-    return {
-        name: f"trained although {', '.join(differences)} differed from the cache's"
-        for name, differences in tokenizations.items()
-        if differences != "verified"
-    }

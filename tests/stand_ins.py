@@ -1,4 +1,4 @@
-"""Stand-ins for data sets that only the hub has: real reviews in IMDb's layouts."""
+"""Stand-ins for data sets that only the hub has: real reviews in IMDb's layouts, small WikiText."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
 
 CLASS_NAMES = ("neg", "pos")
+# Title and paragraphs of each article, by split.
+WIKITEXT = {
+    "train": {
+        f"{name} ( novel )": [
+            f"{name} is a novel about {what} , which was written in England .",
+            f"It has many chapters . {name} goes on for {length} pages .",
+        ]
+        for name, what, length in (
+            ("Emma", "a matchmaker", 400),
+            ("Persuasion", "second chances", 250),
+            ("Pride and Prejudice", "five sisters", 350),
+            ("Mansfield Park", "a poor relation", 450),
+            ("Northanger Abbey", "an imagination", 240),
+            ("Sense and Sensibility", "two sisters", 330),
+        )
+    },
+    "validation": {"Lady Susan": ["Lady Susan is a short novel in letters ."]},
+    "test": {
+        "Sanditon": ["Sanditon is a novel that was not finished .", "It breaks off ."],
+        "The Watsons": ["The Watsons was not finished either ."],
+    },
+}
 
 
 def write_acl_imdb(
@@ -66,3 +88,19 @@ def _reviews(split: str, num_documents: int) -> list[Document]:
 def _write_text(folder: Path, document: Document) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{document.position}_{7 if document.label else 2}.txt").write_text(document.text)
+
+
+def write_wikitext(folder: Path) -> Path:
+    """Write small articles as the hub's `folder/<split>-00000-of-00001.parquet`: a row a line.
+
+    Returns `folder`.
+    """
+    folder.mkdir(parents=True)
+    for split, articles in WIKITEXT.items():
+        lines: list[str] = []
+        for title, (first, *more) in articles.items():
+            lines += ["", f" = {title} = \n", "", f" {first} \n"]
+            lines += ["", " = = Text = = \n", "", *(f" {one} \n" for one in more)]
+        table = datasets.Dataset.from_dict({"text": lines})
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder

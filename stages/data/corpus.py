@@ -18,9 +18,11 @@ from pydantic import Field
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.config import StageConfig
+from teacher_cache.stages.data.articles import join_articles
 from teacher_cache.stages.data.columns import find_label_column, find_text_column
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.errors import SourceUnavailable
+from teacher_cache.stages.data.hub import Beginning
 from teacher_cache.stages.data.label_mapping import is_generic, map_labels
 from teacher_cache.stages.data.labels import Labels, read_labels
 from teacher_cache.stages.data.sources import open_source
@@ -32,7 +34,8 @@ class CorpusConfig(StageConfig):
     """What to read, and how much of it."""
 
     source: str = Field(
-        description="'reviews', 'austen', a file, a folder (aclImdb's layout too) or a hub id"
+        description="'reviews', 'austen', a file, a folder (aclImdb's layout too) or a hub id "
+        "(id:subset where it has several)"
     )
     split: str | None = Field(
         default=None, description="the split to read; by default 'train', or the only one there is"
@@ -43,10 +46,15 @@ class CorpusConfig(StageConfig):
     label_column: str | None = Field(
         default=None, description="the column with the labels; by default one of the usual names"
     )
-    txt_unit: Literal["line", "paragraph", "document"] = Field(
+    txt_unit: Literal["line", "paragraph", "document", "article"] = Field(
         default="line",
         description="what of a .txt file is a document: a line, a paragraph (between empty lines) "
-        "or the whole file",
+        "or the whole file; or an article of WikiText, whose lines a table may hold too",
+    )
+    streamed: bool = Field(
+        default=False,
+        description="read no more of a hub data set than `max_samples` documents, the first in its "
+        "own order",
     )
     labeled: bool = Field(default=True, description="whether to read labels")
     label_names: tuple[str, ...] | None = Field(
@@ -181,7 +189,7 @@ def load_corpus(config: CorpusConfig) -> Corpus:
 
     The documents come in a random order that depends on the seed and on how many there are, for
     data sets sorted by label are common; a limit takes the first ones of that order, so a higher
-    limit only appends.
+    limit only appends. A streamed data set comes in its own order.
 
     Args:
         config: what to read.
@@ -190,13 +198,20 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         SourceUnavailable: if the source is not there, cannot be reached or holds nothing.
         UserError: if a split or column is not there, or the labels cannot be learned from.
     """
-    source = open_source(config.source, config.split, txt_unit=config.txt_unit)
+    source = open_source(
+        config.source,
+        config.split,
+        txt_unit="line" if config.txt_unit == "article" else config.txt_unit,
+        beginning=Beginning(num_rows=config.max_samples) if config.streamed else None,
+    )
     table = source.table
     if len(table) == 0:
         raise SourceUnavailable(
             f"the split {source.split!r} of {config.source!r} holds no documents: give another"
         )
     text_column = find_text_column(table.features, config.text_column)
+    if config.txt_unit == "article":
+        table = _articles(config, table, text_column)
     label_column = (
         find_label_column(table.features, config.label_column) if config.labeled else None
     )
@@ -205,13 +220,17 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         labels = read_labels(table.data.table, table.features, label_column, config.label_names)
     # RandomState's streams never change between numpy versions, unlike Generator's.
     order = np.random.RandomState(config.seed).permutation(len(table))
+    if config.streamed:  # of which no more is known than what was read
+        order = np.arange(len(table))
     return Corpus(
         config=config,
         identity={
             **source.identity,
             "text_column": text_column,
             "label_column": label_column,
-            "seed": config.seed,
+            # Absent where they do nothing, so that caches from before them keep their fingerprints.
+            **({"txt_unit": "article"} if config.txt_unit == "article" else {}),
+            **({"streamed": True} if config.streamed else {"seed": config.seed}),
         },
         _texts=table.select_columns([text_column]),
         _text_column=text_column,
@@ -220,6 +239,14 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         _labels=labels,
         _order=order[: config.max_samples],
     )
+
+
+def _articles(config: CorpusConfig, table: datasets.Dataset, text_column: str) -> datasets.Dataset:
+    if config.labeled:
+        raise UserError("--txt-unit article joins lines, which have no labels: give --task lm")
+    if config.streamed:
+        raise UserError("--txt-unit article needs all lines, and a streamed text has its first")
+    return datasets.Dataset.from_dict({text_column: join_articles(table[text_column])})
 
 
 def load_with_fallback(

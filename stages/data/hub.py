@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -20,16 +21,34 @@ from teacher_cache.stages.data.errors import SourceUnavailable
 from teacher_cache.stages.data.local_files import root_cause
 from teacher_cache.stages.data.quiet import quiet_datasets
 from teacher_cache.stages.data.splits import choose_split
+from teacher_cache.stages.data.streamed import kept_beginning, read_beginning
 
 PROBE_TIMEOUT_S = 10.0
+# Where the hub keeps parquet files of a data set that is otherwise read by code of its own.
+CONVERTED = "refs/convert/parquet"
+_NEEDS_CODE = "Dataset scripts are no longer supported"
 
 
-def read_hub(name: str, split: str | None) -> tuple[datasets.Dataset, str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """A part of a split: its first rows, in its own order.
+
+    Attributes:
+        num_rows: so many; None for all.
+    """
+
+    num_rows: int | None
+
+
+def read_hub(
+    name: str, split: str | None, beginning: Beginning | None = None
+) -> tuple[datasets.Dataset, str, str]:
     """Read one split of a hub data set, from the `datasets` cache where there is no network.
 
     Args:
-        name: the data set's id, with its owner.
+        name: the data set's id, with its owner; `id:subset` where it has several.
         split: the split, None for `train` or the only one.
+        beginning: stream only this part of it; None fetches it whole.
 
     Returns:
         The table, the name of its split and the revision that it is of.
@@ -40,13 +59,21 @@ def read_hub(name: str, split: str | None) -> tuple[datasets.Dataset, str, str]:
     """
     with quiet_datasets():
         try:
-            builder = _builder(name)
+            builder = _builder(name, is_streamed=beginning is not None)
+            if beginning is not None:
+                table, chosen = read_beginning(builder, name, split, beginning.num_rows)
+                return table, chosen, str(builder.hash)
             chosen = split
             if builder.info.splits:
                 chosen = choose_split(list(builder.info.splits), split, name)
             builder.download_and_prepare()
             chosen = choose_split(list(builder.info.splits or ()), chosen, name)
             table = cast(datasets.Dataset, builder.as_dataset(split=chosen))
+        except _Unreachable as error:
+            kept = beginning and kept_beginning(name, split, beginning.num_rows)
+            if not kept:
+                raise SourceUnavailable(str(error)) from error
+            return kept
         except (
             HTTPError,
             OSError,
@@ -67,12 +94,17 @@ def local_alternative() -> str:
     return "give a local folder or file instead, for example --data /path/to/aclImdb"
 
 
-def _builder(name: str) -> datasets.DatasetBuilder:
+class _Unreachable(Exception):
+    """There is no hub, and a streamed data set has no builder in the cache."""
+
+
+def _builder(source: str, *, is_streamed: bool) -> datasets.DatasetBuilder:
     """The data set's builder: the hub's, or where it cannot be reached the one cached last.
 
     One question with one time limit decides whether there is a hub; asking `datasets` first would
     retry with growing pauses before it says that there is none.
     """
+    name, _, subset = source.partition(":")
     try:
         if datasets_config.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
@@ -83,15 +115,33 @@ def _builder(name: str) -> datasets.DatasetBuilder:
             f"no such file or folder: check the name, or {local_alternative()}"
         ) from error
     except (HTTPError, OSError) as error:
-        return _cached_builder(name, error)
-    return datasets.load_dataset_builder(name)
-
-
-def _cached_builder(name: str, reason: Exception) -> datasets.DatasetBuilder:
+        if is_streamed:
+            raise _Unreachable(_not_here(source, error)) from error
+        return _cached_builder(name, subset or None, error)
+    identity: tuple[Any, ...] = (name, subset) if subset else (name,)
     try:
-        return Cache(dataset_name=name.split("/")[-1], repo_id=name, version="auto", hash="auto")
+        return datasets.load_dataset_builder(*identity)
+    except RuntimeError as error:
+        if _NEEDS_CODE not in str(error):
+            raise
+        return datasets.load_dataset_builder(*identity, revision=CONVERTED)
+
+
+def _cached_builder(name: str, subset: str | None, reason: Exception) -> datasets.DatasetBuilder:
+    try:
+        return Cache(
+            dataset_name=name.split("/")[-1],
+            config_name=subset,
+            repo_id=name,
+            version="auto",
+            hash="auto",
+        )
     except ValueError as error:
-        raise SourceUnavailable(
-            f"{name!r} is no file or folder here, and the hub could not be reached "
-            f"({root_cause(reason)}): {local_alternative()}"
-        ) from error
+        raise SourceUnavailable(_not_here(name, reason)) from error
+
+
+def _not_here(name: str, reason: Exception) -> str:
+    return (
+        f"{name!r} is no file or folder here, and the hub could not be reached "
+        f"({root_cause(reason)}): {local_alternative()}"
+    )

@@ -14,7 +14,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data import austen, reviews
 from teacher_cache.stages.data.class_folders import find_class_folders, read_class_folders
 from teacher_cache.stages.data.errors import SourceUnavailable
-from teacher_cache.stages.data.hub import read_hub
+from teacher_cache.stages.data.hub import Beginning, read_hub
 from teacher_cache.stages.data.local_files import (
     TxtUnit,
     content_hash,
@@ -37,7 +37,7 @@ _PACKAGED = {
     reviews.NAME: _Packaged("the reviews", reviews.SPLITS, reviews.read_reviews),
     austen.NAME: _Packaged("the novels", tuple(austen.SPLITS), austen.read_austen),
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,29 @@ def offered_splits(source: str) -> tuple[str, ...] | None:
     return None
 
 
-def open_source(source: str, split: str | None, *, txt_unit: TxtUnit = "line") -> Source:
+def open_source(
+    source: str,
+    split: str | None,
+    *,
+    txt_unit: TxtUnit = "line",
+    beginning: Beginning | None = None,
+) -> Source:
     """Find and read one split of a source.
 
     Args:
-        source: `reviews`, `austen`, a file, a folder or a hub id, tried in this order.
+        source: `reviews`, `austen`, a file, a folder or a hub id (with its subset where it has
+            several, `id:subset`), tried in this order.
         split: its name, None for `train` or the only one.
         txt_unit: what of a .txt file is a document.
+        beginning: stream only this part of a hub data set.
 
     Raises:
         SourceUnavailable: if there is no such source, or nothing in it.
         UserError: if it has no such split, cannot be read, or has no .txt files for `txt_unit`.
     """
-    found = _open(source, split, txt_unit)
+    found = _open(source, split, txt_unit, beginning)
+    if beginning is not None and found.identity["kind"] != "hub":
+        raise UserError(f"{source!r} is here, so nothing of it has to be streamed: read it whole")
     if txt_unit != "line" and "txt_unit" not in found.identity:
         raise UserError(
             f"--txt-unit {txt_unit} is for .txt files, and {source!r} is read from none: leave it "
@@ -88,7 +98,7 @@ def open_source(source: str, split: str | None, *, txt_unit: TxtUnit = "line") -
     return found
 
 
-def _open(source: str, split: str | None, txt_unit: TxtUnit) -> Source:
+def _open(source: str, split: str | None, txt_unit: TxtUnit, beginning: Beginning | None) -> Source:
     if source in _PACKAGED:
         return _open_packaged(source, split)
     path = Path(source).expanduser()
@@ -105,7 +115,7 @@ def _open(source: str, split: str | None, txt_unit: TxtUnit) -> Source:
         raise SourceUnavailable(
             f"there is no file or folder {source!r}: check the path, or give a data set of the hub"
         )
-    table, chosen, revision = read_hub(source, split)
+    table, chosen, revision = read_hub(source, split, beginning)
     identity = {"kind": "hub", "name": source, "revision": revision, "split": chosen}
     return Source(table, chosen, f"{source}@{revision}", identity)
 

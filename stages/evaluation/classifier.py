@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import teacher_cache.stages.student  # noqa: F401  (registers the student with the AutoClasses)
 from teacher_cache.cache.errors import UserError, first_line
@@ -17,52 +16,25 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import resolve_device, resolve_dtype
+from teacher_cache.stages.evaluation.model import TEACHER, EvaluatedModel
+from teacher_cache.stages.evaluation.runs import finished_run, task_of
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import class_names, load_teacher, num_positions, on_device
+from teacher_cache.stages.teacher.load import class_names, load_teacher, on_device
 from teacher_cache.stages.tokenizers import load_tokenizer
-from teacher_cache.stages.training.run_folder import read_run
-
-TEACHER = "teacher"  # what a table calls it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier:
-    """A model with all it needs to read text.
+class Classifier(EvaluatedModel):
+    """A sequence classifier; documents are cut at its `max_length`.
 
     Attributes:
-        name: what a table calls it.
-        model: in evaluation mode, on its device.
-        tokenizer: its own.
         pad_id: fills batches; masked.
-        max_length: tokens at which documents are cut.
         id2label: class names by id.
-        autocast: number format of the products of a student, whose weights stay float32; a
-            teacher's weights are in its format themselves.
     """
 
-    name: str
-    model: PreTrainedModel
-    tokenizer: Tokenizer
     pad_id: int
-    max_length: int
     id2label: dict[int, str]
-    autocast: torch.dtype = torch.float32
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters, embeddings included, each counted once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
-    def num_positions(self) -> float:
-        """The longest sample that the model can read at all; no bound for a Mamba student."""
-        return num_positions(self.model) or float("inf")
-
-    @property
-    def megabytes(self) -> float:
-        """Memory of the parameters in their number format, in 10**6 bytes."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters()) / 1e6
 
     def tokenize(self, documents: list[Document]) -> list[Sample]:
         """Samples of the documents that are not empty, in their order."""
@@ -87,15 +59,9 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
         UserError: if the folder is no run, its training has not ended, its model is damaged or a
             language model.
     """
-    record = read_run(run)
-    if not record.complete:
-        raise UserError(f"{run} is not finished: run its `pipe train-student` again, it resumes")
-    if record.settings.get("task") == "lm":
-        raise UserError(
-            f"{run} is a language model, and `pipe evaluate` and `pipe predict` serve classifiers "
-            "only so far: its run.json has its held-out perplexity and KL, and transformers' "
-            "AutoModelForCausalLM loads it"
-        )
+    record = finished_run(run)
+    if task_of([run]) == "lm":
+        raise UserError(f"{run} is a language model: give a classifier's run")
     device = resolve_device(config)
     model = _load_model(run)
     tokenizer = load_tokenizer(str(run.resolve()), option="RUN")

@@ -1,4 +1,4 @@
-"""Settings of an evaluation."""
+"""Settings of an evaluation, and of what a language model writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.config import DeviceConfig, StageConfig
 
 Length = Annotated[int, Field(ge=1)]  # tokens
 
@@ -23,3 +23,29 @@ class EvaluateOptions(DeviceConfig):
         default=(32, 128, 512),
         description="Lengths, in tokens, at which one forward pass is timed.",
     )
+
+
+class GenerationOptions(StageConfig):
+    """How a language model goes on with a text."""
+
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="At most so many tokens. Default: 50."
+    )
+    do_sample: bool | None = Field(
+        default=None,
+        description="Draw each token, where the default takes the most probable one.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="Of --do-sample: what the logits are divided by. Default: 1.",
+    )
+    seed: int | None = Field(
+        default=None, ge=0, description="Of --do-sample: of each text's draws. Default: 0."
+    )
+
+    @property
+    def given(self) -> list[str]:
+        """The options that were given, as they are typed."""
+        fields = GenerationOptions.model_fields
+        return [f"--{one.replace('_', '-')}" for one in fields if getattr(self, one) is not None]

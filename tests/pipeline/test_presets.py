@@ -13,8 +13,10 @@ from teacher_cache.pipeline.options import (
 )
 from teacher_cache.pipeline.presets import (
     PRESETS,
+    TEXTS,
     data_name,
     held_out_corpus,
+    held_out_text,
     resolve_cache_teacher,
     resolve_finetune_teacher,
 )
@@ -120,6 +122,7 @@ def test_options_win_over_the_preset() -> None:
         "label_names": ("bad", "good"),
         "max_samples": 10,
         "seed": 3,
+        "streamed": False,
     }
     assert config.unlabeled is not None
     assert (config.unlabeled.split, config.unlabeled.max_samples) == ("more", 7)
@@ -234,3 +237,56 @@ def test_evaluation_does_not_fall_back_to_what_was_trained_on(tmp_path: Path) ->
 def test_evaluation_needs_data() -> None:
     with pytest.raises(UserError, match="evaluate needs --data"):
         held_out_corpus(EvaluateCommandOptions())
+
+
+# Design, section 3: data set, training split, held-out split, unit, teacher.
+TEXT_TABLE = {
+    "austen": ("austen", "train", "test", "line", None),
+    "wikitext": (
+        "Salesforce/wikitext:wikitext-2-raw-v1", "train", "test", "article",
+        "openai-community/gpt2",
+    ),
+    "openwebtext": ("Skylion007/openwebtext", "train", None, "line", "openai-community/gpt2"),
+}  # fmt: skip
+
+
+def test_the_table_of_texts_is_whole() -> None:
+    assert set(TEXT_TABLE) <= set(TEXTS)
+
+
+@pytest.mark.parametrize("name", TEXT_TABLE)
+def test_a_text_names_data_teacher_and_splits(name: str) -> None:
+    source, train, held_out, unit, teacher = TEXT_TABLE[name]
+    config = resolve(name, **({} if teacher else {"teacher": "t"}))
+    assert (config.task, config.teacher, config.name) == ("lm", teacher or "t", name)
+    labeled = config.labeled
+    assert (labeled.source, labeled.split, labeled.text_column) == (source, train, "text")
+    assert (labeled.txt_unit, labeled.labeled, config.unlabeled) == (unit, False, None)
+    assert labeled.streamed == (name == "openwebtext")
+    options = EvaluateCommandOptions(data=name)
+    if held_out is None:
+        with pytest.raises(UserError, match="has no held-out split: evaluate on other text"):
+            held_out_text(options)
+        return
+    evaluated = held_out_text(options)
+    assert evaluated is not None
+    assert (evaluated.source, evaluated.split, evaluated.txt_unit) == (source, held_out, unit)
+
+
+def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> None:
+    held = held_out_text(EvaluateCommandOptions(data="imdb"))
+    assert held is not None and (held.split, held.labeled) == ("test", False)
+    assert held_out_text(EvaluateCommandOptions(cache=Path("c"))) is None
+    folder = held_out_text(EvaluateCommandOptions(data=str(acl_imdb)))
+    assert folder is not None and folder.split == "test"
+    for options, saying in (
+        ({}, "needs --data, text that .* or --cache"),
+        ({"data": "imdb", "cache": "c"}, "--data is of text, and --cache takes its place"),
+        ({"cache": "c", "txt_unit": "line"}, "--txt-unit is of text"),
+        ({"data": "imdb", "label_column": "x"}, "--label-column is of classifiers"),
+        ({"data": "wikitxt"}, "did you mean 'wikitext'"),
+    ):
+        with pytest.raises(UserError, match=saying):
+            held_out_text(EvaluateCommandOptions.model_validate(options))
+    with pytest.raises(UserError, match="--cache is of language models"):
+        held_out_corpus(EvaluateCommandOptions(data="imdb", cache=Path("c")))

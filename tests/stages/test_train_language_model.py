@@ -105,7 +105,7 @@ def test_the_folder_generates(run: Path, gpt2_tokenizer: PreTrainedTokenizerBase
 
 def test_is_no_classifier(run: Path) -> None:
     """Which transformers would make of it, with a head at random."""
-    with pytest.raises(UserError, match="is a language model, and `pipe evaluate`"):
+    with pytest.raises(UserError, match="is a language model: give a classifier's run"):
         load_student(run, DeviceConfig(device="cpu"))
 
 

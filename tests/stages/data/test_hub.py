@@ -113,7 +113,7 @@ def test_a_missing_split_is_named_with_those_there_are(reachable_hub):
 
 
 def test_a_data_set_that_datasets_cannot_read(monkeypatch):
-    def refuse(name: str) -> None:
+    def refuse(name: str, revision: str | None = None) -> None:
         raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
 
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
@@ -143,3 +143,86 @@ def test_loading_prints_and_logs_nothing(tmp_path, capfd, caplog):
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert not datasets.are_progress_bars_disabled()
+
+
+def _texts(folder: Path, name: str, num: int) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(num)]})
+    table.to_parquet(folder / f"{name}.parquet")
+    return str(folder / f"{name}.parquet")
+
+
+def test_a_data_set_of_code_is_read_from_its_converted_files(tmp_path, monkeypatch):
+    files = {"train": _texts(tmp_path, "train", 3)}
+    builder = datasets.load_dataset_builder("parquet", data_files=files, cache_dir=str(tmp_path))
+    asked: list[tuple[str, str | None]] = []
+
+    def converted_only(name: str, revision: str | None = None) -> datasets.DatasetBuilder:
+        asked.append((name, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+        return builder
+
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", converted_only)
+    assert len(_load(source="someone/old", labeled=False)) == 3
+    assert asked == [("someone/old", None), ("someone/old", "refs/convert/parquet")]
+
+
+def test_a_subset_is_named_behind_a_colon(tmp_path, monkeypatch):
+    files = {"train": _texts(tmp_path, "train", 3)}
+    builder = datasets.load_dataset_builder("parquet", data_files=files, cache_dir=str(tmp_path))
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda _, name, **__: asked.append((name,)))
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *names: asked.append(names) or builder
+    )
+    corpus = _load(source="Salesforce/wikitext:wikitext-2-raw-v1", labeled=False)
+    assert asked == [("Salesforce/wikitext",), ("Salesforce/wikitext", "wikitext-2-raw-v1")]
+    assert corpus.identity["name"] == "Salesforce/wikitext:wikitext-2-raw-v1"
+
+
+@pytest.fixture
+def streamed_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub of two files, the second of which cannot be read: whoever asks for it fails."""
+    whole = _texts(tmp_path / "hub", "a", 40)
+    damaged = tmp_path / "hub" / "b.parquet"
+    damaged.write_bytes(b"PAR1 no parquet at all")
+    builder = datasets.load_dataset_builder(
+        "parquet", data_files={"train": [whole, str(damaged)]}, cache_dir=str(tmp_path / "scratch")
+    )
+    builder.hash = REVISION
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
+
+
+def _stream(num: int | None, **settings: object) -> Corpus:
+    return _load(
+        source="Skylion007/openwebtext", labeled=False, streamed=True, max_samples=num, **settings
+    )
+
+
+def test_a_streamed_data_set_is_read_as_far_as_is_asked_for(streamed_hub, monkeypatch):
+    few, more = _stream(5), _stream(30)
+    assert [one.text for one in few.documents(0, 5)] == [f"a {i}" for i in range(5)]
+    assert few.documents(0, 5) == more.documents(0, 5)  # its order is its own, so more appends
+    assert few.identity == more.identity
+    assert few.identity["streamed"] is True and "seed" not in few.identity
+    assert few.identity["revision"] == REVISION
+    with pytest.raises(SourceUnavailable, match="could not be loaded from the hub"):
+        _stream(41)
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", True)
+    kept = _stream(30)
+    assert kept.identity == more.identity and kept.documents(0, 30) == more.documents(0, 30)
+    with pytest.raises(SourceUnavailable, match="the hub could not be reached"):
+        _stream(31)
+
+
+def test_what_is_here_is_not_streamed(tmp_path):
+    file = _texts(tmp_path, "train", 3)
+    with pytest.raises(UserError, match="nothing of it has to be streamed"):
+        load_corpus(CorpusConfig(source=file, labeled=False, streamed=True))
