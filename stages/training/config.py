@@ -23,9 +23,9 @@ class ArchitectureConfig(StageConfig):
 
     arch: str = Field(
         default="mamba2",
-        description="Student: mamba (Mamba-1), mamba2, or hf:ID, the sequence classifier of a hub "
-        "id or folder, which starts from its weights, takes none of the options below, and wants "
-        "a lower --lr, 5e-5 say.",
+        description="Student: mamba (Mamba-1), mamba2, or hf:ID, the sequence classifier (or, of "
+        "a language model's cache, the causal language model) of a hub id or folder, which starts "
+        "from its weights, takes none of the options below, and wants a lower --lr, 5e-5 say.",
     )
     d_model: int = Field(default=256, ge=1, description="Width.")
     num_layers: int = Field(default=4, ge=1, description="Layers.")

@@ -21,6 +21,7 @@ from teacher_cache.stages.student.classifier import MambaStudentForSequenceClass
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 from teacher_cache.stages.student.position_map import choose
+from teacher_cache.stages.student.pretrained_language_model import language_model_config
 from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
 from teacher_cache.stages.teacher.token_states import STATES_FILE, read_token_states
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StartingStudent:
-    """A classifier that has not been trained on the cache yet.
+    """A student that has not been trained on the cache yet.
 
     Attributes:
         model: in float32, on the CPU.
@@ -46,27 +47,37 @@ class StartingStudent:
     about: dict[str, Any]
 
 
-def check_architecture(config: ArchitectureConfig) -> None:
+def check_architecture(config: ArchitectureConfig, *, task: str) -> None:
     """Refuse what needs no cache to be seen: sizes that do not fit, a model that is not there.
+
+    Args:
+        config: the student's.
+        task: of the cache: `classification` or `lm`.
 
     Raises:
         UserError: saying what to give instead.
     """
     if config.pretrained is None:
         MambaStudentConfig(**_shape(config))
+    elif task == "lm":
+        language_model_config(config.pretrained)
     else:
         pretrained.classifier_config(config.pretrained)
 
 
-def with_own_tokenizer(config: TrainStudentConfig) -> TrainStudentConfig:
+def with_own_tokenizer(config: TrainStudentConfig, *, task: str) -> TrainStudentConfig:
     """The settings with a pre-trained student's own tokenizer, unless one is named or it has none.
 
     Its embeddings mean that tokenizer's tokens, so that is the one to compare with the cache's.
 
+    Args:
+        config: the run's settings.
+        task: of the cache.
+
     Raises:
         UserError: if the student cannot be had: sizes that do not fit, a model that is not there.
     """
-    check_architecture(config)
+    check_architecture(config, task=task)
     if config.pretrained is None or config.student_tokenizer is not None:
         return config
     own = pretrained.own_tokenizer(config.pretrained)

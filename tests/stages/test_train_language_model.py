@@ -138,12 +138,6 @@ def test_refuses_what_it_does_not_do(
     assert not (tmp_path / "run").exists()
 
 
-def test_refuses_a_pretrained_student(cache: Path, tmp_path: Path) -> None:
-    wanted = TrainStudentConfig(cache=cache, out=tmp_path / "run", arch="hf:anything", device="cpu")
-    with pytest.raises(UserError, match="give --arch mamba or mamba2"):
-        train_student.run(wanted)
-
-
 def test_refuses_a_support_that_is_not_the_tokenizers(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
