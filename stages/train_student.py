@@ -194,7 +194,7 @@ def _trainer(
 ) -> ObjectiveTrainer:
     callbacks = observer.callbacks()
     if config.early_stopping is not None:
-        callbacks.append(EarlyStopping(config.early_stopping))
+        callbacks.append(EarlyStopping(config.early_stopping, task.measure))
     args = training_arguments(
         config,
         folder,
@@ -203,6 +203,7 @@ def _trainer(
         evaluates=data.evaluation is not None,
         keeps_best=config.early_stopping is not None,
         label_names=task.label_names,
+        measure=task.measure,
         uses_all_weights=config.pretrained is None,
     )
     return task.trainer(student, data, args=args, callbacks=callbacks)

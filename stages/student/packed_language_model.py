@@ -98,9 +98,7 @@ class PackedLanguageModel(nn.Module):
         output = base(input_ids=input_ids, position_ids=places(seq_idx), use_cache=False)
         return output.last_hidden_state
 
-    def _row_a_document(
-        self, input_ids: Tensor, attention_mask: Tensor, seq_idx: Tensor
-    ) -> Tensor:
+    def _row_a_document(self, input_ids: Tensor, attention_mask: Tensor, seq_idx: Tensor) -> Tensor:
         base: Any = self.student.base_model
         # Padding becomes a document of its own, so that no row is longer for it.
         plan = plan_rows(torch.where(attention_mask != 0, seq_idx, -1))
@@ -111,9 +109,7 @@ class PackedLanguageModel(nn.Module):
         groups = []
         for group in plan.groups:
             mask = group.padding.logical_not().to(attention_mask.dtype)
-            output = base(
-                input_ids=group.rows_of(input_ids), attention_mask=mask, use_cache=False
-            )
+            output = base(input_ids=group.rows_of(input_ids), attention_mask=mask, use_cache=False)
             groups.append(output.last_hidden_state)
         return lay_end_to_end(groups)[plan.places].unflatten(0, input_ids.shape)
 

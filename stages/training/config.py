@@ -142,7 +142,8 @@ class TrainingConfig(OptimizationConfig):
     early_stopping: int | None = Field(
         default=None,
         ge=1,
-        description="Stop after so many evaluations without a better accuracy, and keep the best.",
+        description="Stop after so many evaluations without a better accuracy (of a language "
+        "model: a lower held-out objective), and keep the best.",
     )
     embeddings: Literal["random", "teacher", "teacher-states"] = Field(
         default="random",

@@ -26,6 +26,7 @@ from teacher_cache.stages.teacher.support import Support
 from teacher_cache.stages.training.cached_targets import require_temperature, serves
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, ordered_data
+from teacher_cache.stages.training.early_stopping import OBJECTIVE, Measure
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
 from teacher_cache.stages.training.start import StartingStudent, filler_id
@@ -39,7 +40,6 @@ CLASSIFIERS_OPTIONS: dict[str, Any] = {
     "lm_weight": 0.0,
     "pooled_weight": 0.0,
     "embeddings": "random",
-    "early_stopping": None,
     "unlabeled_from": "all",
 }
 ENDS = ("bos", "eos")  # what generation begins and stops with
@@ -65,6 +65,11 @@ class LanguageModelStudents:
     def label_names(self) -> list[str]:
         """The next tokens."""
         return ["next_ids"]
+
+    @property
+    def measure(self) -> Measure:
+        """What is trained on, at the held-out positions: cross-entropy and KL as weighed."""
+        return OBJECTIVE
 
     def data(self) -> TrainingData:
         """Packed sequences, and their order."""
@@ -101,13 +106,9 @@ class LanguageModelStudents:
 
     def _pretrained(self, name: str, joined: Joined) -> StartingStudent:
         """Its own weights, and its own way of keeping packed documents apart."""
-        loaded = pretrained_language_model(
-            name, tokenizer=joined.tokenizer, seed=self._config.seed
-        )
+        loaded = pretrained_language_model(name, tokenizer=joined.tokenizer, seed=self._config.seed)
         longest = max(int(reader.lengths().max()) for reader in self._readers)
-        refuse_too_long(
-            name, loaded.model, longest_sample=longest, max_length=joined.max_length
-        )
+        refuse_too_long(name, loaded.model, longest_sample=longest, max_length=joined.max_length)
         self._trained = PackedLanguageModel(loaded.model, packs=loaded.packs)
         return StartingStudent(
             model=loaded.model,

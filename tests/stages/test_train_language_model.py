@@ -122,7 +122,6 @@ def test_goes_on_bit_for_bit_after_a_kill(run: Path, cache: Path, tmp_path: Path
     [
         ({"pooling": "mean", "dropout": 0.2}, "only a classifier's .* --pooling, --dropout"),
         ({"bidirectional": True}, "--bidirectional"),
-        ({"early_stopping": 2}, "--early-stopping"),
         ({"lm_weight": 0.1}, "--lm-weight"),
         ({"pooled_weight": 0.1}, "--pooled-weight"),
         ({"embeddings": "teacher-states"}, "--embeddings"),

@@ -1,4 +1,4 @@
-"""`--arch hf:DIR` on a language model's cache: from transformers' weights to transformers' folder."""
+"""`--arch hf:DIR` on a language model's cache: from transformers' weights to such a folder."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ def test_the_folder_is_transformers_own(run: Path, start: Path) -> None:
     assert all(one.dtype == torch.float32 for one in after.values())
     assert not any(torch.equal(before[name], after[name]) for name in before if "wte" in name)
     model = AutoModelForCausalLM.from_pretrained(run)
-    assert type(model).__name__ == json.loads((start / "config.json").read_text())["architectures"][0]
+    assert [type(model).__name__] == json.loads((start / "config.json").read_text())[
+        "architectures"
+    ]
     found = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     assert found.shape == (1, 6)
 
