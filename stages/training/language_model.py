@@ -29,7 +29,7 @@ from teacher_cache.stages.training.data import TrainingData, ordered_data
 from teacher_cache.stages.training.early_stopping import OBJECTIVE, Measure
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
-from teacher_cache.stages.training.start import StartingStudent, filler_id
+from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
 
 # Each with the value at which it does nothing; None where it always does something.
 CLASSIFIERS_OPTIONS: dict[str, Any] = {
@@ -39,7 +39,6 @@ CLASSIFIERS_OPTIONS: dict[str, Any] = {
     "bidirectional": False,
     "lm_weight": 0.0,
     "pooled_weight": 0.0,
-    "embeddings": "random",
     "unlabeled_from": "all",
 }
 ENDS = ("bos", "eos")  # what generation begins and stops with
@@ -85,10 +84,11 @@ class LanguageModelStudents:
             self._codec = replace(self._codec, head=head.of_support(self._support))
         if self._config.pretrained is not None:
             return self._pretrained(self._config.pretrained, joined)
-        return self._mamba(tokenizer)
+        return self._mamba(joined)
 
-    def _mamba(self, tokenizer: PreTrainedTokenizerBase) -> StartingStudent:
+    def _mamba(self, joined: Joined) -> StartingStudent:
         """One whose table has the ids of the tokenizer."""
+        tokenizer = joined.tokenizer
         shape = self._config.model_dump(include=SHAPE)
         if self._config.arch == "mamba":
             del shape["head_dim"]
@@ -100,8 +100,10 @@ class LanguageModelStudents:
         )
         model = build_language_model(student_config, seed=self._config.seed)
         self._trained = model
+        random = self._config.embeddings == "random"
+        taken = {} if random else take_embeddings(model, self._config, joined)
         return StartingStudent(
-            model=model, pad_id=pad_id, settings={"task": "lm"} | shape, about={}
+            model=model, pad_id=pad_id, settings={"task": "lm"} | shape | taken, about={}
         )
 
     def _pretrained(self, name: str, joined: Joined) -> StartingStudent:
@@ -148,6 +150,8 @@ def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:
         for name, off in CLASSIFIERS_OPTIONS.items()
         if name in config.model_fields_set and getattr(config, name) not in (off, None)
     ]
+    if config.embeddings == "teacher-states":  # pooled, which a language model's are not
+        given.append("embeddings teacher-states")
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(

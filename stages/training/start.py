@@ -20,6 +20,7 @@ from teacher_cache.stages.student.build import build_student
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
+from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.position_map import choose
 from teacher_cache.stages.student.pretrained_language_model import language_model_config
 from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
@@ -123,7 +124,7 @@ def _mamba(
         label2id={name: class_id for class_id, name in id2label.items()},
     )
     model = build_student(student_config, seed=config.seed)
-    taken = {} if config.embeddings == "random" else _take_embeddings(model, config, joined)
+    taken = {} if config.embeddings == "random" else take_embeddings(model, config, joined)
     return StartingStudent(
         model=model,
         pad_id=pad_id,
@@ -138,10 +139,22 @@ def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return pad_id if isinstance(pad_id, int) else 0
 
 
-def _take_embeddings(
-    model: MambaStudentForSequenceClassification, config: TrainStudentConfig, joined: Joined
+def take_embeddings(
+    model: MambaStudentForSequenceClassification | MambaStudentForCausalLM,
+    config: TrainStudentConfig,
+    joined: Joined,
 ) -> dict[str, str]:
-    """Start from the teacher's embeddings; returns the SHA-256 of the files that hold them."""
+    """Start from the teacher's embeddings; returns the SHA-256 of the files that hold them.
+
+    Args:
+        model: a fresh student, whose table is changed.
+        config: the run's settings, whose `embeddings` are not random.
+        joined: the student's tokenizer.
+
+    Raises:
+        UserError: if the ids mean other strings to teacher and student, or the cache has no table.
+        CheckFailed: if its file is damaged or missing.
+    """
     if not joined.report.waivable:
         raise UserError(
             f"--embeddings {config.embeddings} needs ids that mean the same to teacher and "
