@@ -60,7 +60,7 @@ class StageTwo:
 
 def _arguments(config: TrainStudentConfig, run: Path) -> dict[str, Any]:
     config = config.model_copy(update={"out": run})
-    return {"config": config.model_dump_json(), "log": f"{run}.log"}
+    return {"config": config.model_dump_json(exclude_unset=True), "log": f"{run}.log"}
 
 
 def _steps(run: Path) -> list[str]:
@@ -94,7 +94,7 @@ def stage_two(
     folder = tmp_path_factory.mktemp(request.param)
     config = request.getfixturevalue(request.param)
     with ForkServer("tests.integration.train_student_child", folder / "output.txt") as server:
-        server.call("warm_up", config=config.model_dump_json())
+        server.call("warm_up", config=config.model_dump_json(exclude_unset=True))
         whole = folder / "whole"
         started = time.monotonic()
         code = server.run("train_student", **_arguments(config, whole))

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoTokenizer
 
 from teacher_cache.cache.lock import LOCK_NAME
 from teacher_cache.stages.training.checkpoints import MARKER_NAME
 from teacher_cache.stages.training.run_folder import read_run
 from tests.command_line import TINY_STUDENT, done
-from tests.tiny_models import tiny_language_model
+from tests.tiny_models import write_start
 from tests.tiny_runs import cache_language, result_files, result_log
 
 BIN = Path(sys.executable).parent
@@ -92,7 +92,8 @@ def test_torchrun_trains_one_language_model(
     if arch == "mamba2":
         shape = TINY_STUDENT[: TINY_STUDENT.index("--batch-size")]
     else:
-        start = write_start(tmp_path / "start", arch, small_language_model)
+        tokenizer = AutoTokenizer.from_pretrained(small_language_model)
+        start = write_start(tmp_path / "start", arch, tokenizer)
         shape = ("--arch", f"hf:{start}", "--dtype", "float32")
     command = (
         "train-student", "--cache", cache, "--device", "cpu", "--unlabeled-alpha", "0.3", *shape,
@@ -110,24 +111,6 @@ def test_torchrun_trains_one_language_model(
     assert any("eval_kl" in line for line in lines) and any("kd_unlabeled" in one for one in lines)
     for line, expected in zip(result_log(run), lines, strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def write_start(folder: Path, arch: str, teacher: Path) -> Path:
-    """A model to start from, without dropout, of the teacher's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    if arch == "gpt2":
-        config = GPT2Config(
-            vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
-    else:
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-            num_attention_heads=2, tie_word_embeddings=False,
-        )  # fmt: skip
-    tiny_language_model(config, seed=5).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow
