@@ -105,7 +105,7 @@ def pretrained_language_model(
 
 
 def _load(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name,
         config=config,
         local_files_only=is_local_only(name),
@@ -113,6 +113,7 @@ def _load(name: str, config: PreTrainedConfig) -> PreTrainedModel:
         output_loading_info=True,
         trust_remote_code=False,
     )
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(

@@ -63,7 +63,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 
 def gpt2_config(num_ids: int, **changes: Any) -> GPT2Config:
     """With dropout, as GPT-2 has it."""
-    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32} | changes
+    shape: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32} | changes
     return GPT2Config(vocab_size=num_ids, **shape)
 
 
@@ -117,7 +117,7 @@ def test_the_folder_is_transformers_own(run: Path, start: Path) -> None:
     assert before.keys() == after.keys()
     assert all(one.dtype == torch.float32 for one in after.values())
     assert not any(torch.equal(before[name], after[name]) for name in before if "wte" in name)
-    model = AutoModelForCausalLM.from_pretrained(run)
+    model: Any = AutoModelForCausalLM.from_pretrained(run)
     assert [type(model).__name__] == json.loads((start / "config.json").read_text())[
         "architectures"
     ]
@@ -166,7 +166,7 @@ def test_a_configuration_alone_starts_from_the_seed(
         (
             lambda n: BertConfig(
                 vocab_size=n, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                intermediate_size=8, is_decoder=False,
+                intermediate_size=8, is_decoder=False, initializer_range=0.5,
             ),
             "looks at later tokens",
         ),

@@ -65,6 +65,20 @@ def test_head_and_tail_are_the_distributions(num: int, seed: int, spread: float)
     assert decoded.tail_log_prob[-1] == -np.inf
 
 
+@pytest.mark.parametrize("spread", [1.0, 3.0, 10.0])
+def test_what_float32_costs_a_tail(spread: float) -> None:
+    """Of the number of ids that GPT-2 has."""
+    num_ids = 50257
+    codec = TopKCodec(support_size=num_ids, top_k=20, temperatures=(1.0,), is_exact=True)
+    logits = spread * np.random.default_rng(0).standard_normal((20, num_ids))
+    exact = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    ids = np.argsort(-exact, axis=1)[:, 3]
+    found = listed(np.append(0, ids), answers(exact, np.append(0, ids), k=20), codec)
+    tails = np.exp(found.values["tail_r"][:-1, 0] + found.values["top1_log_prob"][:-1])
+    outside = np.sort(np.exp(exact), axis=1)[:, :-20]
+    np.testing.assert_allclose(tails, outside.sum(axis=1), rtol=0, atol=1e-7)
+
+
 def test_a_cancelled_tail_is_bounded_by_what_the_list_proves() -> None:
     """A sum of 1 and a little: below by the real token, above by the last of the head."""
     ids = np.array([0, 9])
