@@ -2,8 +2,8 @@
 
 An engine's list has the log-probs of the K most probable tokens at temperature 1, and usually that
 of the real next token. They are the true ones, not those of a renormalised list; so the mass of all
-other tokens is known as `1 - sum`. That cancels (rounding the log-probs to float32 alone costs up to
-1e-7, whatever its size), and it is all there is: no engine says what it left out. It is taken in
+other tokens is known as `1 - sum`. That cancels (rounding the log-probs to float32 alone costs up
+to 1e-7, whatever its size), and it is all there is: no engine says what it left out. It is taken in
 float64, and brought between what the list itself proves: the tail holds at least the real next
 token, where that is no part of the head, and at most V - K times the head's last probability. Where
 nothing is left it is 0. At another temperature the tail cannot be known at all.
