@@ -160,10 +160,12 @@ def test_killed_at_random_moments(stage_two: StageTwo) -> None:
     assert result_files(run) == stage_two.whole
 
 
-def test_interrupted_from_the_keyboard(stage_two: StageTwo, tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(
+    classifiers_config: TrainStudentConfig, tmp_path: Path
+) -> None:
     """The real command: exit code 130, and the line that goes on from there."""
     run = tmp_path / "run"
-    config = stage_two.config
+    config = classifiers_config
     command = [
         "train-student", "--cache", str(config.cache), "--out", str(run), "--device", "cpu",
         "--d-model", "8", "--num-layers", "1", "--expand", "2", "--d-state", "4",
