@@ -101,10 +101,12 @@ def check(config: TrainStudentConfig) -> Joined:
     """Run the join alone, on the newest cache if none is named."""
     cache = config.cache or newest_cache()
     console.print(f"cache {cache}")
-    splits = read_manifest(cache).splits
-    longest = max(int(CacheReader(cache, split).lengths().max(initial=0)) for split in splits)
+    manifest = read_manifest(cache)
+    lengths = [CacheReader(cache, split).lengths() for split in manifest.splits]
+    longest = max(int(found.max(initial=0)) for found in lengths)
     try:
-        joined = join(cache, with_own_tokenizer(config), longest_sample=longest)
+        own = with_own_tokenizer(config, task=manifest.settings["task"])
+        joined = join(cache, own, longest_sample=longest)
     except TokenizationMismatch as mismatch:
         console.print(join_table(mismatch.report))
         raise

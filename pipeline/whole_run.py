@@ -116,11 +116,11 @@ def _refuse_early(stages: Mapping[str, Any]) -> None:
     options = stages["cache_teacher"]
     if "finetune_teacher" in stages:
         options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
-    resolve_cache_teacher(options)
+    task = resolve_cache_teacher(options).task
     if "evaluate" in stages:
         check_evaluation(stages["evaluate"], options.task or task_of(options.data))
     for student in stages["students"].values():
-        check_architecture(student)
+        check_architecture(student, task=task)
 
 
 def _with_own_cache(

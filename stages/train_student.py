@@ -88,7 +88,8 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     readers = open_splits(config.cache, config.unlabeled_alpha, config.unlabeled_from)
     task = _task(config, readers)
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
-    joined = join(config.cache, with_own_tokenizer(config), longest_sample=longest_sample)
+    own = with_own_tokenizer(config, task=readers[0].manifest.settings["task"])
+    joined = join(config.cache, own, longest_sample=longest_sample)
     observer.on_join(joined)
     # All that can be refused is refused before the folder of the run is made.
     data = task.data()
@@ -193,7 +194,7 @@ def _trainer(
 ) -> ObjectiveTrainer:
     callbacks = observer.callbacks()
     if config.early_stopping is not None:
-        callbacks.append(EarlyStopping(config.early_stopping))
+        callbacks.append(EarlyStopping(config.early_stopping, task.measure))
     args = training_arguments(
         config,
         folder,
@@ -202,6 +203,7 @@ def _trainer(
         evaluates=data.evaluation is not None,
         keeps_best=config.early_stopping is not None,
         label_names=task.label_names,
+        measure=task.measure,
         uses_all_weights=config.pretrained is None,
     )
     return task.trainer(student, data, args=args, callbacks=callbacks)

@@ -44,6 +44,11 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
     """
     manifest = CacheReader(cache).manifest
     recorded = manifest.settings["teacher"]
+    if "engine" in recorded:
+        raise UserError(
+            f"{cache} was made of what {recorded['engine']} wrote, and there is no teacher here to "
+            "ask again: leave --deep out, which still checks every byte"
+        )
     load = load_language_model if manifest.settings["task"] == "lm" else load_teacher
     loaded = load(_config(teacher or manifest.about["teacher"], recorded["dtype"]))
     same_weights = loaded.weights_sha256 == recorded["weights_sha256"]

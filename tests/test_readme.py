@@ -17,14 +17,15 @@ README = (ROOT / "README.md").read_text()
 STUDENT = (ROOT / "docs" / "student.md").read_text()
 RECIPE = (ROOT / "docs" / "recipe.md").read_text()
 LANGUAGE_MODELS = (ROOT / "docs" / "language-models.md").read_text()
-LM_STUDENT = (ROOT / "docs" / "language-model-student.md").read_text()
+LANGUAGE_MODEL_STUDENT = (ROOT / "docs" / "language-model-student.md").read_text()
+OWN_CACHE = (ROOT / "docs" / "own-cache.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pipe_lines() -> list[str]:
     found = re.findall(
         r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)",
-        README + STUDENT + RECIPE + LANGUAGE_MODELS + LM_STUDENT,
+        README + STUDENT + RECIPE + LANGUAGE_MODELS + LANGUAGE_MODEL_STUDENT + OWN_CACHE,
         re.MULTILINE,
     )
     return [line.strip() for line in found]

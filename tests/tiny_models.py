@@ -11,6 +11,7 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -66,6 +67,27 @@ def write_tiny_language_model(
     """A 2-layer GPT-2 of width 32; returns its folder."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512)
     return _save(folder, tiny_language_model(config, seed=seed), tokenizer)
+
+
+def write_start(folder: Path, arch: str, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A model for a student to start from, without dropout; returns its folder.
+
+    Args:
+        folder: to write to.
+        arch: `gpt2`, whose head is its table, or `llama`, here with a head of its own.
+        tokenizer: of the cache.
+    """
+    if arch == "gpt2":
+        config: PreTrainedConfig = GPT2Config(
+            vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=2, tie_word_embeddings=False,
+        )  # fmt: skip
+    return _save(folder, tiny_language_model(config, seed=5), tokenizer)
 
 
 def _save(folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:

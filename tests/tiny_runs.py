@@ -42,6 +42,32 @@ def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path, **changes: Any) -
     return cache_teacher.run(reviews_config(folder, teacher, acl_imdb, **changes)).cache
 
 
+def language_config(
+    folder: Path | None, teacher: Path, acl_imdb: Path, **changes: Any
+) -> CacheTeacherConfig:
+    """Stage one of a language model over the texts of the same reviews, a second corpus too."""
+    source = str(acl_imdb)
+    settings: dict[str, Any] = {
+        "name": "tiny-lm",
+        "task": "lm",
+        "teacher": str(teacher),
+        "device": "cpu",
+        "max_length": MAX_LENGTH,
+        "top_k": 6,
+        "labeled": CorpusConfig(source=source, split="train", labeled=False, max_samples=10),
+        "unlabeled": CorpusConfig(
+            source=source, split="unsupervised", labeled=False, max_samples=8
+        ),
+        "out": folder,
+    }
+    return CacheTeacherConfig(**(settings | changes))
+
+
+def cache_language(folder: Path, teacher: Path, acl_imdb: Path, **changes: Any) -> Path:
+    """Run it; returns the folder."""
+    return cache_teacher.run(language_config(folder, teacher, acl_imdb, **changes)).cache
+
+
 def student_config(cache: Path, out: Path, **changes: Any) -> TrainStudentConfig:
     """Settings of a student of one narrow layer that trains for six short steps."""
     settings: dict[str, Any] = {

@@ -40,23 +40,27 @@ def linear_language_model_objective(
     *,
     config: ObjectiveConfig,
     totals: StepTotals,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
     top1_log_prob: Tensor | None = None,
     has_teacher: Tensor | None = None,
     support: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> LanguageModelTerms:
-    """`language_model_objective` of `hidden @ weight.T`; its arguments, and those of the head.
+    """`language_model_objective` of `cap(hidden @ weight.T + bias)`, with the head's arguments.
 
     Logits and gradients are float32 or wider, under autocast too. The gradient cannot be
     differentiated again.
 
     Args:
         hidden: [N, D] the student's states at the counted positions.
-        weight: [V, D] its head, without bias.
+        weight: [V, D] its head.
         targets: the teacher's; asked for a chunk of positions at a time.
         next_ids: [N], or None for an unlabelled batch.
         config: the weights of the terms.
         totals: of the whole optimizer step.
+        bias: [V] of the head, or None.
+        soft_cap: `c` of `c tanh(logits / c)`, nats; None for logits as they are.
         top1_log_prob: [N], given where `conf_power` is above 0.
         has_teacher: [N] bool, or None.
         support: [V] bool, or None.
@@ -72,6 +76,8 @@ def linear_language_model_objective(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not [N, D] and "
             "[V, D]"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a bias {tuple(bias.shape)} for {len(weight)} outcomes")
     num_taught = len(hidden) if has_teacher is None else int(has_teacher.sum())
     totals.check_covers(num_taught, labeled=next_ids is not None)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
@@ -79,16 +85,21 @@ def linear_language_model_objective(
     has_gradient = torch.is_grad_enabled()
     of_hidden = has_gradient and hidden.requires_grad
     of_weight = has_gradient and weight.requires_grad
+    of_bias = has_gradient and bias is not None and bias.requires_grad
     hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
     weight_gradient = torch.zeros_like(head) if of_weight else None
+    bias_gradient = torch.zeros_like(head[:, 0]) if of_bias else None
     shares = []
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, max(1, len(hidden)), size):
             chunk = slice(start, start + size)
             states = hidden[chunk].detach().to(dtype)
-            logits = (states @ head.T).requires_grad_(of_hidden or of_weight)  # [n, V]
+            logits = states @ head.T  # [n, V]
+            if bias is not None:
+                logits += bias.detach()
+            logits.requires_grad_(of_hidden or of_weight or of_bias)
             share = language_model_objective(
-                logits,
+                logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap),
                 targets.at_positions(chunk),
                 None if next_ids is None else next_ids[chunk],
                 config=config,
@@ -103,6 +114,8 @@ def linear_language_model_objective(
                     hidden_gradient[chunk] = gradient @ head
                 if weight_gradient is not None:
                     weight_gradient.addmm_(gradient.T, states)
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(dim=0)
             shares.append({one.name: getattr(share, one.name) for one in fields(share)})
             shares[-1]["loss"] = share.loss.detach()
     sums: dict[str, Any] = {
@@ -110,7 +123,7 @@ def linear_language_model_objective(
         for name, first in shares[0].items()
     }
     sums["loss"] = _WithGradients.apply(
-        hidden, weight, sums["loss"], hidden_gradient, weight_gradient
+        sums["loss"], hidden, weight, bias, hidden_gradient, weight_gradient, bias_gradient
     )
     return LanguageModelTerms(**sums)
 
@@ -121,15 +134,15 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        loss: Tensor,
         hidden: Tensor,
         weight: Tensor,
-        loss: Tensor,
-        hidden_gradient: Tensor | None,
-        weight_gradient: Tensor | None,
+        bias: Tensor | None,
+        *gradients: Tensor | None,
     ) -> Tensor:
-        """Keep them for `backward`."""
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        """Keep those of hidden, weight and bias for `backward`."""
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
         return loss.clone()
 
     @staticmethod
@@ -140,4 +153,4 @@ class _WithGradients(torch.autograd.Function):
             None if gradient is None else (grad_output * gradient).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None)
+        return (None, *scaled, None, None, None)

@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.linear_head import LinearHead
 
 NO_TARGET = -100  # transformers' mark of a position that counts for nothing
 
@@ -60,6 +61,11 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
         self.backbone = MambaStudentModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def output_head(self) -> LinearHead:
+        """The head, as a loss takes it."""
+        return LinearHead(weight=self.lm_head.weight)
 
     @can_return_tuple
     def forward(

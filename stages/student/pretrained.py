@@ -64,7 +64,7 @@ def classifier_config(name: str) -> PreTrainedConfig:
     Raises:
         UserError: if it is not there, cannot be read, or is of a type without a classifier.
     """
-    config = _read_config(name)
+    config = read_config(name)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
             f"hf:{name} is a {config.model_type}, of which transformers has no sequence "
@@ -120,14 +120,14 @@ def pretrained_classifier(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            if _is_config_alone(name):
+            if is_config_alone(name):
                 logger.warning("hf:%s has no weights: all start fresh, from the seed", name)
                 model = _fresh(config)
             else:
                 model = _load(name, config, keeps_head=keeps_head)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load("classifier", name, error, option=OPTION)) from error
-    _refuse_missing_rows(name, model, max(max(tokenizer.get_vocab().values()), pad_id))
+    refuse_missing_rows(name, model, max(max(tokenizer.get_vocab().values()), pad_id))
     return model
 
 
@@ -171,7 +171,12 @@ def identity(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _read_config(name: str) -> PreTrainedConfig:
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration of a hub id or folder.
+
+    Raises:
+        UserError: if it is not there or cannot be read.
+    """
     require_folder(name, "a model", option=OPTION)
     try:
         return AutoConfig.from_pretrained(
@@ -181,7 +186,7 @@ def _read_config(name: str) -> PreTrainedConfig:
         raise UserError(could_not_load("model", name, error, option=OPTION)) from error
 
 
-def _is_config_alone(name: str) -> bool:
+def is_config_alone(name: str) -> bool:
     """Whether it is a folder without weights; a hub id without them is transformers' to refuse."""
     return Path(name).is_dir() and not any((Path(name) / file).is_file() for file in WEIGHTS)
 
@@ -230,7 +235,12 @@ def _refuse_padding_that_is_text(name: str, pad_id: int, tokenizer: Tokenizer) -
         )
 
 
-def _refuse_missing_rows(name: str, model: PreTrainedModel, highest_id: int) -> None:
+def refuse_missing_rows(name: str, model: PreTrainedModel, highest_id: int) -> None:
+    """Refuse a model whose table has no row for some id.
+
+    Raises:
+        UserError: with both numbers.
+    """
     embeddings: Any = model.get_input_embeddings()
     num_rows = len(embeddings.weight)
     if num_rows <= highest_id:

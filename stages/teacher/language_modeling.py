@@ -14,9 +14,6 @@ import numpy as np
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.schema import (
-    SAMPLE_ID_BYTES,
-    Fields,
-    Ragged,
     Schema,
     bytes_per_position,
     fixed_bytes,
@@ -37,16 +34,18 @@ from teacher_cache.stages.teacher.alignment import Alignment, aligned
 from teacher_cache.stages.teacher.capture_positions import (
     arrays_of,
     reduce_positions,
-    reduced_of,
 )
 from teacher_cache.stages.teacher.codec_options import codec_of
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.draws import DRAW_SEED, draws_of
+from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.teacher.language_model_head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.teacher.load import identity
+from teacher_cache.stages.teacher.packed_fields import packed_fields
 from teacher_cache.stages.teacher.positions import Reduce, Slice, run_positions
 from teacher_cache.stages.teacher.probe import Probe, probe_codec
+from teacher_cache.stages.teacher.stored_tables import StoredTable
 from teacher_cache.stages.teacher.support import Support
 from teacher_cache.stages.teacher.task import Captured, recorded_environment
 
@@ -119,11 +118,19 @@ class LanguageModeling:
 
     @property
     def files(self) -> Mapping[str, Callable[[Path], None]]:
-        """The head, where states are cached; the map, where they are for a student's ids."""
+        """The embedding table, where there is one; the map of a student's ids; the states' head."""
         found = dict(files_of(self.support))
+        if self.embeddings is not None:
+            found[TABLE_FILE] = self.embeddings.write
         if self.head is not None:
             found[HEAD_FILE] = self.head.of_support(states_support(self.support)).write
         return found
+
+    @cached_property
+    def embeddings(self) -> StoredTable | None:
+        """The rows of the teacher's own ids in its table, for students to start from."""
+        num_ids = max(self.teacher.tokenizer.get_vocab().values()) + 1
+        return embedding_table(self.teacher.model, num_ids=num_ids)
 
     def settings(self) -> dict[str, Any]:
         """All that changes the cached values, but for the data."""
@@ -141,9 +148,10 @@ class LanguageModeling:
         }
 
     def about(self) -> dict[str, Any]:
-        """What the codec costs and loses on the first documents, and how the head is stored."""
+        """What the codec costs and loses on the first documents, and how tables are stored."""
         probe = self.probe
         found = self.alignment.about | ({} if probe is None else {"probe": probe.to_json()})
+        found[TABLE] = None if self.embeddings is None else self.embeddings.facts()
         return found if self.head is None else found | {"language_model_head": self.head.facts()}
 
     @cached_property
@@ -197,7 +205,7 @@ class LanguageModeling:
             on_batch=on_batch,
         )
         return Captured(
-            fields=self._fields(packed.samples, outputs.values),
+            fields=packed_fields(self.codec, packed.samples, outputs.values),
             num_truncated=0,
             environment=recorded_environment(
                 self.teacher, batch_tokens=self.batch_tokens, num_halvings=outputs.num_halvings
@@ -222,29 +230,6 @@ class LanguageModeling:
             return arrays_of(self.codec, reduced)
 
         return reduce
-
-    def _fields(self, samples: Sequence[PackedSample], values: Mapping[str, np.ndarray]) -> Fields:
-        """Each sample's positions in the codec's code, beside its tokens."""
-        rows: list[dict[str, np.ndarray]] = []
-        start = 0
-        for sample in samples:
-            stop = start + len(sample.input_ids)
-            reduced = reduced_of(self.codec, {k: one[start:stop] for k, one in values.items()})
-            rows.append({
-                "input_ids": sample.input_ids,
-                "segment": sample.segment,
-                "loss_mask": sample.loss_mask,
-                **self.codec.encode(reduced),  # pyright: ignore[reportArgumentType]
-            })  # fmt: skip
-            start = stop
-        ids = b"".join(sample.sample_id for sample in samples)
-        return {"sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}")} | {
-            spec.name: Ragged.from_arrays(
-                [row[spec.name] for row in rows], spec.dtype, spec.inner_shape
-            )
-            for spec in self.schema
-            if spec.is_ragged
-        }
 
 
 def bytes_per_token(codec: AnyCodec, num_ids: float | None = None) -> float:

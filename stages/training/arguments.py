@@ -14,6 +14,7 @@ from teacher_cache.cache.fingerprint import refuse_changed_settings
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.training.checkpoints import newest_checkpoint, require_committed
 from teacher_cache.stages.training.config import OptimizationConfig
+from teacher_cache.stages.training.early_stopping import ACCURACY, Measure
 from teacher_cache.stages.training.ranks import num_local_processes, num_processes
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
 
@@ -51,6 +52,7 @@ def training_arguments(
     evaluates: bool,
     keeps_best: bool,
     label_names: list[str],
+    measure: Measure = ACCURACY,
     uses_all_weights: bool = False,
 ) -> TrainingArguments:
     """Arguments of a training whose whole order of batches is one epoch to the Trainer.
@@ -61,8 +63,9 @@ def training_arguments(
         num_steps: optimizer steps of the whole training.
         steps_per_epoch: evaluate and save this often, unless the settings say otherwise.
         evaluates: whether there are held-out samples.
-        keeps_best: end with the checkpoint of the best accuracy, not with the last one.
+        keeps_best: end with the checkpoint of the best evaluation, not with the last one.
         label_names: keys of the batch that hold targets.
+        measure: of how good an evaluation is.
         uses_all_weights: whether every step gives every weight a gradient; several processes
             look for those without one where that is not known.
     """
@@ -89,8 +92,8 @@ def training_arguments(
         save_strategy="steps",
         save_steps=checkpoint_steps,
         load_best_model_at_end=keeps_best,
-        metric_for_best_model="accuracy" if keeps_best else None,
-        greater_is_better=True if keeps_best else None,
+        metric_for_best_model=measure.name if keeps_best else None,
+        greater_is_better=measure.higher_is_better if keeps_best else None,
         logging_steps=config.log_steps,
         # A loss that is no number must be seen, not replaced by the mean of the others.
         logging_nan_inf_filter=False,

@@ -14,6 +14,7 @@ from teacher_cache.stages.student.classifier import MambaStudentForSequenceClass
 from teacher_cache.stages.training.batches import Collator
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, training_data
+from teacher_cache.stages.training.early_stopping import ACCURACY, Measure
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.projected_student import ProjectedStudent
 from teacher_cache.stages.training.start import StartingStudent, start_student
@@ -31,6 +32,11 @@ class ClassificationStudents:
     def label_names(self) -> list[str]:
         """Labels and what is compared with the student's logits."""
         return ["labels", "teacher_logits"]
+
+    @property
+    def measure(self) -> Measure:
+        """The accuracy."""
+        return ACCURACY
 
     def data(self) -> TrainingData:
         """Samples of both kinds, and their order."""

@@ -23,9 +23,9 @@ class ArchitectureConfig(StageConfig):
 
     arch: str = Field(
         default="mamba2",
-        description="Student: mamba (Mamba-1), mamba2, or hf:ID, the sequence classifier of a hub "
-        "id or folder, which starts from its weights, takes none of the options below, and wants "
-        "a lower --lr, 5e-5 say.",
+        description="Student: mamba (Mamba-1), mamba2, or hf:ID, the sequence classifier (or, of "
+        "a language model's cache, the causal language model) of a hub id or folder, which starts "
+        "from its weights, takes none of the options below, and wants a lower --lr, 5e-5 say.",
     )
     d_model: int = Field(default=256, ge=1, description="Width.")
     num_layers: int = Field(default=4, ge=1, description="Layers.")
@@ -142,7 +142,8 @@ class TrainingConfig(OptimizationConfig):
     early_stopping: int | None = Field(
         default=None,
         ge=1,
-        description="Stop after so many evaluations without a better accuracy, and keep the best.",
+        description="Stop after so many evaluations without a better accuracy (of a language "
+        "model: a lower held-out objective), and keep the best.",
     )
     embeddings: Literal["random", "teacher", "teacher-states"] = Field(
         default="random",

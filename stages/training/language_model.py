@@ -17,14 +17,19 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
+from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
+from teacher_cache.stages.student.pretrained import identity, refuse_too_long
+from teacher_cache.stages.student.pretrained_language_model import pretrained_language_model
 from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 from teacher_cache.stages.teacher.support import Support
 from teacher_cache.stages.training.cached_targets import require_temperature, serves
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, ordered_data
+from teacher_cache.stages.training.early_stopping import OBJECTIVE, Measure
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
-from teacher_cache.stages.training.start import StartingStudent, filler_id
+from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
 
 # Each with the value at which it does nothing; None where it always does something.
 CLASSIFIERS_OPTIONS: dict[str, Any] = {
@@ -34,8 +39,6 @@ CLASSIFIERS_OPTIONS: dict[str, Any] = {
     "bidirectional": False,
     "lm_weight": 0.0,
     "pooled_weight": 0.0,
-    "embeddings": "random",
-    "early_stopping": None,
     "unlabeled_from": "all",
 }
 ENDS = ("bos", "eos")  # what generation begins and stops with
@@ -46,14 +49,14 @@ class LanguageModelStudents:
     """A `StudentTask`.
 
     Raises:
-        UserError: for a classifier's options, a pre-trained student, or a temperature that the
-            cache does not serve.
+        UserError: for a classifier's options, or a temperature that the cache does not serve.
     """
 
     def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
         _refuse_other_tasks_options(config)
         self._config = config
         self._readers = readers
+        self._trained: MambaStudentForCausalLM | PackedLanguageModel
         self._codec = codec_from(readers[0].manifest.settings["codec"])
         require_temperature(self._codec, config.temperature)
 
@@ -62,18 +65,30 @@ class LanguageModelStudents:
         """The next tokens."""
         return ["next_ids"]
 
+    @property
+    def measure(self) -> Measure:
+        """What is trained on, at the held-out positions: cross-entropy and KL as weighed."""
+        return OBJECTIVE
+
     def data(self) -> TrainingData:
         """Packed sequences, and their order."""
         return ordered_data(self._config, self._readers, PackedSamples)
 
     def start(self, joined: Joined) -> StartingStudent:
-        """A Mamba with fresh weights, whose table has the ids of the tokenizer."""
+        """A Mamba with fresh weights, or a pre-trained causal language model."""
         tokenizer = joined.tokenizer
         self._support = _support(self._readers[0], tokenizer)
         if isinstance(self._codec, HiddenCodec):
             reader = self._readers[0]
             head = read_language_model_head(reader.cache, reader.manifest)
             self._codec = replace(self._codec, head=head.of_support(self._support))
+        if self._config.pretrained is not None:
+            return self._pretrained(self._config.pretrained, joined)
+        return self._mamba(joined)
+
+    def _mamba(self, joined: Joined) -> StartingStudent:
+        """One whose table has the ids of the tokenizer."""
+        tokenizer = joined.tokenizer
         shape = self._config.model_dump(include=SHAPE)
         if self._config.arch == "mamba":
             del shape["head_dim"]
@@ -84,8 +99,24 @@ class LanguageModelStudents:
             pad_token_id=pad_id,
         )
         model = build_language_model(student_config, seed=self._config.seed)
+        self._trained = model
+        random = self._config.embeddings == "random"
+        taken = {} if random else take_embeddings(model, self._config, joined)
         return StartingStudent(
-            model=model, pad_id=pad_id, settings={"task": "lm"} | shape, about={}
+            model=model, pad_id=pad_id, settings={"task": "lm"} | shape | taken, about={}
+        )
+
+    def _pretrained(self, name: str, joined: Joined) -> StartingStudent:
+        """Its own weights, and its own way of keeping packed documents apart."""
+        loaded = pretrained_language_model(name, tokenizer=joined.tokenizer, seed=self._config.seed)
+        longest = max(int(reader.lengths().max()) for reader in self._readers)
+        refuse_too_long(name, loaded.model, longest_sample=longest, max_length=joined.max_length)
+        self._trained = PackedLanguageModel(loaded.model, packs=loaded.packs)
+        return StartingStudent(
+            model=loaded.model,
+            pad_id=filler_id(joined.tokenizer),
+            settings={"task": "lm", "arch": "hf", "start": identity(loaded.model)},
+            about={"start": self._config.arch, "packs": loaded.packs},
         )
 
     def trainer(
@@ -98,12 +129,12 @@ class LanguageModelStudents:
     ) -> LanguageModelTrainer:
         """On the positions that count."""
         return LanguageModelTrainer(
-            model=student.model,
+            model=self._trained,
             args=args,
             objective=self._config,
             embedding_lr_scale=self._config.embedding_lr_scale,
             codec=_on_device(self._codec, args.device),
-            support=_mask(self._support, student.model.config.vocab_size),
+            support=_mask(self._support, len(self._trained.output_head.weight)),
             held_out_temperature=1.0 if serves(self._codec, 1.0) else self._config.temperature,
             batches=data.batches,
             train_dataset=data.training,
@@ -114,16 +145,13 @@ class LanguageModelStudents:
 
 
 def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:
-    if config.pretrained is not None:
-        raise UserError(
-            f"--arch {config.arch} starts from a sequence classifier, and {config.cache} is of a "
-            "language model: give --arch mamba or mamba2"
-        )
     given = [
         name
         for name, off in CLASSIFIERS_OPTIONS.items()
         if name in config.model_fields_set and getattr(config, name) not in (off, None)
     ]
+    if config.embeddings == "teacher-states":  # pooled, which a language model's are not
+        given.append("embeddings teacher-states")
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(

@@ -20,6 +20,7 @@ from teacher_cache.stages.losses.linear_language_model import linear_language_mo
 from teacher_cache.stages.losses.objective import NO_LABEL
 from teacher_cache.stages.losses.sampled import MIN_EFFECTIVE_DRAWS
 from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.student.linear_head import LinearHead
 from teacher_cache.stages.training.cached_targets import CachedTargets
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.packed_batches import at
@@ -162,9 +163,10 @@ class LanguageModelTrainer(ObjectiveTrainer):
         self, positions: Positions, objective: ObjectiveConfig, *, totals: StepTotals
     ) -> LanguageModelTerms:
         student: Any = self.model  # as it is, not as a data-parallel wrapper
-        weight = student.lm_head.weight
+        head: LinearHead = student.output_head
+        weight, scale = head.weight, head.scale
         return linear_language_model_objective(
-            positions.hidden,
+            positions.hidden if scale == 1 else positions.hidden * scale,
             weight,
             CachedTargets(
                 codec=self._codec,
@@ -175,6 +177,8 @@ class LanguageModelTrainer(ObjectiveTrainer):
             positions.next_ids,
             config=objective,
             totals=totals,
+            bias=head.bias if head.bias is None or scale == 1 else head.bias * scale,
+            soft_cap=head.soft_cap,
             top1_log_prob=positions.stored[TOP1_LOG_PROB] if objective.conf_power else None,
             support=self._support,
         )

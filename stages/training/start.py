@@ -20,7 +20,9 @@ from teacher_cache.stages.student.build import build_student
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
+from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.position_map import choose
+from teacher_cache.stages.student.pretrained_language_model import language_model_config
 from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
 from teacher_cache.stages.teacher.token_states import STATES_FILE, read_token_states
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StartingStudent:
-    """A classifier that has not been trained on the cache yet.
+    """A student that has not been trained on the cache yet.
 
     Attributes:
         model: in float32, on the CPU.
@@ -46,27 +48,37 @@ class StartingStudent:
     about: dict[str, Any]
 
 
-def check_architecture(config: ArchitectureConfig) -> None:
+def check_architecture(config: ArchitectureConfig, *, task: str) -> None:
     """Refuse what needs no cache to be seen: sizes that do not fit, a model that is not there.
+
+    Args:
+        config: the student's.
+        task: of the cache: `classification` or `lm`.
 
     Raises:
         UserError: saying what to give instead.
     """
     if config.pretrained is None:
         MambaStudentConfig(**_shape(config))
+    elif task == "lm":
+        language_model_config(config.pretrained)
     else:
         pretrained.classifier_config(config.pretrained)
 
 
-def with_own_tokenizer(config: TrainStudentConfig) -> TrainStudentConfig:
+def with_own_tokenizer(config: TrainStudentConfig, *, task: str) -> TrainStudentConfig:
     """The settings with a pre-trained student's own tokenizer, unless one is named or it has none.
 
     Its embeddings mean that tokenizer's tokens, so that is the one to compare with the cache's.
 
+    Args:
+        config: the run's settings.
+        task: of the cache.
+
     Raises:
         UserError: if the student cannot be had: sizes that do not fit, a model that is not there.
     """
-    check_architecture(config)
+    check_architecture(config, task=task)
     if config.pretrained is None or config.student_tokenizer is not None:
         return config
     own = pretrained.own_tokenizer(config.pretrained)
@@ -112,7 +124,7 @@ def _mamba(
         label2id={name: class_id for class_id, name in id2label.items()},
     )
     model = build_student(student_config, seed=config.seed)
-    taken = {} if config.embeddings == "random" else _take_embeddings(model, config, joined)
+    taken = {} if config.embeddings == "random" else take_embeddings(model, config, joined)
     return StartingStudent(
         model=model,
         pad_id=pad_id,
@@ -127,10 +139,22 @@ def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return pad_id if isinstance(pad_id, int) else 0
 
 
-def _take_embeddings(
-    model: MambaStudentForSequenceClassification, config: TrainStudentConfig, joined: Joined
+def take_embeddings(
+    model: MambaStudentForSequenceClassification | MambaStudentForCausalLM,
+    config: TrainStudentConfig,
+    joined: Joined,
 ) -> dict[str, str]:
-    """Start from the teacher's embeddings; returns the SHA-256 of the files that hold them."""
+    """Start from the teacher's embeddings; returns the SHA-256 of the files that hold them.
+
+    Args:
+        model: a fresh student, whose table is changed.
+        config: the run's settings, whose `embeddings` are not random.
+        joined: the student's tokenizer.
+
+    Raises:
+        UserError: if the ids mean other strings to teacher and student, or the cache has no table.
+        CheckFailed: if its file is damaged or missing.
+    """
     if not joined.report.waivable:
         raise UserError(
             f"--embeddings {config.embeddings} needs ids that mean the same to teacher and "

@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.training.data import TrainingData
+from teacher_cache.stages.training.early_stopping import Measure
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.start import StartingStudent
 
@@ -22,6 +23,11 @@ class StudentTask(Protocol):
     @property
     def label_names(self) -> list[str]:
         """Keys of a held-out batch that hold targets."""
+        ...
+
+    @property
+    def measure(self) -> Measure:
+        """By which early stopping knows the better of two evaluations."""
         ...
 
     def data(self) -> TrainingData:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.command_line import TINY_STUDENT, done
+from tests.tiny_models import write_tiny_language_model
 
 Copy = Callable[[Path], Path]
 
@@ -29,6 +31,19 @@ def bert_run(tmp_path_factory: pytest.TempPathFactory, bert_cache: Path) -> Path
     run = tmp_path_factory.mktemp("runs") / "bert"
     done("train-student", "--cache", bert_cache, "--out", run, *TINY_STUDENT)
     return run
+
+
+@pytest.fixture(scope="session")
+def small_language_model(
+    tmp_path_factory: pytest.TempPathFactory,
+    gpt2_tokenizer: PreTrainedTokenizerBase,
+    acl_imdb: Path,
+) -> Path:
+    """A tiny GPT-2 with 300 ids: writing 50,257 of them anew in each run would take the time."""
+    texts = [path.read_text() for path in sorted(acl_imdb.glob("train/*/*.txt"))]
+    assert isinstance(gpt2_tokenizer, PreTrainedTokenizerFast)
+    tokenizer = gpt2_tokenizer.train_new_from_iterator(texts, 300)
+    return write_tiny_language_model(tmp_path_factory.mktemp("small-lm") / "gpt2", tokenizer)
 
 
 @pytest.fixture

@@ -7,19 +7,21 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.pipeline import cli, commands
 from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig, StageOneObserver
-from teacher_cache.stages.teacher import classification
-from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher
+from teacher_cache.stages.teacher import classification, language_modeling
+from teacher_cache.stages.teacher.language_model import load_language_model
+from teacher_cache.stages.teacher.load import Teacher, load_teacher
 from tests.small_caches import set_shards_per_folder
 
 HALF_WRITTEN, WRITTEN, RENAMED = "half-written", "written", "renamed"
 
-teachers: dict[str, ClassificationTeacher] = {}  # loaded by the server, so that each child need not
+teachers: dict[str, Teacher] = {}  # loaded by the server, so that each child need not
 
 # Imported for `pipe`, which imports it late: a fork should find it loaded.
 assert commands
@@ -103,7 +105,8 @@ def warm_up(config: str) -> None:
     logging.disable_progress_bar()
     resolved = CacheTeacherConfig.model_validate_json(config)
     stage_one.run(resolved)
-    teachers[resolved.teacher] = load_teacher(resolved)
+    load = load_teacher if resolved.task == "classification" else load_language_model
+    teachers[resolved.teacher] = load(resolved)
 
 
 def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | None = None) -> None:
@@ -113,7 +116,9 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     assert resolved.out is not None
     steps = Steps(resolved.out, Path(log), die_at)
     steps.install()
-    classification.load_teacher = lambda config: teachers[config.teacher]
+    loaded: Any = teachers[resolved.teacher]
+    classification.load_teacher = lambda config: loaded
+    language_modeling.load_language_model = lambda config: loaded
     stage_one.run(resolved, steps)
 
 

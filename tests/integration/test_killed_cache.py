@@ -25,6 +25,7 @@ from tests.integration.fork_server import ForkServer
 from tests.integration.stage_one_child import HALF_WRITTEN
 from tests.small_caches import contents, set_shards_per_folder
 from tests.tiny_models import write_tiny_bert
+from tests.tiny_runs import language_config
 
 SHARDS_PER_FOLDER = 2  # so that five shards fill two segments and begin a third
 NUM_RANDOM_KILLS = 12
@@ -119,6 +120,26 @@ def stage_one(
     return _uninterrupted(server, config, folder, num_shards=5)
 
 
+@pytest.fixture(scope="module")
+def language_stage_one(
+    tmp_path_factory: pytest.TempPathFactory,
+    server: ForkServer,
+    small_language_model: Path,
+    acl_imdb: Path,
+) -> StageOne:
+    """The same of a language model: packed samples, and what its codec keeps of each position."""
+    folder = tmp_path_factory.mktemp("language-caches")
+    config = language_config(None, small_language_model, acl_imdb, shard_documents=4)
+    warm = config.model_copy(update={"out": folder / "warm"})
+    server.call("warm_up", config=warm.model_dump_json())
+    return _uninterrupted(server, config, folder, num_shards=5)
+
+
+@pytest.fixture(params=["stage_one", "language_stage_one"])
+def either_stage_one(request: pytest.FixtureRequest) -> StageOne:
+    return request.getfixturevalue(request.param)
+
+
 def _uninterrupted(
     server: ForkServer, config: CacheTeacherConfig, folder: Path, *, num_shards: int
 ) -> StageOne:
@@ -186,7 +207,8 @@ def _moments(steps: list[str]) -> list[str]:
     return chosen
 
 
-def test_killed_between_any_two_steps(stage_one: StageOne) -> None:
+def test_killed_between_any_two_steps(either_stage_one: StageOne) -> None:
+    stage_one = either_stage_one
     moments = _moments(stage_one.steps)
     # Shard, sidecar, segment and manifest of both splits, before and after they get their names.
     kinds = {(step.split()[0], step.split()[1].split("/")[0]) for step in moments}
@@ -241,7 +263,8 @@ def test_killed_while_it_makes_views(
         _complete(viewing, cache, f"at: {step}")
 
 
-def test_killed_at_random_moments_again_and_again(stage_one: StageOne) -> None:
+def test_killed_at_random_moments_again_and_again(either_stage_one: StageOne) -> None:
+    stage_one = either_stage_one
     rng = random.Random(0)
     cache, num_killed, num_caches = stage_one.folder / "random-0", 0, 1
     while num_killed < NUM_RANDOM_KILLS:

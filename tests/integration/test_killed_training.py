@@ -20,9 +20,16 @@ from teacher_cache.stages.training.checkpoints import MARKER_NAME
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
 from tests.integration.fork_server import ForkServer
-from tests.tiny_runs import cache_reviews, result_files, student_config
+from tests.tiny_runs import cache_language, cache_reviews, result_files, student_config
 
 NUM_RANDOM_KILLS = 8
+EVERYTHING = {
+    "unlabeled_alpha": 0.3,
+    "conf_power": 1.0,
+    "gradient_accumulation": 2,
+    "log_steps": 2,
+    "max_steps": 16,
+}
 RECORD = f"rename {RUN_NAME}"
 
 
@@ -53,7 +60,7 @@ class StageTwo:
 
 def _arguments(config: TrainStudentConfig, run: Path) -> dict[str, Any]:
     config = config.model_copy(update={"out": run})
-    return {"config": config.model_dump_json(), "log": f"{run}.log"}
+    return {"config": config.model_dump_json(exclude_unset=True), "log": f"{run}.log"}
 
 
 def _steps(run: Path) -> list[str]:
@@ -61,24 +68,33 @@ def _steps(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stage_two(
+def classifiers_config(
     tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path
-) -> Iterator[StageTwo]:
+) -> TrainStudentConfig:
+    """Everything that draws or counts: dropout, both kinds, weights, micro-batches, evaluations."""
     folder = tmp_path_factory.mktemp("killed-training")
     cache = cache_reviews(folder / "cache", tiny_bert, acl_imdb)
-    # Everything that draws or counts: dropout, both kinds, weights, micro-batches, evaluations.
-    config = student_config(
-        cache,
-        folder / "warm",
-        dropout=0.2,
-        unlabeled_alpha=0.3,
-        conf_power=1.0,
-        gradient_accumulation=2,
-        log_steps=2,
-        max_steps=16,
-    )
+    return student_config(cache, folder / "warm", dropout=0.2, **EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def language_models_config(
+    tmp_path_factory: pytest.TempPathFactory, small_language_model: Path, acl_imdb: Path
+) -> TrainStudentConfig:
+    """The same of a language model's cache, which has no dropout."""
+    folder = tmp_path_factory.mktemp("killed-language-training")
+    cache = cache_language(folder / "cache", small_language_model, acl_imdb)
+    return student_config(cache, folder / "warm", **EVERYTHING | {"batch_size": 2})
+
+
+@pytest.fixture(scope="module", params=["classifiers_config", "language_models_config"])
+def stage_two(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StageTwo]:
+    folder = tmp_path_factory.mktemp(request.param)
+    config = request.getfixturevalue(request.param)
     with ForkServer("tests.integration.train_student_child", folder / "output.txt") as server:
-        server.call("warm_up", config=config.model_dump_json())
+        server.call("warm_up", config=config.model_dump_json(exclude_unset=True))
         whole = folder / "whole"
         started = time.monotonic()
         code = server.run("train_student", **_arguments(config, whole))
@@ -144,10 +160,12 @@ def test_killed_at_random_moments(stage_two: StageTwo) -> None:
     assert result_files(run) == stage_two.whole
 
 
-def test_interrupted_from_the_keyboard(stage_two: StageTwo, tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(
+    classifiers_config: TrainStudentConfig, tmp_path: Path
+) -> None:
     """The real command: exit code 130, and the line that goes on from there."""
     run = tmp_path / "run"
-    config = stage_two.config
+    config = classifiers_config
     command = [
         "train-student", "--cache", str(config.cache), "--out", str(run), "--device", "cpu",
         "--d-model", "8", "--num-layers", "1", "--expand", "2", "--d-state", "4",

@@ -12,13 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from teacher_cache.cache.lock import writer_lock
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
 from tests.integration.fork_server import ForkServer
 from tests.integration.processes_child import few_batches, few_samples
-from tests.tiny_runs import cache_reviews, result_files, result_log, student_config
+from tests.tiny_models import write_start
+from tests.tiny_runs import (
+    cache_language,
+    cache_reviews,
+    result_files,
+    result_log,
+    student_config,
+)
 
 KILLED = 128 + signal.SIGKILL
 
@@ -128,6 +136,39 @@ def test_the_number_of_processes_changes_nothing(
             for step, expected in zip(found["gradients"], alone["gradients"], strict=True):
                 torch.testing.assert_close(step, expected, rtol=0, atol=1e-12)
             torch.testing.assert_close(found["weights"], alone["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", ["mamba2", "gpt2", "llama"])
+def test_a_language_model_in_two_processes_is_one_run(
+    processes: Processes, small_language_model: Path, acl_imdb: Path, tmp_path: Path, arch: str
+) -> None:
+    """A Mamba; a pre-trained model whose head is its table; one with a head of its own.
+
+    A batch of three leaves one process a sample more, the last one of a corpus perhaps none.
+    """
+    cache = cache_language(tmp_path / "cache", small_language_model, acl_imdb)
+    changes: dict[str, Any] = {
+        "batch_size": 3, "unlabeled_alpha": 0.3, "conf_power": 1.0, "gradient_accumulation": 2,
+    }  # fmt: skip
+    config = student_config(cache, tmp_path, **changes)
+    if arch != "mamba2":
+        tokenizer = AutoTokenizer.from_pretrained(small_language_model)
+        start = write_start(tmp_path / "start", arch, tokenizer)
+        shape = {"d_model", "num_layers", "expand", "d_state", "head_dim"}
+        settings = config.model_dump(exclude_unset=True, exclude=shape)
+        config = TrainStudentConfig(**settings | {"arch": f"hf:{start}"})
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    for number, run in ((1, alone), (2, two)):
+        own = config.model_copy(update={"out": run}).model_dump_json(exclude_unset=True)
+        code = processes.run(number, "train_student", config=own)
+        assert code == 0, processes.server.output.read_text()[-2000:]
+    log = result_log(alone)
+    assert {"kd", "ce", "kd_unlabeled", "eval_kl"} <= {name for line in log for name in line}
+    for line, expected in zip(result_log(two), log, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    weights = [load_file(run / "model.safetensors") for run in (two, alone)]
+    torch.testing.assert_close(*weights, rtol=0, atol=2e-5)
+    assert read_run(two).settings == read_run(alone).settings
 
 
 def test_a_run_in_two_processes_is_one_run(processes: Processes, tmp_path: Path) -> None:

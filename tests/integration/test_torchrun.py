@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from teacher_cache.cache.lock import LOCK_NAME
 from teacher_cache.stages.training.checkpoints import MARKER_NAME
 from teacher_cache.stages.training.run_folder import read_run
 from tests.command_line import TINY_STUDENT, done
-from tests.tiny_runs import result_files, result_log
+from tests.tiny_models import write_start
+from tests.tiny_runs import cache_language, result_files, result_log
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 300
@@ -78,6 +80,37 @@ def test_torchrun_trains_one_student(bert_cache: Path, tmp_path: Path) -> None:
     code, said, _ = outcome(*distil(bert_cache, run))
     assert (code, said.count("was trained before")) == (0, 1)
     assert result_files(run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["mamba2", "gpt2", "llama"])
+def test_torchrun_trains_one_language_model(
+    small_language_model: Path, acl_imdb: Path, tmp_path: Path, arch: str
+) -> None:
+    """A Mamba, a pre-trained model with a tied head, and one with a head of its own."""
+    cache = cache_language(tmp_path / "cache", small_language_model, acl_imdb)
+    if arch == "mamba2":
+        shape = TINY_STUDENT[: TINY_STUDENT.index("--batch-size")]
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(small_language_model)
+        start = write_start(tmp_path / "start", arch, tokenizer)
+        shape = ("--arch", f"hf:{start}", "--dtype", "float32")
+    command = (
+        "train-student", "--cache", cache, "--device", "cpu", "--unlabeled-alpha", "0.3", *shape,
+        "--batch-size", "3", "--max-steps", "6", "--checkpoint-steps", "3",
+        "--eval-fraction", "0.3", "--log-steps", "1",
+    )  # fmt: skip
+    alone, run = tmp_path / "alone", tmp_path / "two"
+    done(*command, "--out", alone)
+    code, said, notes = outcome(*command, "--out", run)
+    assert code == 0, notes
+    assert said.count("trained: ") == said.count("step 6, held out") == 1
+    weights = [load_file(one / "model.safetensors") for one in (run, alone)]
+    torch.testing.assert_close(*weights, rtol=0, atol=2e-5)
+    lines = result_log(alone)
+    assert any("eval_kl" in line for line in lines) and any("kd_unlabeled" in one for one in lines)
+    for line, expected in zip(result_log(run), lines, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow

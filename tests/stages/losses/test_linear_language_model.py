@@ -61,18 +61,33 @@ def make_inputs(
     return hidden, weight, others
 
 
-def plain(hidden: Tensor, weight: Tensor, **others: Any) -> LanguageModelTerms:
-    return language_model_objective(hidden @ weight.T, **others)
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
+    **others: Any,
+) -> LanguageModelTerms:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return language_model_objective(logits, **others)
 
 
-def results(function: Any, hidden: Tensor, weight: Tensor, **others: Any) -> dict[str, Any]:
-    """Every term, and the gradients of both inputs, of 0.3 times the loss."""
+def results(
+    function: Any, hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, **others: Any
+) -> dict[str, Any]:
+    """Every term, and the gradients of all inputs, of 0.3 times the loss."""
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    if bias is not None:
+        bias = others["bias"] = bias.clone().requires_grad_()
     terms = function(*leaves, **others)
     (0.3 * terms.loss).backward()
     found = {one.name: getattr(terms, one.name) for one in fields(terms)}
     found["loss"] = terms.loss.detach()
-    return found | {"hidden": leaves[0].grad, "weight": leaves[1].grad}
+    found |= {"hidden": leaves[0].grad, "weight": leaves[1].grad}
+    return found if bias is None else found | {"bias": bias.grad}
 
 
 @settings(max_examples=40, deadline=None)
@@ -84,12 +99,25 @@ def results(function: Any, hidden: Tensor, weight: Tensor, **others: Any) -> dic
     kind=st.sampled_from(["dense", "sparse", "sampled"]),
     name=st.sampled_from(["kl", "jsd"]),
     conf_power=st.sampled_from([0.0, 1.0]),
+    has_bias=st.booleans(),
+    soft_cap=st.sampled_from([None, 1.5]),
 )
 def test_any_chunks_give_the_same_terms_and_gradients(
-    num: int, vocab: int, max_logits: int, seed: int, kind: str, name: Any, conf_power: float
+    num: int,
+    vocab: int,
+    max_logits: int,
+    seed: int,
+    kind: str,
+    name: Any,
+    conf_power: float,
+    has_bias: bool,
+    soft_cap: float | None,
 ) -> None:
     config = ObjectiveConfig(divergence=name, conf_power=conf_power, label_smoothing=0.1)
     hidden, weight, others = make_inputs(num, 4, vocab, seed, config, kind)
+    others["soft_cap"] = soft_cap
+    if has_bias:
+        others["bias"] = torch.linspace(-1, 2, vocab, dtype=torch.float64)
     found = results(
         linear_language_model_objective, hidden, weight, max_logits=max_logits, **others
     )
@@ -131,6 +159,8 @@ def test_refuses_what_does_not_fit() -> None:
     hidden, weight, others = make_inputs(9, 4, 7, 0, ObjectiveConfig(), "sparse")
     with pytest.raises(ValueError, match=r"are not \[N, D\] and \[V, D\]"):
         linear_language_model_objective(hidden, weight[:, :3], **others)
+    with pytest.raises(ValueError, match="for 7 outcomes"):
+        linear_language_model_objective(hidden, weight, bias=weight[:6, 0], **others)
     others["totals"] = StepTotals(num_labeled=2)
     with pytest.raises(ValueError, match="in a step that counts 2"):
         linear_language_model_objective(hidden, weight, max_logits=7, **others)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from teacher_cache.stages.training.early_stopping import EarlyStopping
+from teacher_cache.stages.training.early_stopping import OBJECTIVE, EarlyStopping
 
 
 def stops(accuracies: list[float], patience: int) -> bool:
@@ -30,6 +30,16 @@ def stops(accuracies: list[float], patience: int) -> bool:
 )
 def test_it_waits_as_long_as_told(accuracies: list[float], patience: int, expected: bool) -> None:
     assert stops(accuracies, patience) == expected
+
+
+def test_a_loss_is_better_where_it_is_lower() -> None:
+    state = TrainerState()
+    for loss, expected in ((3.0, False), (2.0, False), (2.5, False), (2.0, True)):
+        state.log_history.append({"eval_loss": loss, "eval_accuracy": loss})
+        control = TrainerControl()
+        stopping = EarlyStopping(2, OBJECTIVE)
+        stopping.on_evaluate(TrainingArguments(use_cpu=True), state, control)
+        assert control.should_training_stop == expected
 
 
 def test_a_stop_that_was_asked_for_stays() -> None:

@@ -105,7 +105,7 @@ def make_trainer(
     data: BothKinds,
     *,
     objective: ObjectiveConfig = OBJECTIVE,
-    student: MambaStudentForCausalLM | None = None,
+    student: torch.nn.Module | None = None,
     held_out_temperature: float = 1.0,
 ) -> LanguageModelTrainer:
     return LanguageModelTrainer(
@@ -182,7 +182,7 @@ def slow_divergence(codec: AnyCodec, sample: Sample, place: int, log_q: Tensor, 
 
 
 def slow_positions(
-    codec: AnyCodec, student: MambaStudentForCausalLM, sample: Sample, t: float
+    codec: AnyCodec, student: torch.nn.Module, sample: Sample, t: float
 ) -> list[dict[str, Tensor]]:
     """What each counted position costs, a document at a time."""
     found = []
@@ -205,7 +205,7 @@ def slow_positions(
 
 
 def slow_step(
-    codec: AnyCodec, student: MambaStudentForCausalLM, samples: list[Sample]
+    codec: AnyCodec, student: torch.nn.Module, samples: list[Sample]
 ) -> tuple[float, dict[str, Tensor]]:
     """A step over all samples."""
     student.zero_grad()
