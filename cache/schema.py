@@ -12,7 +12,8 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 
 FORMAT = "teacher-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this release reads; a cache's own is the oldest that knows all it uses."""
 
 SAMPLE_ID_BYTES = 16
 NO_LABEL = -1
