@@ -11,7 +11,7 @@ import numpy as np
 from teacher_cache.cache.errors import BadShardError, UserError, did_you_mean
 from teacher_cache.cache.index import read_segment
 from teacher_cache.cache.manifest import read_manifest
-from teacher_cache.cache.schema import Fields, Ragged
+from teacher_cache.cache.schema import Fields, Ragged, joined_fields
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.stores.interface import Shard
 from teacher_cache.cache.stores.named import store_named
@@ -103,6 +103,14 @@ class CacheReader:
         """All samples in cache order, some at a time: a fast pass over the whole split."""
         for shard_idx in range(len(self.sidecars)):
             yield from self._shard(shard_idx).batches()
+
+    def shard(self, shard_idx: int) -> Fields:
+        """All fields of one shard, checked.
+
+        Raises:
+            BadShardError: if its bytes are missing or differ from their checksum.
+        """
+        return joined_fields(self.manifest.schema, list(self._shard(shard_idx).batches()))
 
     def lengths(self) -> np.ndarray:
         """Positions of every sample, [N] int64."""

@@ -21,7 +21,6 @@ from tests.small_caches import (
     write_cache,
 )
 
-
 pytestmark = pytest.mark.usefixtures("store")
 
 
