@@ -67,11 +67,13 @@ class Steps(StageOneObserver):
         # Nothing is synced: what a killed process has written is safe, only a power cut loses it.
         inode = os.fstat(descriptor).st_ino
         for path in self._cache.rglob(".*.tmp"):
-            if path.stat().st_ino == inode:
-                target = path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))
-                if self._step(HALF_WRITTEN, target):
-                    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-                    self._die()
+            target = path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))
+            for one in [path, *path.rglob("*")]:  # a shard may be a folder of files
+                if one.is_file() and one.stat().st_ino == inode:
+                    if self._step(HALF_WRITTEN, target / one.relative_to(path)):
+                        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+                        self._die()
+                    return
 
     def _on_replace(self, source: Path, target: Path) -> None:
         if not Path(target).is_relative_to(self._cache):

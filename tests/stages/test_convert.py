@@ -189,7 +189,7 @@ def test_a_classifiers_cache_changes_format_and_nothing_else(tmp_path: Path) -> 
         assert list(old.sample_ids()) == list(new.sample_ids())
         assert old.column("class_logits").tobytes() == new.column("class_logits").tobytes()
         assert new.manifest.splits[split].num_truncated == old.manifest.splits[split].num_truncated
-    with pytest.raises(UserError, match="--codec is of language models, and .* a classifier's"):
+    with pytest.raises(UserError, match=r"--codec is of language models, and .* a classifier's"):
         _run(cache, tmp_path / "topk", codec="topk")
     with pytest.raises(UserError, match="is in this format and codec already"):
         _run(cache, tmp_path / "same")
@@ -403,7 +403,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path, source: Callable[[str], Path])
     assert verify(tmp_path / "out").problems
     assert convert.run(config).num_shards_run == 1
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    with pytest.raises(UserError, match="settings.codec.top_k is 8 there and 7 in this command"):
+    with pytest.raises(UserError, match=r"settings\.codec\.top_k is 8 there and 7 in this command"):
         convert.run(config.model_copy(update={"top_k": 7}))
     with pytest.raises(UserError, match="format is 'zarr' there and 'arrow' in this command"):
         convert.run(config.model_copy(update={"format": "arrow"}))
