@@ -26,7 +26,6 @@ from teacher_cache.stages.conversion.codecs import (
     LogitsOf,
     Recode,
     recode,
-    require_convertible,
     target_codec,
 )
 from teacher_cache.stages.conversion.config import ConvertConfig
@@ -148,7 +147,6 @@ def _codecs(config: ConvertConfig, source: Manifest) -> Codecs | None:
         return None
     ours = codec_from(source.settings["codec"])
     target = target_codec(config, ours)
-    require_convertible(ours, target)
     if ours == target:
         return None
     device = resolve_device(DeviceConfig(device=config.device))

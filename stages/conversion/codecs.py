@@ -46,40 +46,44 @@ def target_codec(config: CodecConfig, source: AnyCodec) -> AnyCodec:
     """The codec that the options ask for; of the source's own kind, what is not given is kept.
 
     Raises:
-        UserError: for an option of another codec, or a value that the codec cannot have.
+        UserError: for an option of another codec, a value that the codec cannot have, or a codec
+            that needs what the source does not hold.
     """
     name = config.codec or source.name
     refuse_foreign_options(config, name)
     if name != source.name:
-        width = source.width if isinstance(source, HiddenCodec) else 0
-        return codec_of(config, support_size=source.support_size, width=width)
+        _require(source, name, _missing_of_kind(source, name))
+        return codec_of(config, support_size=source.support_size, width=0)
     given = {
         OPTIONS_OF[name][option]: getattr(config, option)
         for option in given_options(config)
         if option != "codec"
     }
-    return codec_from(source.settings | given)
+    target = codec_from(source.settings | given)
+    _require(source, name, _missing_of_same(source, target))
+    return target
 
 
-def require_convertible(source: AnyCodec, target: AnyCodec) -> None:
-    """Refuse a codec that needs what the source does not hold.
-
-    Raises:
-        UserError: saying what is missing and the way out.
-    """
-    missing = _missing(source, target)
+def _require(source: AnyCodec, name: str, missing: str | None) -> None:
     if missing is not None:
         raise UserError(
-            f"a {source.name} cache cannot become this {target.name} cache: {missing}; run pipe "
-            f"cache-teacher --codec {target.name} with these options instead"
+            f"a {source.name} cache cannot become this {name} cache: {missing}; run pipe "
+            f"cache-teacher --codec {name} with these options instead"
         )
 
 
-def _missing(source: AnyCodec, target: AnyCodec) -> str | None:
-    if source == target or (isinstance(source, DenseCodec) and target.name != "hidden"):
-        return None
-    if isinstance(source, HiddenCodec):
-        return None
+def _missing_of_kind(source: AnyCodec, name: str) -> str | None:
+    """What another codec needs beyond all logits, or a source that has not even these."""
+    holds = {
+        "topk": "it holds the most probable ids, and of all others only their mass",
+        "sampled": "it holds the ids that were drawn, and nothing of all others",
+    }
+    if name == "hidden":
+        holds["dense"] = "it holds logits, not the states that gave them"
+    return holds.get(source.name)
+
+
+def _missing_of_same(source: AnyCodec, target: AnyCodec) -> str | None:
     if isinstance(source, TopKCodec) and isinstance(target, TopKCodec):
         return _missing_of_head(source, target)
     if isinstance(source, SampledCodec) and isinstance(target, SampledCodec):
@@ -87,12 +91,7 @@ def _missing(source: AnyCodec, target: AnyCodec) -> str | None:
         if kept != (target.num_draws, target.draw_temperature):
             return "its draws are what they are, and the teacher is not there to draw again"
         return _missing_temperature(source.temperatures, target.temperatures)
-    holds = {
-        "topk": "it holds the most probable ids, and of all others only their mass",
-        "sampled": "it holds the ids that were drawn, and nothing of all others",
-        "dense": "it holds logits, not the states that gave them",
-    }
-    return holds[source.name]
+    return None
 
 
 def _missing_of_head(source: TopKCodec, target: TopKCodec) -> str | None:
@@ -150,7 +149,7 @@ class LogitsOf:
 
 
 def recode(source: AnyCodec, target: AnyCodec, logits_of: LogitsOf | None) -> Recode:
-    """What makes the target's fields of a sample's; `require_convertible` let the pair pass.
+    """What makes the target's fields of a sample's; `target_codec` let the pair pass.
 
     Args:
         source: of the cache that is read.

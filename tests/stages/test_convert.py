@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from teacher_cache.cache.codecs.dense import LOGITS, DenseCodec
 from teacher_cache.cache.codecs.hidden import HIDDEN, HiddenCodec
@@ -19,13 +21,13 @@ from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import BadShardError, UserError
-from teacher_cache.cache.manifest import read_manifest
+from teacher_cache.cache.manifest import Manifest, SplitSummary, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Fields, Ragged, language_model_schema
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.verify import verify
 from teacher_cache.cache.writer import CacheWriter
-from teacher_cache.pipeline.language_tables import NOT_PROBED_AGAIN
+from teacher_cache.pipeline.language_tables import NOT_PROBED_AGAIN, kept_table
 from teacher_cache.stages import convert
 from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver
 from teacher_cache.stages.conversion.config import ConvertConfig
@@ -69,6 +71,13 @@ def _write(folder: Path, teacher: TinyTeacher, codec: AnyCodec) -> Path:
         make_manifest(plans, settings),
         schema=language_model_schema(codec.fields, is_packed=True),
         about={"probe": {"reconstruction": [{"kl": 1e-7}]}, "name": "tiny"},
+        splits={
+            "labeled": SplitSummary(
+                num_documents=NUM_SAMPLES,
+                num_shards=len(plans["labeled"]),
+                report={"num_empty": 0, "num_duplicates": 0},
+            )
+        },
     )
 
     def teacher_files(to: Path) -> None:
@@ -350,6 +359,12 @@ def test_what_the_cache_does_not_hold_is_refused(
     assert not (tmp_path / "none").exists()
 
 
+def _shown(manifest: Manifest) -> str:
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(kept_table(manifest))
+    return console.export_text()
+
+
 def test_the_manifest_says_what_was_measured_against_what(
     tmp_path: Path, source: Callable[[str], Path]
 ) -> None:
@@ -369,10 +384,9 @@ def test_the_manifest_says_what_was_measured_against_what(
     # Stage one with those options would cache other values: it must not go on with these.
     assert manifest.settings != read_manifest(source("topk")).settings
 
-    printed = done("inspect", tmp_path / "topk")
-    assert "reconstruction KL, from dense at temperature 1" in printed
+    assert "reconstruction KL, from dense at temperature 1" in _shown(manifest)
     _run(tmp_path / "topk", tmp_path / "cut", top_k=4)
-    assert NOT_PROBED_AGAIN in done("inspect", tmp_path / "cut")
+    assert NOT_PROBED_AGAIN in _shown(read_manifest(tmp_path / "cut"))
     nested = read_manifest(tmp_path / "cut").settings["converted_from"]
     assert nested["converted_from"]["codec"] == CODECS["dense"].settings
 
