@@ -129,7 +129,10 @@ def inspect(
     ],
 )
 def convert(*, cache: Path, out: Path, **given: Any) -> None:
-    """Write a cache again in another format or codec; resumes where it was killed."""
+    """Write a cache again in another format or codec; resumes where it was killed.
+
+    A codec that stays keeps what is not given; another one takes the defaults below.
+    """
     with reported():
         options = _resolve(ConvertOptions, "convert", given)
         from teacher_cache.pipeline import commands

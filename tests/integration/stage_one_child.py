@@ -12,7 +12,9 @@ from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.pipeline import cli, commands
 from teacher_cache.stages import cache_teacher as stage_one
+from teacher_cache.stages import convert as conversion
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig, StageOneObserver
+from teacher_cache.stages.conversion.config import ConvertConfig
 from teacher_cache.stages.teacher import classification
 from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher
 from tests.small_caches import set_shards_per_folder
@@ -117,6 +119,15 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     steps.install()
     classification.load_teacher = lambda config: teachers[config.teacher]
     stage_one.run(resolved, steps)
+
+
+def convert(config: str, log: str, shards_per_folder: int, die_at: str | None = None) -> None:
+    """`pipe convert`, from a configuration in JSON."""
+    set_shards_per_folder(setattr, shards_per_folder)
+    resolved = ConvertConfig.model_validate_json(config)
+    steps = Steps(resolved.out, Path(log), die_at)
+    steps.install()
+    conversion.run(resolved, steps)
 
 
 def pipe(arguments: list[str], output: str) -> None:

@@ -20,6 +20,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.splits import is_split, viewed_split
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.conversion.config import ConvertConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from tests.integration.fork_server import ForkServer
 from tests.integration.stage_one_child import HALF_WRITTEN, RENAMED, WRITTEN
@@ -254,6 +255,38 @@ def test_a_zarr_cache_killed_at_every_step_of_a_shard(stage_one: StageOne) -> No
         num_killed += 1
     assert num_killed >= len(files[::3]) + 2 + len(again) + len(sidecar)
     _complete(zarr, cache, "at every step of a Zarr shard")
+
+
+def test_a_conversion_killed_on_its_way(stage_one: StageOne) -> None:
+    source = stage_one.folder / "whole"
+
+    def run(out: Path, **more: object) -> int:
+        config = ConvertConfig(cache=source, out=out, format="zarr", device="cpu")
+        Path(f"{out}.log").write_text("")
+        return stage_one.server.run(
+            "convert",
+            config=config.model_dump_json(),
+            log=f"{out}.log",
+            shards_per_folder=SHARDS_PER_FOLDER,
+            **more,
+        )
+
+    whole = stage_one.folder / "converted-whole"
+    assert run(whole) == 0, stage_one.server.output.read_text()
+    out = stage_one.folder / "converted"
+    moments = [
+        step
+        for step in _lines(whole, "step")
+        if ("/000001" in step and not step.startswith(HALF_WRITTEN)) or "index/" in step
+    ]
+    num_killed = 0
+    for step in moments:
+        before = _durable(out)
+        num_killed += run(out, die_at=step) == -signal.SIGKILL
+        assert not _shards(out, "forward") & before
+    assert num_killed >= 6
+    assert run(out) == 0, stage_one.server.output.read_text()
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("has_corpora", [False, True])

@@ -76,6 +76,7 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
         ("run", "{cache_teacher: {data: imdb}, students: {a: {alpah: 1}}}", "students.a has no "),
         ("run", "{cache_teacher: {data: imdb}, students: {a: 1}}", "the student 'a' holds 1"),
         ("run", "train_student: {}", "has no section cache_teacher"),
+        ("run", "{cache_teacher: {data: imdb}, convert: {}}", "has a section convert, which"),
     ],
 )
 def test_a_wrong_configuration(command: str, content: str, saying: str) -> None:
