@@ -1,7 +1,7 @@
 """Atomic commit: a file is either absent, or whole and durable.
 
 Temporary file in the same folder, fsync, rename, fsync of the folder. A kill at any instant
-leaves at most a temporary file, which `remove_leftovers` clears on the next start.
+leaves at most a temporary file or folder, which `remove_leftovers` clears on the next start.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,61 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(temporary_name(path.name))
     with explained(path):
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_durably(temporary, data)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # there only after a refusal or an interruption
         fsync_folder(path.parent)
+
+
+def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Replace the folder `path` by one of these files, whole and durable.
+
+    It is filled under a temporary name. A folder that stood in its place makes room for it under
+    another: a kill between the two leaves none, and never one of old and new files.
+
+    Args:
+        path: of the folder.
+        files: their bytes by relative path.
+
+    Raises:
+        UserError: for a full disk, a read-only file system or a missing permission.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(temporary_name(path.name))
+    retired = path.with_name(temporary_name(f"{path.name}.retired"))
+    with explained(path):
+        try:
+            folders = {temporary}
+            for name, data in files.items():
+                file = temporary / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                _write_durably(file, data)
+                folders.update(one for one in file.parents if one.is_relative_to(temporary))
+            for folder in folders:
+                fsync_folder(folder)
+            if path.exists():
+                os.replace(path, retired)
+            os.replace(temporary, path)
+        finally:
+            _remove(temporary)
+        fsync_folder(path.parent)
+        _remove(retired)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> str:
@@ -114,9 +162,9 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files that a killed run left below `folder`; return their paths."""
+    """Delete temporary files and folders that a killed run left in `folder`; return their paths."""
     leftovers = sorted(folder.rglob(temporary_name("*")))
     with explained(folder):
         for leftover in leftovers:
-            leftover.unlink()
+            _remove(leftover)
     return leftovers

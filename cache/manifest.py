@@ -11,6 +11,7 @@ from typing import Any
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import FORMAT, FORMAT_VERSION, FieldSpec, Schema
+from teacher_cache.cache.stores.named import DEFAULT_STORE, store_named
 
 MANIFEST_NAME = "manifest.json"
 TEACHER_FOLDER = "teacher"
@@ -50,6 +51,7 @@ class Manifest:
         settings: all that changes the cached values; `fingerprint` is its hash.
         layout: how documents are cut into shards: `documents_per_shard`, `shard_mb`.
         schema: the fields of a sample.
+        store: how a shard's fields lie on disk (`--format`); no value depends on it.
         splits: by name, in the order in which they are computed.
         about: facts a reader wants but that do not change values (class names, preset, paths).
         teacher_files: SHA-256 of each file of the `teacher/` folder.
@@ -68,6 +70,7 @@ class Manifest:
     about: dict[str, Any]
     teacher_files: dict[str, str]
     versions: dict[str, str]
+    store: str = DEFAULT_STORE
     index: tuple[dict[str, str], ...] = ()
     complete: bool = False
     created_at: str
@@ -83,7 +86,10 @@ class Manifest:
         Raises:
             UserError: where the file system refuses.
         """
-        value = asdict(self) | {"format": FORMAT, "format_version": FORMAT_VERSION}
+        version = store_named(self.store).format_version
+        value = asdict(self) | {"format": FORMAT, "format_version": version}
+        if self.store == DEFAULT_STORE:  # as it was before there were others
+            del value["store"]
         value["schema"] = [spec.to_json() for spec in self.schema]
         write_json_atomically(cache / MANIFEST_NAME, value)
 

@@ -11,9 +11,10 @@ import numpy as np
 from teacher_cache.cache.errors import BadShardError, UserError, did_you_mean
 from teacher_cache.cache.index import read_segment
 from teacher_cache.cache.manifest import read_manifest
-from teacher_cache.cache.schema import Fields, Ragged
+from teacher_cache.cache.schema import Fields, Ragged, joined_fields
 from teacher_cache.cache.sidecar import Sidecar
-from teacher_cache.cache.stores.arrow import ArrowShard
+from teacher_cache.cache.stores.interface import Shard
+from teacher_cache.cache.stores.named import store_named
 
 MAX_OPEN_SHARDS = 256
 
@@ -44,9 +45,10 @@ class CacheReader:
                 f"{self.cache} has no split {split!r}: {did_you_mean(split, self.manifest.splits)}"
             )
         self.split = split
+        self._store = store_named(self.manifest.store)
         self.sidecars = self._read_index()
         self._starts = np.cumsum([0, *(sidecar.num_samples for sidecar in self.sidecars)])
-        self._open: OrderedDict[int, ArrowShard] = OrderedDict()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -98,9 +100,17 @@ class CacheReader:
                 yield sample_id.tobytes()
 
     def batches(self) -> Iterator[Fields]:
-        """Every record batch in cache order: a fast pass over the whole split."""
+        """All samples in cache order, some at a time: a fast pass over the whole split."""
         for shard_idx in range(len(self.sidecars)):
             yield from self._shard(shard_idx).batches()
+
+    def shard(self, shard_idx: int) -> Fields:
+        """All fields of one shard, checked.
+
+        Raises:
+            BadShardError: if its bytes are missing or differ from their checksum.
+        """
+        return joined_fields(self.manifest.schema, list(self._shard(shard_idx).batches()))
 
     def lengths(self) -> np.ndarray:
         """Positions of every sample, [N] int64."""
@@ -114,13 +124,16 @@ class CacheReader:
         empty = np.empty((0, *spec.inner_shape), spec.dtype)
         return np.concatenate([empty, *parts])
 
-    def _shard(self, shard_idx: int) -> ArrowShard:
+    def _shard(self, shard_idx: int) -> Shard:
         if shard_idx in self._open:
             self._open.move_to_end(shard_idx)
             return self._open[shard_idx]
         sidecar = self.sidecars[shard_idx]
-        shard = ArrowShard(
-            self.cache / sidecar.path, self.manifest.schema, sidecar.batches, sidecar.num_bytes
+        shard = self._store.open(
+            self.cache / sidecar.path,
+            self.manifest.schema,
+            sidecar.stored,
+            num_samples=sidecar.num_samples,
         )
         self._open[shard_idx] = shard
         if len(self._open) > MAX_OPEN_SHARDS:

@@ -12,7 +12,8 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 
 FORMAT = "teacher-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this release reads; a cache's own is the oldest that knows all it uses."""
 
 SAMPLE_ID_BYTES = 16
 NO_LABEL = -1
@@ -182,6 +183,23 @@ class Ragged:
 
 
 Fields = dict[str, np.ndarray | Ragged]
+
+
+def joined_fields(schema: Schema, parts: list[Fields]) -> Fields:
+    """The fields of consecutive samples as one."""
+    joined: Fields = {}
+    for spec in schema:
+        columns = [part[spec.name] for part in parts]
+        if spec.is_ragged:
+            arrays = [_ragged(one).values for one in columns]
+            ends = np.concatenate([np.diff(_ragged(one).offsets) for one in columns] or [[]])
+            values = Ragged.from_arrays(arrays, spec.dtype, spec.inner_shape).values
+            offsets = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
+            joined[spec.name] = Ragged(values=values, offsets=offsets)
+        else:
+            empty = np.empty((0, *spec.inner_shape), spec.dtype)
+            joined[spec.name] = np.concatenate([empty, *(np.asarray(one) for one in columns)])
+    return joined
 
 
 def check_fields(schema: Schema, fields: Fields) -> int:

@@ -9,8 +9,7 @@ from typing import Any
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import BadShardError
-from teacher_cache.cache.fingerprint import file_sha256
-from teacher_cache.cache.stores.arrow import BatchRange
+from teacher_cache.cache.stores.interface import BatchRange, Stored, StoredFile
 
 SHARDS_PER_FOLDER = 1000
 
@@ -29,16 +28,17 @@ class Sidecar:
         shard_idx: its number in the split.
         path: of the shard, relative to the cache.
         documents: first and one-past-last source document, in corpus order.
-        num_bytes: of the shard's file.
+        num_bytes: of the shard's file, or of all files of its folder.
         num_samples: samples in it (empty documents have none).
         num_tokens: positions, over all samples.
         num_truncated: samples that were cut at the maximum length.
         first_id: hex id of its first sample, empty without samples.
         last_id: hex id of its last sample.
-        sha256: of the whole file.
-        batches: byte range and CRC32C of each record batch.
+        sha256: of the whole file, or of the list of the folder's files.
+        batches: byte range and CRC32C of each record batch of a file.
         fingerprint: of the settings that made it.
         environment: dtype, device, threads, batch budget, versions, halvings: what bits depend on.
+        files: of a folder, each with its size and checksums; only there in the sidecar's JSON.
     """
 
     split: str
@@ -52,13 +52,17 @@ class Sidecar:
     first_id: str
     last_id: str
     sha256: str
-    batches: list[BatchRange]
+    batches: tuple[BatchRange, ...]
     fingerprint: str
     environment: dict[str, Any]
+    files: tuple[StoredFile, ...] = ()
 
     def to_json(self) -> str:
         """Canonical JSON: equal shards have equal sidecars."""
-        return canonical_json(asdict(self))
+        value = asdict(self)
+        if not self.files:  # as it was before there were folders
+            del value["files"]
+        return canonical_json(value)
 
     @classmethod
     def from_json(cls, text: str) -> Sidecar:
@@ -68,29 +72,29 @@ class Sidecar:
             ValueError: if the text is no sidecar.
         """
         value = json.loads(text)
-        if not isinstance(value, dict) or value.keys() != cls.__dataclass_fields__.keys():
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+        if value.keys() | {"files"} != cls.__dataclass_fields__.keys():
             raise ValueError("fields are missing or unknown")
         value["documents"] = tuple(value["documents"])
-        value["batches"] = [BatchRange(**batch) for batch in value["batches"]]
+        value["batches"] = tuple(BatchRange(**batch) for batch in value["batches"])
+        value["files"] = tuple(StoredFile(**file) for file in value.get("files", ()))
         return cls(**value)
 
+    @property
+    def stored(self) -> Stored:
+        """The shard's bytes."""
+        return Stored(
+            num_bytes=self.num_bytes, sha256=self.sha256, batches=self.batches, files=self.files
+        )
+
     def verify(self, cache: Path) -> None:
-        """Check the shard's bytes against size and SHA-256.
+        """Check the shard's bytes against sizes and SHA-256.
 
         Raises:
-            BadShardError: naming the shard and what differs.
+            BadShardError: naming the file and what differs.
         """
-        path = cache / self.path
-        found = path.stat().st_size if path.exists() else None
-        if found != self.num_bytes:
-            raise BadShardError(
-                f"{path} has {'no' if found is None else found} bytes, its sidecar says "
-                f"{self.num_bytes}: run stage one again, it rebuilds just this shard"
-            )
-        if file_sha256(path) != self.sha256:
-            raise BadShardError(
-                f"{path} differs from its SHA-256: run stage one again, it rebuilds just this shard"
-            )
+        self.stored.verify(cache / self.path)
 
 
 def sidecar_path(cache: Path, split: str, shard_idx: int) -> Path:

@@ -5,7 +5,6 @@ The order of commits is shard, sidecar, index segment, manifest: done means all 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Collection
@@ -43,7 +42,7 @@ from teacher_cache.cache.resume import (
 from teacher_cache.cache.schema import Fields, Ragged
 from teacher_cache.cache.sidecar import SHARDS_PER_FOLDER, Sidecar, shard_path, sidecar_path
 from teacher_cache.cache.splits import is_split
-from teacher_cache.cache.stores import arrow
+from teacher_cache.cache.stores.named import store_named
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,7 @@ class CacheWriter:
         self.cache = cache
         self.manifest = manifest
         self.intact_files: frozenset[str] = frozenset()
+        self._store = store_named(manifest.store)
         self._plans = plans
         self._overwrite = overwrite
         self._needed_files = needed_files
@@ -153,26 +153,27 @@ class CacheWriter:
         Raises:
             UserError: if the fields do not fit the schema or the file system refuses.
         """
-        data, batches = arrow.encode(self.manifest.schema, fields)
+        path = shard_path(split, shard_idx, self._store.suffix)
+        stored = self._store.write(self.cache / path, self.manifest.schema, fields)
         ids, tokens = fields["sample_id"], fields["input_ids"]
         assert isinstance(ids, np.ndarray) and isinstance(tokens, Ragged)
         sidecar = Sidecar(
             split=split,
             shard_idx=shard_idx,
-            path=shard_path(split, shard_idx, arrow.SUFFIX),
+            path=path,
             documents=self._plans[split].documents(shard_idx),
-            num_bytes=len(data),
+            num_bytes=stored.num_bytes,
             num_samples=len(ids),
             num_tokens=len(tokens.values),
             num_truncated=num_truncated,
             first_id=ids[0].tobytes().hex() if len(ids) else "",
             last_id=ids[-1].tobytes().hex() if len(ids) else "",
-            sha256=hashlib.sha256(data).hexdigest(),
-            batches=batches,
+            sha256=stored.sha256,
+            batches=stored.batches,
+            files=stored.files,
             fingerprint=self.manifest.fingerprint,
             environment=environment,
         )
-        write_bytes_atomically(self.cache / sidecar.path, data)
         write_bytes_atomically(
             sidecar_path(self.cache, split, shard_idx), sidecar.to_json().encode()
         )
@@ -288,6 +289,7 @@ class CacheWriter:
 def _compared(manifest: Manifest, splits: Collection[str]) -> dict[str, Any]:
     """What two runs that write to one cache must agree on, of the splits that both have."""
     return {
+        "format": manifest.store,
         "settings": manifest.settings,
         "layout": manifest.layout,
         "splits": {split: manifest.splits[split].settings for split in splits},

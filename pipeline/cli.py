@@ -22,9 +22,13 @@ from teacher_cache.pipeline.options import (
 )
 from teacher_cache.pipeline.reporting import console, quiet_libraries, reported
 from teacher_cache.pipeline.settings import Model, resolve
+from teacher_cache.stages.conversion.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 
-SECTIONS = ("finetune_teacher", "cache_teacher", "train_student", "students", "evaluate")
+SECTIONS = (
+    *("finetune_teacher", "cache_teacher", "convert"),
+    *("train_student", "students", "evaluate"),
+)
 
 CacheFolder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 
@@ -115,6 +119,27 @@ def inspect(
 
         quiet_libraries()
         inspection.inspect(cache, sample=sample, as_json=as_json)
+
+
+@_command("convert")
+@with_options(
+    ConvertOptions,
+    leading=[
+        argument("cache", Path, "Folder of the cache to read, a complete one."),
+        argument("out", Path, "Folder of the new cache."),
+    ],
+)
+def convert(*, cache: Path, out: Path, **given: Any) -> None:
+    """Write a cache again in another format or codec; resumes where it was killed.
+
+    A codec that stays keeps what is not given; another one takes the defaults below.
+    """
+    with reported():
+        options = _resolve(ConvertOptions, "convert", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.convert(options, cache, out)
 
 
 @_command("verify")

@@ -37,9 +37,11 @@ from teacher_cache.pipeline.tables import (
     settings_table,
 )
 from teacher_cache.stages import cache_teacher as stage_one
+from teacher_cache.stages import convert as conversion
 from teacher_cache.stages import evaluate as evaluation
 from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
+from teacher_cache.stages.conversion.config import ConvertConfig, ConvertOptions
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
@@ -74,6 +76,17 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     with StageOneProgress(console) as progress:
         result = stage_one.run(config, progress)
     done = f"{result.num_shards_run:,} shards computed, {result.num_shards_kept:,} kept"
+    console.print(manifest_table(result.manifest))
+    console.print(f"✓ cache {result.cache} is complete ({done})", style="green")
+    return result.cache
+
+
+def convert(options: ConvertOptions, cache: Path, out: Path) -> Path:
+    """Write a cache again as another; return the new one's folder."""
+    config = ConvertConfig(cache=cache, out=out, **options.model_dump())
+    with StageOneProgress(console, "convert") as progress:
+        result = conversion.run(config, progress)
+    done = f"{result.num_shards_run:,} shards written, {result.num_shards_kept:,} kept"
     console.print(manifest_table(result.manifest))
     console.print(f"✓ cache {result.cache} is complete ({done})", style="green")
     return result.cache

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # it imports torch
     from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
 
 NOT_PROBED = "not probed: teacher or data is not on this machine"
+NOT_PROBED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
 
 
 def is_language_model(manifest: Manifest) -> bool:
@@ -41,15 +42,21 @@ def estimate_table(estimate: Estimate) -> Table:
 def kept_table(manifest: Manifest) -> Table:
     """Of a cache: bytes a token field by field, captured mass, what reconstruction loses."""
     table = _table("a token")
-    errors = manifest.about.get("probe", {}).get("reconstruction", [])
+    probe = manifest.about.get("probe", {})
+    errors = probe.get("reconstruction", [])
     # A head of differing sizes is as the probe found it.
-    entries = errors[0]["num_ids"] if errors else 0.0
+    entries = errors[0]["num_ids"] if errors else probe.get("num_ids") or 0.0
     for spec in manifest.schema:
         if spec.is_ragged:
             table.add_row(f"bytes of {spec.name}", f"{bytes_per_position((spec,), entries):,.2f}")
     total = bytes_per_position(manifest.schema, entries)
     table.add_row("bytes in all", f"{total:,.2f} ({codec_from(manifest.settings['codec']).name})")
-    _add_errors(table, errors)
+    if "measured_against" in probe:
+        _add_errors(
+            table, errors, against=f", from {probe['measured_against']}", missing=NOT_PROBED_AGAIN
+        )
+    else:
+        _add_errors(table, errors)
     return table
 
 
@@ -85,9 +92,12 @@ def _table(title: str) -> Table:
     return table
 
 
-def _add_errors(table: Table, errors: list[dict[str, Any]]) -> None:
+def _add_errors(
+    table: Table, errors: list[dict[str, Any]], *, against: str = "", missing: str = NOT_PROBED
+) -> None:
+    """Rows of what a codec loses; `against` says from what, where that is not the teacher."""
     if not errors:
-        table.add_row("reconstruction KL", NOT_PROBED)
+        table.add_row("reconstruction KL", missing)
         return
     first = errors[0]
     at = f"at temperature {first['temperature']:g}"
@@ -100,11 +110,12 @@ def _add_errors(table: Table, errors: list[dict[str, Any]]) -> None:
     table.add_row(f"captured mass {at}", f"{1 - first['lost_mass']:.4f}")
     for error in errors:
         table.add_row(
-            f"reconstruction KL at temperature {error['temperature']:g}",
+            f"reconstruction KL{against} at temperature {error['temperature']:g}",
             f"{error['kl']:.2g} nats, at most {error['largest_kl']:.2g} "
             f"({error['num_positions']} positions)",
         )
-    table.add_row("mass of unused rows", f"{first['unused_mass']:.2g}")
+    if "unused_mass" in first:
+        table.add_row("mass of unused rows", f"{first['unused_mass']:.2g}")
 
 
 def _counted(number: float | None) -> str:

@@ -60,10 +60,16 @@ def progress_bar(console: Console) -> Progress:
 
 
 class StageOneProgress(StageOneObserver):
-    """Samples, samples/s, tokens/s, time left, shards done, bytes written."""
+    """Samples, samples/s, tokens/s, time left, shards done, bytes written.
 
-    def __init__(self, console: Console):
+    Args:
+        console: to show it on.
+        description: of the bar.
+    """
+
+    def __init__(self, console: Console, description: str = "teacher"):
         self._console = console
+        self._description = description
         self._progress = progress_bar(console)
         self._started = 0.0
         self._samples = self._tokens = self._bytes = self._shards = self._num_shards = 0
@@ -85,7 +91,7 @@ class StageOneProgress(StageOneObserver):
         if len(kept) == self._num_shards:
             return
         self._started = time.monotonic()
-        self._task = self._progress.add_task("teacher", total=documents, completed=done)
+        self._task = self._progress.add_task(self._description, total=documents, completed=done)
         self._progress.start()
 
     def on_batch(self, num_samples: int, num_tokens: int) -> None:

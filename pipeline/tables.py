@@ -102,6 +102,7 @@ def manifest_table(manifest: Manifest) -> Table:
         table.add_row(heading, *(f"{cell:,}" for cell in cells))
     for heading, size in SIZES.items():
         table.add_row(heading, *(size(splits) for splits in columns.values()))
+    table.add_row("format", *(manifest.store for _ in columns))
     return table
 
 

@@ -47,6 +47,11 @@ def run_all(
     content = read_config_file(config)
     apply_settings(content, settings)
     check_sections(content, sections, f"--config {config}")
+    if "convert" in content:
+        raise UserError(
+            f"--config {config} has a section convert, which `pipe run` has no step for: leave it "
+            "out, and run `pipe convert` on the cache"
+        )
     if "cache_teacher" not in content:
         raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
     stages = _validated(content)

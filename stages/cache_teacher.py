@@ -23,6 +23,7 @@ from teacher_cache.cache.manifest import (
 )
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.cache.sidecar import Sidecar
+from teacher_cache.cache.stores.named import DEFAULT_STORE
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
 from teacher_cache.stages.data.reading import Reading
@@ -39,6 +40,7 @@ from teacher_cache.stages.teacher.task import Task
 
 NUM_PROBED_FOR_SIZE = 64
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
+VERSIONED_OF_STORE = {"zarr": ("zarr",)}
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         **task.settings(),
         "data": {split: corpus.identity for split, corpus in task.corpora.items()},
     }
-    cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
+    cache = config.out or _default_folder(config, settings)
     splits = with_views(task.corpora, config.views, _reading(task))
     plans = _plan(config, cache, splits, task)
     manifest = _manifest(config, settings, plans, task)
@@ -156,6 +158,17 @@ def load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
     elif config.unlabeled is not None:
         corpora["unlabeled"], _ = load_with_fallback(config.unlabeled, [])
     return corpora
+
+
+def versioned(store: str) -> tuple[str, ...]:
+    """The libraries whose versions stand in the manifest of a cache in this format."""
+    return (*VERSIONED, *VERSIONED_OF_STORE.get(store, ()))
+
+
+def _default_folder(config: CacheTeacherConfig, settings: dict[str, Any]) -> Path:
+    """By name and fingerprint; the same values in another format have a folder of their own."""
+    suffix = "" if config.format == DEFAULT_STORE else f"-{config.format}"
+    return Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}{suffix}"
 
 
 def _plan(
@@ -226,7 +239,8 @@ def _manifest(
             **task.about(),
         },
         teacher_files={},
-        versions={name: version(name) for name in VERSIONED},
+        versions={name: version(name) for name in versioned(config.format)},
+        store=config.format,
         created_at=utc_now(),
     )
 

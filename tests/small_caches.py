@@ -15,6 +15,7 @@ from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, SplitSummary
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.schema import NO_LABEL, Fields, Ragged, classification_schema
+from teacher_cache.cache.stores.named import DEFAULT_STORE
 from teacher_cache.cache.writer import CacheWriter
 
 NUM_CLASSES = 3
@@ -23,6 +24,15 @@ SETTINGS = {"max_length": 8, "teacher": {"dtype": "float32", "weights_sha256": "
 SHARD_SIZE = 4
 
 Shards = list[tuple[str, int]]
+
+default_store = {"name": DEFAULT_STORE}
+"""What caches here are written in; a module whose tests run in every store sets it."""
+ONE_FILE = {"arrow": ".arrow", "zarr": ".zarr/class_logits/c/0/0"}
+
+
+def shard_file(cache: Path, split: str, shard_idx: int, folder: int = 0) -> Path:
+    """A shard's file, or the file with the logits of a shard that is a folder."""
+    return cache / f"{split}/{folder:03d}/{shard_idx:06d}{ONE_FILE[default_store['name']]}"
 
 
 def is_empty(document: int) -> bool:
@@ -56,8 +66,10 @@ def make_plans(num_labeled: int, num_unlabeled: int = 0) -> dict[str, ShardPlan]
     }
 
 
-def make_manifest(plans: dict[str, ShardPlan], settings: dict[str, Any] = SETTINGS) -> Manifest:
-    """The manifest that a run begins with."""
+def make_manifest(
+    plans: dict[str, ShardPlan], settings: dict[str, Any] = SETTINGS, store: str | None = None
+) -> Manifest:
+    """The manifest that a run begins with; in another store than `default_store` where named."""
     return Manifest(
         fingerprint=fingerprint(settings),
         settings=settings,
@@ -72,6 +84,7 @@ def make_manifest(plans: dict[str, ShardPlan], settings: dict[str, Any] = SETTIN
         about={},
         teacher_files={},
         versions={"numpy": "2"},
+        store=store or default_store["name"],
         created_at="2026-01-01T00:00:00.000000+00:00",
     )
 
@@ -100,11 +113,12 @@ def write_cache(
     *,
     settings: dict[str, Any] = SETTINGS,
     overwrite: bool = False,
+    store: str | None = None,
     before_shard: Callable[[str, int], None] = lambda split, shard_idx: None,
 ) -> Shards:
     """Write or go on with a cache; return the shards that were computed."""
     plans = make_plans(num_labeled, num_unlabeled)
-    manifest = make_manifest(plans, settings)
+    manifest = make_manifest(plans, settings, store)
     with CacheWriter(cache, manifest, plans, overwrite=overwrite) as to:
         todo = to.begin(write_teacher_files)
         for split, shard_idx in todo:

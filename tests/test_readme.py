@@ -9,23 +9,25 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from teacher_cache.cache.reader import CacheReader
 from teacher_cache.pipeline.cli import app
 from tests.integration.test_imdb_stand_in import PLAIN_READER
+from tests.small_caches import write_cache
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 STUDENT = (ROOT / "docs" / "student.md").read_text()
 RECIPE = (ROOT / "docs" / "recipe.md").read_text()
 LANGUAGE_MODELS = (ROOT / "docs" / "language-models.md").read_text()
-LANGUAGE_MODEL_STUDENT = (ROOT / "docs" / "language-model-student.md").read_text()
-OWN_CACHE = (ROOT / "docs" / "own-cache.md").read_text()
+ZARR = (ROOT / "docs" / "zarr.md").read_text()
+DOCS = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pipe_lines() -> list[str]:
     found = re.findall(
         r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)",
-        README + STUDENT + RECIPE + LANGUAGE_MODELS + LANGUAGE_MODEL_STUDENT + OWN_CACHE,
+        README + DOCS,
         re.MULTILINE,
     )
     return [line.strip() for line in found]
@@ -65,6 +67,28 @@ def test_the_weights_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     exec(compile(program, "docs/student.md", "exec"), {})
+
+
+@pytest.mark.parametrize("library", ["zarr", "xarray"])
+def test_the_zarr_programs_print_what_is_in_the_cache(
+    tmp_path: Path,
+    library: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    start = ZARR.index(f"    import sys\n    from pathlib import Path\n    import {library}\n")
+    program = textwrap.dedent(ZARR[start : ZARR.index("\n\n", start)])
+    write_cache(tmp_path, 6, 3, store="zarr")
+    monkeypatch.setattr("sys.argv", ["program", str(tmp_path)])
+    exec(compile(program, "docs/zarr.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    wanted = [
+        f"{sample['input_ids'].tolist()} {sample['class_logits'].tolist()}"
+        for reader in (CacheReader(tmp_path, split) for split in ("labeled", "unlabeled"))
+        for sample in map(reader.sample, range(len(reader)))
+    ]
+    assert len(printed) == len(wanted) > 5
+    assert all(line.endswith(one) for line, one in zip(printed, wanted, strict=True))
 
 
 def test_the_students_speeds_are_those_of_the_benchmark() -> None:

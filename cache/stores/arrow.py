@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
 
+from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import BadShardError
 from teacher_cache.cache.schema import NO_LABEL, Fields, FieldSpec, Ragged, Schema, check_fields
+from teacher_cache.cache.stores.interface import REMEDY, BatchRange, Stored, require_size
 
-SUFFIX = ".arrow"
 SAMPLES_PER_BATCH = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchRange:
-    """Where one record batch lies in the file, and the CRC32C of those bytes."""
+class ArrowStore:
+    """A file a shard."""
 
-    offset: int
-    num_bytes: int
-    num_samples: int
-    crc32c: int
+    suffix = ".arrow"
+    format_version = 1
+
+    def write(self, path: Path, schema: Schema, fields: Fields) -> Stored:
+        """Commit a shard's file.
+
+        Raises:
+            UserError: if the fields do not fit the schema or the file system refuses.
+        """
+        data, batches = encode(schema, fields)
+        write_bytes_atomically(path, data)
+        return Stored(
+            num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), batches=tuple(batches)
+        )
+
+    def open(self, path: Path, schema: Schema, stored: Stored, *, num_samples: int) -> ArrowShard:
+        """Open a shard that was committed; its record batches say how many samples it has.
+
+        Raises:
+            BadShardError: if the file is missing or of another size.
+        """
+        return ArrowShard(path, schema, stored.batches, stored.num_bytes)
 
 
 def encode(schema: Schema, fields: Fields) -> tuple[bytes, list[BatchRange]]:
@@ -110,7 +128,7 @@ class ArrowShard:
         BadShardError: if the file is missing or of another size.
     """
 
-    def __init__(self, path: Path, schema: Schema, batches: list[BatchRange], num_bytes: int):
+    def __init__(self, path: Path, schema: Schema, batches: Sequence[BatchRange], num_bytes: int):
         self.path = path
         self._schema = schema
         self._arrow_schema = _arrow_schema(schema)
@@ -118,12 +136,7 @@ class ArrowShard:
         self._starts = np.cumsum([0, *(batch.num_samples for batch in batches)])
         self._checked: dict[int, Fields] = {}
         # The size comes first: reading past a truncated mapping would kill the process.
-        found = path.stat().st_size if path.exists() else None
-        if found != num_bytes:
-            raise BadShardError(
-                f"{path} has {found if found is not None else 'no'} bytes, its sidecar says "
-                f"{num_bytes}: run stage one again, it rebuilds just this shard"
-            )
+        require_size(path, num_bytes)
         self._map = pa.memory_map(str(path))
 
     def __len__(self) -> int:
@@ -190,8 +203,7 @@ class ArrowShard:
         extent = self._ranges[batch_idx]
         return BadShardError(
             f"{self.path}: record batch {batch_idx} (bytes {extent.offset} to "
-            f"{extent.offset + extent.num_bytes}) {found}: run stage one again, it rebuilds just "
-            "this shard"
+            f"{extent.offset + extent.num_bytes}) {found}: {REMEDY}"
         )
 
 

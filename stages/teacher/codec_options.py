@@ -42,7 +42,7 @@ def check_options(config: ShardConfig) -> None:
         UserError: naming the option and what it belongs to.
     """
     check_alignment(config)
-    given = [name for name in CodecConfig.model_fields if getattr(config, name) is not None]
+    given = given_options(config)
     if config.task == "classification":
         if given:
             raise UserError(
@@ -60,8 +60,25 @@ def check_options(config: ShardConfig) -> None:
             f"--views {config.views} is of classifiers, which label a perturbed text as a whole: "
             "leave it out with --task lm"
         )
-    name = config.codec or DEFAULT_CODEC
-    for option in given:
+    refuse_foreign_options(config, config.codec or DEFAULT_CODEC)
+
+
+def given_options(config: CodecConfig) -> list[str]:
+    """The options of codecs that a run was given."""
+    return [name for name in CodecConfig.model_fields if getattr(config, name) is not None]
+
+
+def refuse_foreign_options(config: CodecConfig, name: str) -> None:
+    """Refuse what is of other codecs than the run's.
+
+    Args:
+        config: the options.
+        name: of the run's codec.
+
+    Raises:
+        UserError: naming the option and what it belongs to.
+    """
+    for option in given_options(config):
         if option != "codec" and option not in OPTIONS_OF[name]:
             codecs = " or ".join(one for one, options in OPTIONS_OF.items() if option in options)
             raise UserError(
@@ -71,7 +88,7 @@ def check_options(config: ShardConfig) -> None:
 
 
 def codec_of(
-    config: ShardConfig, *, support_size: int, width: int, has_unmatched: bool = False
+    config: CodecConfig, *, support_size: int, width: int, has_unmatched: bool = False
 ) -> AnyCodec:
     """The codec that the options ask for.
 

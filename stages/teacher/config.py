@@ -100,8 +100,15 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         "teacher's classification head reads (float16), for train-student --pooled-weight; and "
         "the pooled state of each token by itself, for --embeddings teacher-states.",
     )
+    format: Literal["arrow", "zarr"] = Field(
+        default="arrow",
+        description="How shards lie on disk: an Arrow file each, or a Zarr group each, for who "
+        "reads them with zarr or xarray. The values are the same.",
+    )
     out: Path | None = Field(
-        default=None, description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>."
+        default=None,
+        description="Folder of the cache. Default: ./caches/<data>-<fingerprint[:8]>, with -zarr "
+        "behind it for --format zarr.",
     )
     overwrite: bool = Field(default=False, description="Start the cache again if it exists.")
     views: int = Field(

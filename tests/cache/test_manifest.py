@@ -15,6 +15,7 @@ from teacher_cache.cache.manifest import (
     read_manifest,
     utc_now,
 )
+from teacher_cache.cache.schema import FORMAT_VERSION
 from tests.small_caches import make_manifest, make_plans
 
 
@@ -43,6 +44,10 @@ def test_says_what_it_is_to_a_reader_of_json(tmp_path: Path, manifest: Manifest)
     manifest.write(tmp_path)
     value = json.loads((tmp_path / MANIFEST_NAME).read_text())
     assert (value["format"], value["format_version"]) == ("teacher-cache", 1)
+    assert "store" not in value  # as every release wrote it: those before Zarr read it, too
+    replace(manifest, store="zarr").write(tmp_path)
+    value = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    assert (value["store"], value["format_version"]) == ("zarr", 2)
     assert value["schema"][3] == {
         "name": "class_logits",
         "dtype": "float32",
@@ -63,7 +68,7 @@ def test_a_missing_one(tmp_path: Path) -> None:
             read_manifest(cache)
 
 
-@pytest.mark.parametrize("version", [2, 99, "2", None, 1.5])
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, "2", None, 1.5])
 def test_a_newer_or_odd_format_version(tmp_path: Path, manifest: Manifest, version: Any) -> None:
     manifest.write(tmp_path)
     _change(tmp_path, format_version=version)
@@ -77,7 +82,7 @@ def test_a_newer_format_is_named_even_where_its_fields_differ(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     manifest.write(tmp_path)
-    _change(tmp_path, format_version=2, schema="elsewhere", splits=None, unheard_of=1)
+    _change(tmp_path, format_version=99, schema="elsewhere", splits=None, unheard_of=1)
     with pytest.raises(UserError, match="upgrade teacher-cache"):
         read_manifest(tmp_path)
 

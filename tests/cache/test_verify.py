@@ -13,7 +13,15 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.verify import verify
-from tests.small_caches import contents, set_shards_per_folder, write_cache
+from tests.small_caches import (
+    ONE_FILE,
+    contents,
+    set_shards_per_folder,
+    shard_file,
+    write_cache,
+)
+
+pytestmark = pytest.mark.usefixtures("store")
 
 
 @pytest.fixture
@@ -37,12 +45,12 @@ def test_a_sound_cache_has_no_problem(cache: Path) -> None:
     report = verify(cache, on_shard=seen.append)
     assert report.problems == ()
     assert report.num_shards == len(seen) == 5
-    shards = [path for path in cache.rglob("*.arrow") if path.parent.name == "000"]
-    assert report.num_bytes == sum(path.stat().st_size for path in shards)
+    sizes = [summary.num_bytes for summary in read_manifest(cache).splits.values()]
+    assert report.num_bytes == sum(sizes) > 0
 
 
 def test_only_looks(cache: Path) -> None:
-    _flip(cache / "labeled/000/000000.arrow")
+    _flip(shard_file(cache, "labeled", 0))
     before = contents(cache)
     verify(cache)
     assert contents(cache) == before
@@ -50,28 +58,28 @@ def test_only_looks(cache: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "shard": (
-        lambda cache: _flip(cache / "labeled/000/000001.arrow"),
-        "labeled/000/000001.arrow",
+        lambda cache: _flip(shard_file(cache, "labeled", 1)),
+        "labeled/000/000001{file}",
         "differs from its SHA-256",
     ),
     "shard cut": (
-        lambda cache: os.truncate(cache / "labeled/000/000001.arrow", 5),
-        "labeled/000/000001.arrow",
+        lambda cache: os.truncate(shard_file(cache, "labeled", 1), 5),
+        "labeled/000/000001{file}",
         "has 5 bytes, its sidecar says",
     ),
     "shard gone": (
-        lambda cache: (cache / "unlabeled/000/000001.arrow").unlink(),
-        "unlabeled/000/000001.arrow",
+        lambda cache: shard_file(cache, "unlabeled", 1).unlink(),
+        "unlabeled/000/000001{file}",
         "has no bytes, its sidecar says",
     ),
     "sidecar gone": (
         lambda cache: (cache / "labeled/000/000002.json").unlink(),
-        "labeled/000/000002.arrow",
+        "labeled/000/000002{suffix}",
         "sidecar is missing or not the index's",
     ),
     "sidecar other": (
         lambda cache: _edit(cache / "labeled/000/000002.json", num_tokens=1),
-        "labeled/000/000002.arrow",
+        "labeled/000/000002{suffix}",
         "sidecar is missing or not the index's",
     ),
     "sidecar unreadable": (
@@ -103,8 +111,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_each_damage_is_found_and_named_once(cache: Path, damage: str) -> None:
+def test_each_damage_is_found_and_named_once(cache: Path, store: str, damage: str) -> None:
     inflict, name, words = DAMAGES[damage]
+    name = name.format(file=ONE_FILE[store], suffix=f".{store}")
     inflict(cache)
     (problem,) = verify(cache).problems
     assert str(cache / name) in problem and words in problem
@@ -121,8 +130,8 @@ def test_a_bad_segment_is_named_with_what_it_hides(cache: Path, is_gone: bool) -
 
 
 def test_all_damage_is_listed(cache: Path) -> None:
-    _flip(cache / "labeled/000/000001.arrow")
-    _flip(cache / "unlabeled/000/000000.arrow")
+    _flip(shard_file(cache, "labeled", 1))
+    _flip(shard_file(cache, "unlabeled", 0))
     (cache / "teacher/config.json").unlink()
     assert len(verify(cache).problems) == 3
 
@@ -142,8 +151,8 @@ def test_of_an_incomplete_cache_the_committed_shards_are_checked(
     assert report.num_shards == 3
     (problem,) = report.problems
     assert "is not complete: run the same `pipe cache-teacher` again" in problem
-    _flip(tmp_path / "labeled/000/000000.arrow")  # indexed
-    _flip(tmp_path / "labeled/001/000002.arrow")  # known by its sidecar alone
+    _flip(shard_file(tmp_path, "labeled", 0))  # indexed
+    _flip(shard_file(tmp_path, "labeled", 2, folder=1))  # known by its sidecar alone
     assert len(verify(tmp_path).problems) == 3
 
 
@@ -156,6 +165,6 @@ def test_a_shard_that_the_index_lacks(cache: Path) -> None:
 def test_no_cache_and_newer_formats_are_the_users(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no cache"):
         verify(tmp_path / "teacher")
-    _edit(cache / MANIFEST_NAME, format_version=2)
+    _edit(cache / MANIFEST_NAME, format_version=99)
     with pytest.raises(UserError, match="upgrade teacher-cache"):
         verify(cache)

@@ -13,7 +13,9 @@ from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.pipeline import cli, commands
 from teacher_cache.stages import cache_teacher as stage_one
+from teacher_cache.stages import convert as conversion
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig, StageOneObserver
+from teacher_cache.stages.conversion.config import ConvertConfig
 from teacher_cache.stages.teacher import classification, language_modeling
 from teacher_cache.stages.teacher.language_model import load_language_model
 from teacher_cache.stages.teacher.load import Teacher, load_teacher
@@ -69,11 +71,13 @@ class Steps(StageOneObserver):
         # Nothing is synced: what a killed process has written is safe, only a power cut loses it.
         inode = os.fstat(descriptor).st_ino
         for path in self._cache.rglob(".*.tmp"):
-            if path.stat().st_ino == inode:
-                target = path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))
-                if self._step(HALF_WRITTEN, target):
-                    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-                    self._die()
+            target = path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))
+            for one in [path, *path.rglob("*")]:  # a shard may be a folder of files
+                if one.is_file() and one.stat().st_ino == inode:
+                    if self._step(HALF_WRITTEN, target / one.relative_to(path)):
+                        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+                        self._die()
+                    return
 
     def _on_replace(self, source: Path, target: Path) -> None:
         if not Path(target).is_relative_to(self._cache):
@@ -120,6 +124,15 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     classification.load_teacher = lambda config: loaded
     language_modeling.load_language_model = lambda config: loaded
     stage_one.run(resolved, steps)
+
+
+def convert(config: str, log: str, shards_per_folder: int, die_at: str | None = None) -> None:
+    """`pipe convert`, from a configuration in JSON."""
+    set_shards_per_folder(setattr, shards_per_folder)
+    resolved = ConvertConfig.model_validate_json(config)
+    steps = Steps(resolved.out, Path(log), die_at)
+    steps.install()
+    conversion.run(resolved, steps)
 
 
 def pipe(arguments: list[str], output: str) -> None:

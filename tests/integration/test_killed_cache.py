@@ -20,9 +20,10 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.splits import is_split, viewed_split
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.conversion.config import ConvertConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from tests.integration.fork_server import ForkServer
-from tests.integration.stage_one_child import HALF_WRITTEN
+from tests.integration.stage_one_child import HALF_WRITTEN, RENAMED, WRITTEN
 from tests.small_caches import contents, set_shards_per_folder
 from tests.tiny_models import write_tiny_bert
 from tests.tiny_runs import language_config
@@ -239,6 +240,75 @@ def test_with_pooled_states_killed_at_every_shard(stage_one: StageOne) -> None:
         num_killed += 1
     assert num_killed >= 6
     _complete(pooled, cache, "at every shard")
+
+
+def test_a_zarr_cache_killed_at_every_step_of_a_shard(stage_one: StageOne) -> None:
+    """Each file half-written, the group before and after it has its name, its old one put away."""
+    config = stage_one.config.model_copy(update={"format": "zarr"})
+    folder = stage_one.folder / "zarr"
+    folder.mkdir()
+    zarr = _uninterrupted(stage_one.server, config, folder, num_shards=5)
+    first = [one for one in zarr.steps if one.split()[1].startswith("labeled/000/000000.")]
+    group = "labeled/000/000000.zarr"
+    assert f"{HALF_WRITTEN} {group}/zarr.json 0" in first
+    files = [one for one in first if one.startswith(f"{HALF_WRITTEN} {group}/")]
+    assert len(files) == 5 + 1 + 5  # metadata of arrays and group; a chunk an array
+    retired = "labeled/000/.000000.zarr.retired.tmp"
+    again = [f"{WRITTEN} {retired} 0", f"{RENAMED} {retired} 0", f"{RENAMED} {group} 0"]
+    sidecar = [one for one in first if ".json" in one and f"{group}/" not in one]
+    assert len(sidecar) == 3
+    second, index = "labeled/000/000001.zarr", "index/labeled-000000.arrow"
+    later = [one for one in zarr.steps if one.split()[1] in (second, index)]
+    assert len(later) == 2 + 3
+    moments = [
+        *files[::3],
+        f"{WRITTEN} {group} 0",
+        f"{RENAMED} {group} 0",
+        *again,
+        *sidecar,
+        *later,
+    ]
+    cache, num_killed = zarr.folder / "killed", 0
+    for step in moments:
+        if _run(zarr, cache, die_at=step) == 0:  # it had come past this step before
+            _compare(zarr, cache, f"at: {step}")
+            continue
+        assert _lines(cache, "step")[-1] == step
+        num_killed += 1
+    assert num_killed >= len(files[::3]) + 2 + len(again) + len(sidecar)
+    _complete(zarr, cache, "at every step of a Zarr shard")
+
+
+def test_a_conversion_killed_on_its_way(stage_one: StageOne) -> None:
+    source = stage_one.folder / "whole"
+
+    def run(out: Path, **more: object) -> int:
+        config = ConvertConfig(cache=source, out=out, format="zarr", device="cpu")
+        Path(f"{out}.log").write_text("")
+        return stage_one.server.run(
+            "convert",
+            config=config.model_dump_json(),
+            log=f"{out}.log",
+            shards_per_folder=SHARDS_PER_FOLDER,
+            **more,
+        )
+
+    whole = stage_one.folder / "converted-whole"
+    assert run(whole) == 0, stage_one.server.output.read_text()
+    out = stage_one.folder / "converted"
+    moments = [
+        step
+        for step in _lines(whole, "step")
+        if ("/000001" in step and not step.startswith(HALF_WRITTEN)) or "index/" in step
+    ]
+    num_killed = 0
+    for step in moments:
+        before = _durable(out)
+        num_killed += run(out, die_at=step) == -signal.SIGKILL
+        assert not _shards(out, "forward") & before
+    assert num_killed >= 6
+    assert run(out) == 0, stage_one.server.output.read_text()
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("has_corpora", [False, True])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from teacher_cache.pipeline import options
 from teacher_cache.pipeline.cli import app
 from teacher_cache.pipeline.model_options import argument, switch, value, with_options
+from teacher_cache.stages.conversion.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 COMMANDS: dict[str, type[BaseModel] | None] = {
@@ -23,6 +24,7 @@ COMMANDS: dict[str, type[BaseModel] | None] = {
     "train-student": TrainStudentConfig,
     "check": options.CheckOptions,
     "inspect": None,
+    "convert": ConvertOptions,
     "verify": None,
     "evaluate": options.EvaluateCommandOptions,
     "predict": options.PredictOptions,

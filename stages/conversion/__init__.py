@@ -1,0 +1,1 @@
+"""From one cache to another: formats exactly, codecs where the cache holds what they keep."""

@@ -1,0 +1,238 @@
+"""`pipe convert`: the same samples in another format or codec, without a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.commit import write_bytes_atomically
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.fingerprint import fingerprint
+from teacher_cache.cache.manifest import Manifest, utc_now
+from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import Fields, Ragged, Schema
+from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver, versioned
+from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.conversion.codecs import (
+    LogitsOf,
+    Recode,
+    recode,
+    target_codec,
+)
+from teacher_cache.stages.conversion.config import ConvertConfig
+from teacher_cache.stages.conversion.probe import probed_again
+from teacher_cache.stages.device import environment, resolve_device
+from teacher_cache.stages.teacher.codec_options import given_options
+from teacher_cache.stages.teacher.draws import DRAW_SEED
+from teacher_cache.stages.teacher.language_model_head import HEAD_FILE
+from teacher_cache.stages.teacher.stored_tables import read_teacher_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codecs:
+    """What a conversion does to the codec's fields of a sample.
+
+    Attributes:
+        source: of the cache that is read.
+        target: of the one that is written.
+        logits_of: where the source keeps all logits.
+        device: where they are reduced.
+    """
+
+    source: AnyCodec
+    target: AnyCodec
+    logits_of: LogitsOf | None
+    device: torch.device
+
+    @property
+    def recode(self) -> Recode:
+        """From a sample's fields to the target's."""
+        return recode(self.source, self.target, self.logits_of)
+
+    def environment(self) -> dict[str, Any]:
+        """What the bits of a new shard depend on besides those of the old one."""
+        return {**environment(self.device), "torch": version("torch")}
+
+
+def run(config: ConvertConfig, observer: StageOneObserver | None = None) -> CacheTeacherResult:
+    """Write a complete cache again as another; resumes from the committed shards.
+
+    Raises:
+        UserError: if the caches are one, there is nothing to convert, or the old cache does not
+            hold what the new one needs.
+        CheckFailed: if the old cache is damaged.
+    """
+    observer = observer or StageOneObserver()
+    _refuse_own_folder(config)
+    source = CacheReader(config.cache).manifest
+    readers = {split: CacheReader(config.cache, split) for split in source.splits}
+    codecs = _codecs(config, source)
+    if codecs is None and (config.format or source.store) == source.store:
+        raise UserError(
+            f"{config.cache} is in this format and codec already: give another --format or "
+            "--codec, or copy the folder"
+        )
+    manifest = _manifest(config, source, codecs, readers)
+    plans = {
+        split: ShardPlan(
+            num_documents=summary.num_documents,
+            documents_per_shard=source.layout["documents_per_shard"],
+        )
+        for split, summary in source.splits.items()
+    }
+    files = [
+        name
+        for name in source.teacher_files
+        if name != HEAD_FILE or codecs is None or codecs.target.name == "hidden"
+    ]
+    with CacheWriter(
+        config.out, manifest, plans, overwrite=config.overwrite, needed_files=files
+    ) as writer:
+        todo = writer.begin(lambda folder: _copy_teacher_files(config.cache, source, files, folder))
+        kept = writer.committed()
+        observer.on_plan(config.out, plans, kept)
+        for split, shard_idx in todo:
+            reader = readers[split]
+            old = reader.sidecars[shard_idx]
+            fields = reader.shard(shard_idx)
+            observer.on_batch(old.num_samples, old.num_tokens)
+            found_in = old.environment
+            if codecs is not None:
+                fields = _recoded(source.schema, manifest.schema, codecs, fields)
+                found_in = found_in | {"converted": codecs.environment()}
+            sidecar = writer.commit(
+                split, shard_idx, fields, num_truncated=old.num_truncated, environment=found_in
+            )
+            observer.on_shard(sidecar)
+        if not writer.manifest.complete:
+            writer.finish()
+        return CacheTeacherResult(
+            cache=config.out,
+            manifest=writer.manifest,
+            num_shards_run=len(todo),
+            num_shards_kept=len(kept),
+        )
+
+
+def _refuse_own_folder(config: ConvertConfig) -> None:
+    cache, out = config.cache.resolve(), config.out.resolve()
+    if cache == out or cache in out.parents:
+        raise UserError(
+            f"{config.out} is the cache that is converted, or lies in it: give a folder of its own"
+        )
+
+
+def _codecs(config: ConvertConfig, source: Manifest) -> Codecs | None:
+    """The codecs of the conversion; None where the fields stay as they are.
+
+    Raises:
+        UserError: if the source has no such codecs, or does not hold what the target needs.
+    """
+    if source.settings["task"] != "lm":
+        given = given_options(config)
+        if given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is of language models, and {config.cache} is a "
+                "classifier's, whose logits are exact: leave it out"
+            )
+        return None
+    ours = codec_from(source.settings["codec"])
+    target = target_codec(config, ours)
+    if ours == target:
+        return None
+    device = resolve_device(DeviceConfig(device=config.device))
+    logits_of = LogitsOf.of(ours, config.cache, source, device)
+    return Codecs(source=ours, target=target, logits_of=logits_of, device=device)
+
+
+def _manifest(
+    config: ConvertConfig,
+    source: Manifest,
+    codecs: Codecs | None,
+    readers: Mapping[str, CacheReader],
+) -> Manifest:
+    """The old cache's but for format and codec, and where it comes from."""
+    store = config.format or source.store
+    settings, schema, about = source.settings, source.schema, dict(source.about)
+    origin = {
+        "cache": str(config.cache.resolve()),
+        "format": source.store,
+        "fingerprint": source.fingerprint,
+        "completed_at": source.completed_at,
+    }
+    if codecs is not None:
+        settings = _settings(settings, codecs.target)
+        schema = _schema(schema, codecs)
+        origin |= {"codec": codecs.source.settings, "probe": about.pop("probe", None)}
+        about["probe"] = probed_again(codecs.target, codecs.recode, codecs.logits_of, readers)
+        if codecs.target.name != "hidden":
+            about.pop("language_model_head", None)
+    return replace(
+        source,
+        fingerprint=fingerprint(settings),
+        settings=settings,
+        schema=schema,
+        splits={
+            split: replace(summary, num_samples=0, num_tokens=0, num_truncated=0, num_bytes=0)
+            for split, summary in source.splits.items()
+        },
+        about=about | {"converted_from": origin},
+        teacher_files={},
+        versions=source.versions | {name: version(name) for name in versioned(store)},
+        store=store,
+        index=(),
+        complete=False,
+        created_at=utc_now(),
+        completed_at=None,
+    )
+
+
+def _settings(source: Mapping[str, Any], target: AnyCodec) -> dict[str, Any]:
+    """Those of a cache whose values come through the source's codec, not from the teacher."""
+    before = {"codec": source["codec"], "converted_from": source.get("converted_from")}
+    settings = {name: one for name, one in source.items() if name != "draw_seed"}
+    seed = {"draw_seed": DRAW_SEED} if isinstance(target, SampledCodec) else {}
+    return {**settings, "codec": target.settings, "converted_from": before, **seed}
+
+
+def _schema(source: Schema, codecs: Codecs) -> Schema:
+    """The target's fields where the source's stood; all others as they are."""
+    ours = {spec.name for spec in codecs.source.fields}
+    first = next(idx for idx, spec in enumerate(source) if spec.name in ours)
+    rest = tuple(spec for spec in source[first:] if spec.name not in ours)
+    return (*source[:first], *codecs.target.fields, *rest)
+
+
+def _recoded(source: Schema, target: Schema, codecs: Codecs, fields: Fields) -> Fields:
+    """A shard's fields with those of the codec made anew, sample by sample."""
+    convert = codecs.recode
+    kept = {spec.name for spec in source} - {spec.name for spec in codecs.source.fields}
+    rows = [
+        convert({spec.name: fields[spec.name][idx] for spec in source})
+        for idx in range(len(fields["sample_id"]))
+    ]
+    return {
+        spec.name: fields[spec.name]
+        if spec.name in kept
+        else Ragged.from_arrays([row[spec.name] for row in rows], spec.dtype, spec.inner_shape)
+        for spec in target
+    }
+
+
+def _copy_teacher_files(cache: Path, source: Manifest, names: list[str], folder: Path) -> None:
+    """Copy them with their SHA-256 checked.
+
+    Raises:
+        CheckFailed: if one is damaged or missing.
+    """
+    for name in names:
+        write_bytes_atomically(folder / name, read_teacher_file(cache, source, name))
