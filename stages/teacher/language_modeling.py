@@ -42,8 +42,15 @@ from teacher_cache.stages.teacher.capture_positions import (
 from teacher_cache.stages.teacher.codec_options import codec_of
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.draws import DRAW_SEED, draws_of
-from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
+from teacher_cache.stages.teacher.language_model import (
+    LanguageModelTeacher,
+    final_states,
+    load_language_model,
+)
 from teacher_cache.stages.teacher.language_model_head import HEAD_FILE, LanguageModelHead
+from teacher_cache.stages.teacher.layer_plan import LayerPlan
+from teacher_cache.stages.teacher.layer_probe import RowErrors, first_samples
+from teacher_cache.stages.teacher.layer_tap import KeptLayers, LayerTap
 from teacher_cache.stages.teacher.load import identity
 from teacher_cache.stages.teacher.positions import Reduce, Slice, run_positions
 from teacher_cache.stages.teacher.probe import Probe, probe_codec
@@ -65,6 +72,7 @@ class LanguageModeling:
         alignment: over whose ids the distributions are cached.
         codec: what is kept of a position.
         head: of the support, where states are cached; None for other codecs.
+        layers: maps and states that are cached beside what the codec keeps.
     """
 
     teacher: LanguageModelTeacher
@@ -74,6 +82,7 @@ class LanguageModeling:
     alignment: Alignment
     codec: AnyCodec
     head: LanguageModelHead | None
+    layers: LayerPlan
 
     @classmethod
     def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
@@ -84,10 +93,11 @@ class LanguageModeling:
             corpora: by split.
 
         Raises:
-            UserError: if the teacher cannot be loaded, or the codec cannot serve it.
+            UserError: if the teacher cannot be loaded or lacks what is asked for, or the codec
+                cannot serve it.
             CheckFailed: if its ids cannot be aligned as asked.
         """
-        teacher = load_language_model(config)
+        teacher = load_language_model(config, with_maps=config.attention != "none")
         alignment = aligned(
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
@@ -105,6 +115,7 @@ class LanguageModeling:
                 has_unmatched=isinstance(alignment.support, MappedSupport),
             ),
             head=head,
+            layers=LayerPlan.prepared(config, teacher, is_packed=True),
         )
 
     @property
@@ -115,7 +126,9 @@ class LanguageModeling:
     @property
     def schema(self) -> Schema:
         """The fields of a sample."""
-        return language_model_schema(self.codec.fields, is_packed=True)
+        return language_model_schema(
+            self.codec.fields, is_packed=True, layer_fields=self.layers.fields
+        )
 
     @property
     def files(self) -> Mapping[str, Callable[[Path], None]]:
@@ -138,12 +151,14 @@ class LanguageModeling:
             ),
             "max_length": self.max_length,
             **({"draw_seed": DRAW_SEED} if isinstance(self.codec, SampledCodec) else {}),
+            **self.layers.settings(),
         }
 
     def about(self) -> dict[str, Any]:
-        """What the codec costs and loses on the first documents, and how the head is stored."""
+        """What codec and maps cost and lose on the first documents, how the head is stored."""
         probe = self.probe
         found = self.alignment.about | ({} if probe is None else {"probe": probe.to_json()})
+        found |= self._probed_maps()
         return found if self.head is None else found | {"language_model_head": self.head.facts()}
 
     @cached_property
@@ -153,11 +168,7 @@ class LanguageModeling:
         Raises:
             UserError: if states and head do not give the teacher's logits.
         """
-        corpus = self.corpora["labeled"]
-        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
-        return probe_codec(
-            self.teacher, self._pack(documents).samples, self.codec, self.support, self.head
-        )
+        return probe_codec(self.teacher, self._first_samples(), self.codec, self.support, self.head)
 
     def bytes_per_document(self, documents: Sequence[Document]) -> float | None:
         """A document's share of the samples' fields, by the heads that the probe found."""
@@ -165,10 +176,13 @@ class LanguageModeling:
         if not packed.samples:
             return None
         # Of each ragged field the sample's end is stored too.
-        per_sample = fixed_bytes(self.schema) + 4 * sum(spec.is_ragged for spec in self.schema)
-        return (packed.num_tokens * self.bytes_per_token + len(packed.samples) * per_sample) / len(
-            documents
+        ragged = language_model_schema(self.codec.fields, is_packed=True)
+        per_sample = fixed_bytes(self.schema) + 4 * sum(spec.is_ragged for spec in ragged)
+        layers = sum(
+            self.layers.num_bytes(np.bincount(sample.segment).tolist()) for sample in packed.samples
         )
+        tokens = packed.num_tokens * self.bytes_per_token
+        return (tokens + len(packed.samples) * per_sample + layers) / len(documents)
 
     def tokens_per_document(self, documents: Sequence[Document]) -> float:
         """Mean number of tokens, empty documents included."""
@@ -176,7 +190,7 @@ class LanguageModeling:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all of a sample's fields."""
+        """Of all of a sample's fields but those of layers, which grow in other ways."""
         return bytes_per_token(self.codec, None if self.probe is None else self.probe.num_ids)
 
     def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
@@ -189,20 +203,44 @@ class LanguageModeling:
                 f"{packed.num_continued:,}",
                 f"{len(documents):,}",
             )
+        kept = KeptLayers(self.layers)
         outputs = run_positions(
             self.teacher,
             packed.samples,
             self._reduce(packed.samples),
             batch_tokens=self.batch_tokens,
+            tap=LayerTap(self.teacher.model, self.layers, kept),
             on_batch=on_batch,
         )
         return Captured(
-            fields=self._fields(packed.samples, outputs.values),
+            fields=self._fields(packed.samples, outputs.values) | kept.fields(len(packed.samples)),
             num_truncated=0,
             environment=recorded_environment(
                 self.teacher, batch_tokens=self.batch_tokens, num_halvings=outputs.num_halvings
             ),
         )
+
+    def _first_samples(self) -> list[PackedSample]:
+        corpus = self.corpora["labeled"]
+        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
+        return self._pack(documents).samples
+
+    def _probed_maps(self) -> dict[str, Any]:
+        """What storing maps loses on the first documents; nothing where none are stored."""
+        samples = first_samples(self._first_samples())
+        if self.layers.attention is None or not samples:
+            return {}
+        errors = RowErrors(self.layers.attention)
+        with LayerTap(self.teacher.model, self.layers, errors) as tap:
+            final_states(
+                self.teacher.model,
+                [sample.input_ids for sample in samples],
+                [np.bincount(sample.segment).tolist() for sample in samples],
+                packs=self.teacher.packs,
+                tap=tap,
+                sample_idxs=range(len(samples)),
+            )
+        return {"attention": errors.to_json()}
 
     def _pack(self, documents: Sequence[Document]) -> Packed:
         return pack(documents, self.teacher.tokenizer, max_length=self.max_length)
@@ -242,7 +280,7 @@ class LanguageModeling:
             spec.name: Ragged.from_arrays(
                 [row[spec.name] for row in rows], spec.dtype, spec.inner_shape
             )
-            for spec in self.schema
+            for spec in language_model_schema(self.codec.fields, is_packed=True)
             if spec.is_ragged
         }
 
