@@ -24,6 +24,7 @@ from teacher_cache.cache.manifest import (
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.cache_size import NUM_PROBED_FOR_SIZE, estimated_bytes, require_room
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
 from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.survey import survey_splits
@@ -37,7 +38,6 @@ from teacher_cache.stages.teacher.language_modeling import LanguageModeling
 from teacher_cache.stages.teacher.load import described_config
 from teacher_cache.stages.teacher.task import Task
 
-NUM_PROBED_FOR_SIZE = 64
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
     splits = with_views(task.corpora, config.views, _reading(task))
     plans = _plan(config, cache, splits, task)
+    require_room(cache, estimated_bytes(task, splits))
     manifest = _manifest(config, settings, plans, task)
     with CacheWriter(
         cache, manifest, plans, overwrite=config.overwrite, needed_files=task.files

@@ -3,10 +3,10 @@
 Each row of a map is a distribution over the positions that its position looks at. Stored is the
 square root of an entry's share of its row's largest one, in 255 equal steps; a row is normalised
 when it is decoded, so the largest entry itself need not be stored. Equal steps of the root give
-every entry an error of equal variance in the metric of the KL (Anscombe 1948), so for rows of n
-entries the KL is about `n p_max / (6 * 255**2)` nats, whatever their shape. Steps of the entry
-itself lose most of a flat row, and steps of the root relative to 1 instead of the largest entry
-several times as much on real maps (docs/attention.md has the figures).
+every entry an error of equal variance in the metric of the KL (Anscombe 1948): for rows of n
+entries it is about `n p_max / (6 * 255**2)` nats, and at most three times that, whatever their
+shape. Steps of the entry itself lose most of a flat row, and steps of the root relative to 1
+instead of the largest entry several times as much on real maps (docs/attention.md has figures).
 """
 
 from __future__ import annotations
@@ -62,6 +62,19 @@ def decode_rows(codes: Array, reach: Array) -> Array:
     weights = xp.where(reach, roots * roots + WITHIN_STEP, 0.0)
     total = weights.sum(-1)[..., None]
     return weights / xp.where(total > 0, total, 1.0)
+
+
+def largest_kl(rows: np.ndarray) -> np.ndarray:
+    """What storing rows can lose at most, [...] nats.
+
+    With `s` the exact roots in steps, `c` their codes and `w = c**2 + 1/12`, the KL is at most the
+    sum of `s**2 log(s**2 / w) - s**2 + w` over that of `s**2`, which is `255**2 / p_max`; and each
+    term is below 0.51 for `|s - c| <= 1/2`.
+
+    Args:
+        rows: [..., n] probabilities.
+    """
+    return 0.51 * rows.shape[-1] * rows.max(-1) / LARGEST_CODE**2
 
 
 @dataclass(frozen=True, kw_only=True)

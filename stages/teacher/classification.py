@@ -122,9 +122,15 @@ class Classification:
         samples = self._tokenized(documents)
         if not samples:
             return None
-        lengths = [len(sample.input_ids) for sample in samples]
-        ragged = sum(4 * length + 4 + self.layers.num_bytes([length]) for length in lengths)
-        return fixed_bytes(self.schema) + ragged / len(samples)
+        tokens = sum(len(sample.input_ids) for sample in samples) / len(samples)
+        layers = self.layer_bytes_per_document(documents) * len(documents) / len(samples)
+        return fixed_bytes(self.schema) + (4 * tokens + 4) + layers
+
+    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
+        """Of maps and states."""
+        samples = self._tokenized(documents)
+        of_all = sum(self.layers.num_bytes([len(sample.input_ids)]) for sample in samples)
+        return of_all / len(documents)
 
     def tokens_per_document(self, documents: Sequence[Document]) -> float:
         """Mean number of tokens, empty documents included."""

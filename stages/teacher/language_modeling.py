@@ -178,11 +178,15 @@ class LanguageModeling:
         # Of each ragged field the sample's end is stored too.
         ragged = language_model_schema(self.codec.fields, is_packed=True)
         per_sample = fixed_bytes(self.schema) + 4 * sum(spec.is_ragged for spec in ragged)
-        layers = sum(
-            self.layers.num_bytes(np.bincount(sample.segment).tolist()) for sample in packed.samples
-        )
         tokens = packed.num_tokens * self.bytes_per_token
-        return (tokens + len(packed.samples) * per_sample + layers) / len(documents)
+        of_codec = (tokens + len(packed.samples) * per_sample) / len(documents)
+        return of_codec + self.layer_bytes_per_document(documents)
+
+    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
+        """Of maps and states."""
+        samples = self._pack(documents).samples
+        pieces = [np.bincount(sample.segment).tolist() for sample in samples]
+        return sum(self.layers.num_bytes(lengths) for lengths in pieces) / len(documents)
 
     def tokens_per_document(self, documents: Sequence[Document]) -> float:
         """Mean number of tokens, empty documents included."""

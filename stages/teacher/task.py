@@ -74,6 +74,10 @@ class Task(Protocol):
         """What a document takes in a shard, by a few; None where they make no sample."""
         ...
 
+    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
+        """What of that are maps and states of the teacher's layers."""
+        ...
+
     def tokens_per_document(self, documents: Sequence[Document]) -> float:
         """Mean number of tokens, empty documents included."""
         ...
