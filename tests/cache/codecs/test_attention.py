@@ -161,5 +161,5 @@ def test_settings_give_the_codec_back() -> None:
         recorded = {"attention": codec.settings | {"implementation": "eager"}}
         assert attention_from(recorded) == codec
     assert attention_from({"task": "lm"}) is None
-    with pytest.raises(UserError, match="encoding 'u4'.* reads 'sqrt-u8'"):
+    with pytest.raises(UserError, match=r"encoding 'u4'.* reads 'sqrt-u8'"):
         attention_from({"attention": codec_of("mean", True).settings | {"encoding": "u4"}})
