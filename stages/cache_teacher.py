@@ -110,7 +110,12 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     cache = config.out or Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}"
     splits = with_views(task.corpora, config.views, _reading(task))
     plans = _plan(config, cache, splits, task)
-    require_room(cache, estimated_bytes(task, splits))
+    require_room(
+        cache,
+        estimated_bytes(task, splits),
+        num_shards=sum(len(plan) for plan in plans.values()),
+        overwrite=config.overwrite,
+    )
     manifest = _manifest(config, settings, plans, task)
     with CacheWriter(
         cache, manifest, plans, overwrite=config.overwrite, needed_files=task.files

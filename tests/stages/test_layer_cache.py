@@ -231,19 +231,26 @@ def test_a_student_that_asks_for_no_maps_trains_as_if_there_were_none(
 
 
 def test_no_room_on_the_disk(
-    tmp_path: Path, tiny_bert: Path, acl_imdb: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_bert: Path, acl_imdb: Path, mapped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_size, "free_bytes", lambda cache: 50_000)
     config = reviews_config(tmp_path / "c", tiny_bert, acl_imdb, attention="full")
-    with pytest.raises(UserError, match=r"take about 0\.\d MB and the disk of .* has 0\.1 MB"):
+    with pytest.raises(UserError, match=r"take about 0\.\d MB and the disk of .* has 0\.1 MB free"):
         cache_teacher.run(config)
     assert not list(tmp_path.rglob("*.arrow"))
-
-
-def test_what_the_cache_takes_already_counts_as_room(mapped: Path) -> None:
+    # What is there already needs no room; what is removed gives some.
+    monkeypatch.setattr(cache_size, "free_bytes", lambda cache: 0)
+    cache_size.require_room(mapped, 1e6, num_shards=2, overwrite=False)
     taken = sum(path.stat().st_size for path in mapped.glob("*/*/*"))
-    empty = cache_size.free_bytes(mapped.parent / "new" / "one")
-    assert taken > 0 and abs(cache_size.free_bytes(mapped) - taken - empty) < 1e9
+    cache_size.require_room(mapped, taken, num_shards=2, overwrite=True)
+    with pytest.raises(UserError, match=r"about 0\.5 MB and the disk"):
+        cache_size.require_room(mapped, 1e6, num_shards=4, overwrite=False)
+    with pytest.raises(UserError, match=r"about \d+\.\d MB and the disk"):
+        cache_size.require_room(mapped, taken + 1e6, num_shards=2, overwrite=True)
+
+
+def test_what_is_free_is_the_disks(tmp_path: Path) -> None:
+    assert cache_size.free_bytes(tmp_path / "new" / "one") > 0
 
 
 def test_the_estimate_is_what_the_shards_take(
@@ -273,8 +280,9 @@ def test_the_estimate_is_what_the_shards_take(
         assert found.num_layer_bytes == pytest.approx(layers, rel=0.1)
         assert found.maps == CacheReader(cache).manifest.about["attention"]
     with caplog.at_level(logging.INFO, logger="teacher_cache"):
-        cache_teacher.run(configs[packed])
-    assert "MB in shards" in caplog.text
+        again = configs[packed].model_copy(update={"out": packed.parent / "again"})
+        cache_teacher.run(again)
+    assert "MB to write" in caplog.text
 
 
 def test_larger_maps_make_smaller_shards(tmp_path: Path, tiny_bert: Path, acl_imdb: Path) -> None:
