@@ -3,7 +3,7 @@
     python -m benchmarks.attention_bytes --encoder DIR --decoder DIR --json FILE
 
 `--encoder` is a folder of a bidirectional transformer, which reads movie reviews (MiniLM's lies in
-`assets/minilm`), `--decoder` one of a causal language model, which reads paragraphs of Austen.
+`assets/minilm`), `--decoder` one of a causal language model, which reads Austen's chapters.
 Every text runs alone; each of its maps is stored in every mode and read again.
 """
 

@@ -5,8 +5,8 @@ square root of an entry's share of its row's largest one, in 255 equal steps; a 
 when it is decoded, so the largest entry itself need not be stored. Equal steps of the root give
 every entry an error of equal variance in the metric of the KL (Anscombe 1948): for rows of n
 entries it is about `n p_max / (6 * 255**2)` nats, and at most three times that, whatever their
-shape. Steps of the entry itself lose most of a flat row, and steps of the root relative to 1
-instead of the largest entry several times as much on real maps (docs/attention.md has figures).
+shape. On real maps, equal steps of the entry itself lose a hundred times as much, and steps of
+the root relative to 1 instead of the largest entry three times (docs/attention.md has figures).
 """
 
 from __future__ import annotations

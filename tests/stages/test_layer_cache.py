@@ -176,7 +176,8 @@ def test_verified_deeply(mapped: Path, packed: Path, monkeypatch: pytest.MonkeyP
     ):
 
         def altered(self: Any, name: str, one: Any, values: Any, wrong: str = wrong) -> None:
-            tell(self, name, one, values.flip(-1) if name.startswith(wrong) else values)
+            ramp = torch.arange(1.0, values.shape[-1] + 1)
+            tell(self, name, one, values * ramp if name.startswith(wrong) else values)
 
         for cache in (mapped, packed):
             with monkeypatch.context() as patch, pytest.raises(CheckFailed, match=sentence):
@@ -267,8 +268,9 @@ def test_the_estimate_is_what_the_shards_take(
         found = estimate(config)
         splits = CacheReader(cache).manifest.splits.values()
         assert found.num_bytes is not None and found.num_layer_bytes is not None
-        # Arrow's own frames come on top: they are most of a cache of a few kilobytes.
-        assert found.num_bytes == pytest.approx(sum(one.num_bytes for one in splits), rel=0.15)
+        # Arrow's own frames come on top: they are a quarter of the smaller cache.
+        taken = sum(one.num_bytes for one in splits)
+        assert 0.85 * taken - 6000 < found.num_bytes < 1.05 * taken
         kept = [CacheReader(cache, split) for split in CacheReader(cache).manifest.splits]
         layers = sum(
             reader.sample(idx)[spec.name].nbytes
@@ -286,16 +288,16 @@ def test_the_estimate_is_what_the_shards_take(
 
 
 def test_larger_maps_make_smaller_shards(tmp_path: Path, tiny_bert: Path, acl_imdb: Path) -> None:
-    labeled = CorpusConfig(source=str(acl_imdb), split="train", max_samples=40)
-    asked: dict[str, Any] = {"labeled": labeled, "unlabeled": None, "max_length": 256}
-    config = reviews_config(tmp_path / "c", tiny_bert, acl_imdb, shard_mb=1, **asked)
-    whole = config.model_copy(update={"attention": "full", "attention_layers": "all"})
-    num = {
-        name: len(list(cache_teacher.run(one).cache.glob("labeled/*/*.arrow")))
-        for name, one in (("plain", config), ("full", whole.model_copy(update={
-            "out": tmp_path / "d"})))
-    }  # fmt: skip
-    assert num["plain"] == 1 < num["full"]
+    labeled = CorpusConfig(source=str(acl_imdb), split="train", max_samples=10)
+    asked: dict[str, Any] = {"labeled": labeled, "unlabeled": None, "shard_mb": 1}
+    asked |= {"attention": "full", "attention_layers": "all", "hidden": "last"}
+    cache = cache_reviews(tmp_path / "c", tiny_bert, acl_imdb, **asked)
+    reader = CacheReader(cache)
+    per_sample = np.mean([
+        sum(field.nbytes for field in reader.sample(idx).values()) + 5 * 4
+        for idx in range(len(reader))
+    ])  # fmt: skip
+    assert reader.manifest.layout["documents_per_shard"] == int(1e6 / per_sample) < 1024
 
 
 def test_a_teacher_without_attention_is_refused(
