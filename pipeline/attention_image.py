@@ -24,7 +24,8 @@ MOST_LABELS = 72  # of an axis; of a longer sample every second, third, ... toke
 MOST_COLUMNS = 3
 INCHES_A_LABEL = 0.15
 FONT_POINTS = 7
-WIDEST_ROW_SHARE = 0.12  # of a panel's width, a row of a map that has few
+MARGIN_INCHES = 1.8  # of a panel: title, labels, names
+LEAST_HEIGHT = 0.12  # of a panel, as a share of its width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,21 +116,24 @@ def draw_maps(maps: Sequence[NamedMap], tokens: Sequence[str], path: Path) -> No
         ) from error
     columns = min(MOST_COLUMNS, len(maps))
     rows = math.ceil(len(maps) / columns)
-    side = 1.6 + INCHES_A_LABEL * min(MOST_LABELS, max(len(tokens), 12))
-    shares = [len(one.values) / len(tokens) for one in maps]
-    height = side * max(max(shares), WIDEST_ROW_SHARE) + 1.2
-    figure = Figure(figsize=(columns * side + 1.0, rows * height), layout="constrained")
+    side = INCHES_A_LABEL * min(MOST_LABELS, max(len(tokens), 12))
+    share = max(LEAST_HEIGHT, *(len(one.values) / len(tokens) for one in maps))
+    size = (columns * (side + MARGIN_INCHES) + 1.0, rows * (side * share + MARGIN_INCHES))
+    figure = Figure(figsize=size, layout="constrained")
     # Few large shares and many small ones: the root shows both.
     norm = PowerNorm(0.5, vmin=0.0, vmax=float(max(np.nanmax(one.values) for one in maps)))
     grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     image = None
     for axes, one in zip(grid, maps, strict=False):
-        aspect = "auto" if len(one.values) < len(tokens) else "equal"
-        image = axes.imshow(one.values, norm=norm, cmap="viridis", aspect=aspect)
+        is_square = len(one.values) == len(tokens)
+        image = axes.imshow(
+            one.values, norm=norm, cmap="viridis", aspect="equal" if is_square else "auto"
+        )
         axes.set_facecolor("0.9")  # where no row looks
         axes.set_title(one.title, fontsize=FONT_POINTS + 3)
         axes.set_xlabel("looked at", fontsize=FONT_POINTS + 1)
-        axes.set_ylabel("looking", fontsize=FONT_POINTS + 1)
+        if is_square:
+            axes.set_ylabel("looking", fontsize=FONT_POINTS + 1)
         _name(axes.xaxis, tokens, rotation=90)
         _name(axes.yaxis, one.row_labels, rotation=0)
     for axes in grid[len(maps) :]:
