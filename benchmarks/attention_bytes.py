@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,9 +84,8 @@ class Measured:
     """
 
     def __init__(self, full: AttentionCodec, pooled_at: Literal["first", "last"]):
-        shared = {**vars(full), "pooled_at": pooled_at}
         modes: tuple[Mode, ...] = ("cls", "mean", "full")
-        self.codecs = {mode: AttentionCodec(**shared | {"mode": mode}) for mode in modes}
+        self.codecs = {mode: replace(full, mode=mode, pooled_at=pooled_at) for mode in modes}
         self.bytes = dict.fromkeys(modes, 0)
         self.kls: dict[Mode, list[np.ndarray]] = {mode: [] for mode in modes}
         self.others: dict[str, list[np.ndarray]] = {name: [] for name in OTHERS}
@@ -96,7 +95,8 @@ class Measured:
         heads = values.numpy()
         place = 0 if self.codecs["cls"].pooled_at == "first" else -1
         mean = heads.mean(0)
-        for mode, exact in (("cls", mean[place]), ("mean", mean), ("full", heads)):
+        exact_by_mode: dict[Mode, np.ndarray] = {"cls": mean[place], "mean": mean, "full": heads}
+        for mode, exact in exact_by_mode.items():
             codec = self.codecs[mode]
             stored = codec.encode(exact)
             self.bytes[mode] += stored.nbytes

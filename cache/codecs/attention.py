@@ -213,13 +213,16 @@ def attention_from(settings: Mapping[str, Any]) -> AttentionCodec | None:
     recorded = settings.get("attention")
     if recorded is None:
         return None
-    values = {name: value for name, value in recorded.items() if name != "implementation"}
+    values: dict[str, Any] = {
+        name: value for name, value in recorded.items() if name != "implementation"
+    }
     if (encoding := values.pop("encoding")) != ENCODING:
         raise UserError(
             f"the attention maps have the encoding {encoding!r}, this release reads {ENCODING!r}: "
             "upgrade teacher-cache, or make the cache again"
         )
-    return AttentionCodec(**values | {"layers": tuple(values["layers"])})
+    values["layers"] = tuple(values["layers"])
+    return AttentionCodec(**values)
 
 
 def row_kl(exact: np.ndarray, decoded: np.ndarray) -> np.ndarray:

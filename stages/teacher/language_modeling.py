@@ -42,17 +42,13 @@ from teacher_cache.stages.teacher.capture_positions import (
 from teacher_cache.stages.teacher.codec_options import codec_of
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.draws import DRAW_SEED, draws_of
-from teacher_cache.stages.teacher.language_model import (
-    LanguageModelTeacher,
-    final_states,
-    load_language_model,
-)
+from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.teacher.language_model_head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.teacher.layer_plan import LayerPlan
 from teacher_cache.stages.teacher.layer_probe import RowErrors, first_samples
 from teacher_cache.stages.teacher.layer_tap import KeptLayers, LayerTap
 from teacher_cache.stages.teacher.load import identity
-from teacher_cache.stages.teacher.positions import Reduce, Slice, run_positions
+from teacher_cache.stages.teacher.positions import Reduce, Slice, listen_to_packed, run_positions
 from teacher_cache.stages.teacher.probe import Probe, probe_codec
 from teacher_cache.stages.teacher.support import Support
 from teacher_cache.stages.teacher.task import Captured, recorded_environment
@@ -231,19 +227,11 @@ class LanguageModeling:
 
     def _probed_maps(self) -> dict[str, Any]:
         """What storing maps loses on the first documents; nothing where none are stored."""
-        samples = first_samples(self._first_samples())
-        if self.layers.attention is None or not samples:
+        if self.layers.attention is None:
             return {}
         errors = RowErrors(self.layers.attention)
-        with LayerTap(self.teacher.model, self.layers, errors) as tap:
-            final_states(
-                self.teacher.model,
-                [sample.input_ids for sample in samples],
-                [np.bincount(sample.segment).tolist() for sample in samples],
-                packs=self.teacher.packs,
-                tap=tap,
-                sample_idxs=range(len(samples)),
-            )
+        tap = LayerTap(self.teacher.model, self.layers, errors)
+        listen_to_packed(self.teacher, first_samples(self._first_samples()), tap)
         return {"attention": errors.to_json()}
 
     def _pack(self, documents: Sequence[Document]) -> Packed:

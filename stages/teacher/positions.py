@@ -110,6 +110,29 @@ def run_positions(
     return PositionOutputs(values=values, num_halvings=num_halvings)
 
 
+def listen_to_packed(
+    teacher: LanguageModelTeacher, samples: Sequence[PackedSample], tap: LayerTap
+) -> None:
+    """Run the teacher over a few samples, a batch of their own, for what its layers say alone.
+
+    Args:
+        teacher: on its device.
+        samples: that fit into one batch.
+        tap: listens to the layers.
+    """
+    if not samples:
+        return
+    with tap:
+        final_states(
+            teacher.model,
+            [sample.input_ids for sample in samples],
+            [np.bincount(sample.segment).tolist() for sample in samples],
+            packs=teacher.packs,
+            tap=tap,
+            sample_idxs=range(len(samples)),
+        )
+
+
 def next_ids(sample: PackedSample) -> np.ndarray:
     """Each position's next token, int64 [S]; 0 where the loss mask is False."""
     following = np.append(sample.input_ids[1:], 0).astype(np.int64)
