@@ -21,10 +21,16 @@ POOLED = "pooled"
 TOP1_LOG_PROB = "top1_log_prob"
 NEXT_LOG_PROB = "next_log_prob"
 
+SQUARE = "S*S"
+TRIANGLE = "S*(S+1)/2"
+TRIANGLES = "sum(n*(n+1)/2)"
+
 Dimension = int | str
 """A number, or the first dimension of a ragged field: `S`, positions; `S+1`, their borders;
 `sum(NAME)`, one entry for each that the sample's field NAME counts at its positions (a head of
-differing sizes, end to end); `sum(NAME)/4`, the same four to a byte, the last byte padded."""
+differing sizes, end to end); `sum(NAME)/4`, the same four to a byte, the last byte padded; of maps
+between positions `S*S`, all pairs row by row; `S*(S+1)/2`, those of the lower triangle;
+`sum(n*(n+1)/2)`, those of the triangle of each of the sample's segments, n positions long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,11 @@ class FieldSpec:
     def inner_shape(self) -> tuple[int, ...]:
         """What stands behind the ragged dimension, or the whole shape where there is none."""
         return tuple(int(size) for size in (self.shape[1:] if self.is_ragged else self.shape))
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it grows with the square of the sample's length."""
+        return self.is_ragged and self.shape[0] in (SQUARE, TRIANGLE, TRIANGLES)
 
     @property
     def counted_by(self) -> str | None:
@@ -82,12 +93,15 @@ class FieldSpec:
 Schema = tuple[FieldSpec, ...]
 
 
-def classification_schema(num_classes: int, *, pooled_width: int | None = None) -> Schema:
+def classification_schema(
+    num_classes: int, *, pooled_width: int | None = None, layer_fields: Schema = ()
+) -> Schema:
     """Fields of a text-classification cache: ids, label, the teacher's exact logits (float32).
 
     Args:
         num_classes: C.
         pooled_width: D of the teacher's pooled states (float16); None where they are not cached.
+        layer_fields: maps and states of the teacher's layers.
     """
     fields = (
         FieldSpec(name="sample_id", dtype=f"V{SAMPLE_ID_BYTES}"),
@@ -95,13 +109,17 @@ def classification_schema(num_classes: int, *, pooled_width: int | None = None) 
         FieldSpec(name="label", dtype="int32", nullable=True),
         FieldSpec(name="class_logits", dtype="float32", shape=(num_classes,)),
     )
-    if pooled_width is None:
-        return fields
-    return (*fields, FieldSpec(name=POOLED, dtype="float16", shape=(pooled_width,)))
+    if pooled_width is not None:
+        fields = (*fields, FieldSpec(name=POOLED, dtype="float16", shape=(pooled_width,)))
+    return (*fields, *layer_fields)
 
 
 def language_model_schema(
-    codec_fields: Schema, *, is_packed: bool = False, has_offsets: bool = False
+    codec_fields: Schema,
+    *,
+    is_packed: bool = False,
+    has_offsets: bool = False,
+    layer_fields: Schema = (),
 ) -> Schema:
     """Fields of a language-model cache: ids, what counts in a loss, and what its codec stores.
 
@@ -109,6 +127,7 @@ def language_model_schema(
         codec_fields: of `Codec.fields`.
         is_packed: samples hold several documents, numbered by `segment`.
         has_offsets: each token's borders in the bytes of its text are kept, for span alignment.
+        layer_fields: maps and states of the teacher's layers.
     """
     segment = FieldSpec(name="segment", dtype="uint16", shape=("S",))
     offsets = FieldSpec(name="offsets", dtype="uint32", shape=("S+1",))
@@ -119,11 +138,12 @@ def language_model_schema(
         FieldSpec(name="loss_mask", dtype="bool", shape=("S",)),
         *((offsets,) if has_offsets else ()),
         *codec_fields,
+        *layer_fields,
     )
 
 
 def bytes_per_position(schema: Schema, entries: float = 0.0) -> float:
-    """Bytes that one more position adds to a sample.
+    """Bytes that one more position adds to a sample, maps between positions left out.
 
     Args:
         schema: of all of a sample's fields, or of a codec's.
@@ -132,7 +152,7 @@ def bytes_per_position(schema: Schema, entries: float = 0.0) -> float:
     per_position = {"S": 1.0, "S+1": 1.0}
     total = 0.0
     for spec in schema:
-        if spec.is_ragged:
+        if spec.is_ragged and not spec.is_map:
             share = entries / 4 if str(spec.shape[0]).endswith("/4") else entries
             size = np.dtype(spec.dtype).itemsize * math.prod(spec.inner_shape)
             total += size * per_position.get(str(spec.shape[0]), share)
@@ -243,8 +263,13 @@ def _check_lengths(spec: FieldSpec, fields: Fields) -> None:
         wanted = np.diff(before[counts.offsets])
         if str(spec.shape[0]).endswith("/4"):
             wanted = -(-wanted // 4)
+    elif spec.shape[0] == TRIANGLES:
+        segments = _ragged(fields["segment"])
+        wanted = np.array([_in_triangles(segments[i]) for i in range(len(segments))], np.int64)
     else:
-        wanted = positions + (spec.shape[0] == "S+1")
+        by_shape = {"S+1": positions + 1, SQUARE: positions**2}
+        triangles = positions * (positions + 1) // 2
+        wanted = (by_shape | {TRIANGLE: triangles}).get(str(spec.shape[0]), positions)
     found = np.diff(column.offsets)
     if not np.array_equal(found, wanted):
         first = int(np.argmax(found != wanted))
@@ -253,6 +278,12 @@ def _check_lengths(spec: FieldSpec, fields: Fields) -> None:
             f"{spec.shape} asks for {wanted[first]}, since the sample has {positions[first]} "
             "positions"
         )
+
+
+def _in_triangles(segment: np.ndarray) -> int:
+    """Pairs of positions of one segment, the second not behind the first; segments are runs."""
+    lengths = np.bincount(segment).astype(np.int64)
+    return int((lengths * (lengths + 1) // 2).sum())
 
 
 def _ragged(column: np.ndarray | Ragged) -> Ragged:

@@ -111,6 +111,13 @@ def inspect(
     sample: Annotated[
         str | None, typer.Option(help="Id of a sample to show (or the start of one).")
     ] = None,
+    attention_image: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the attention maps of --sample, its tokens on the axes, into this file "
+            "(png, pdf, svg, ...)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Show what a cache holds: settings, sizes, bytes a sample, one decoded sample."""
@@ -118,7 +125,7 @@ def inspect(
         from teacher_cache.pipeline import inspection
 
         quiet_libraries()
-        inspection.inspect(cache, sample=sample, as_json=as_json)
+        inspection.inspect(cache, sample=sample, attention_image=attention_image, as_json=as_json)
 
 
 @_command("convert")

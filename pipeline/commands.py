@@ -70,8 +70,8 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     config = resolve_cache_teacher(options)
     if dry_run:
         console.print(settings_table(config.model_dump(mode="json"), "cache-teacher would run"))
-        if config.task == "lm":
-            console.print(estimate_table(estimate(config)))
+        if config.task == "lm" or config.attention != "none" or config.hidden != "none":
+            console.print(estimate_table(estimate(config), is_language_model=config.task == "lm"))
         return None
     with StageOneProgress(console) as progress:
         result = stage_one.run(config, progress)

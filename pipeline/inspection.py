@@ -7,25 +7,36 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from teacher_cache.cache.errors import CheckFailed
+from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify as verify_cache
 from teacher_cache.pipeline.language_tables import is_language_model, kept_table
+from teacher_cache.pipeline.layer_tables import layer_fields, layer_table
 from teacher_cache.pipeline.reporting import console, working
-from teacher_cache.pipeline.sample_view import print_sample
+from teacher_cache.pipeline.sample_view import draw_attention, print_sample
 from teacher_cache.pipeline.tables import manifest_table, settings_table
 
 NUM_IDS_SHOWN = 3
 
 
-def inspect(cache: Path, *, sample: str | None, as_json: bool) -> None:
-    """Print what a cache holds, or one of its samples.
+def inspect(
+    cache: Path, *, sample: str | None, attention_image: Path | None, as_json: bool
+) -> None:
+    """Print what a cache holds, or one of its samples; or draw the sample's attention maps.
 
     Raises:
-        UserError: if there is no cache, or no such sample.
+        UserError: if there is no cache, or no such sample, or no maps to draw.
     """
     manifest = read_manifest(cache)
+    if attention_image is not None:
+        if sample is None or as_json:
+            raise UserError(
+                "--attention-image draws one sample: give its id with --sample, and no --json"
+            )
+        draw_attention(cache, sample, attention_image)
+        console.print(f"✓ attention maps drawn: {attention_image}", style="green", soft_wrap=True)
+        return
     if as_json:
         console.print_json((cache / MANIFEST_NAME).read_text())
         return
@@ -42,11 +53,15 @@ def inspect(cache: Path, *, sample: str | None, as_json: bool) -> None:
     console.print("fields of a sample: " + ", ".join(shapes), soft_wrap=True)
     if not manifest.complete:
         return
+    readers = [CacheReader(cache, split) for split in manifest.splits]
+    filled = next((reader for reader in readers if len(reader)), None)
+    if filled is not None and layer_fields(manifest):
+        console.print(layer_table(filled))
     shown = None
-    for split in manifest.splits:
-        ids = [one.hex() for one in islice(CacheReader(cache, split).sample_ids(), NUM_IDS_SHOWN)]
+    for reader in readers:
+        ids = [one.hex() for one in islice(reader.sample_ids(), NUM_IDS_SHOWN)]
         shown = shown or (ids[0] if ids else None)
-        console.print(f"first {split} samples: {', '.join(ids)}", soft_wrap=True)
+        console.print(f"first {reader.split} samples: {', '.join(ids)}", soft_wrap=True)
     if shown is not None:
         print_sample(console, cache, shown)
 

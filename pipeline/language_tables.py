@@ -9,6 +9,7 @@ from rich.table import Table
 from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.schema import bytes_per_position
+from teacher_cache.pipeline.layer_tables import add_map_errors
 from teacher_cache.pipeline.tables import NONE, nats, percent
 
 if TYPE_CHECKING:  # it imports torch
@@ -24,18 +25,23 @@ def is_language_model(manifest: Manifest) -> bool:
     return manifest.settings["task"] == "lm"
 
 
-def estimate_table(estimate: Estimate) -> Table:
+def estimate_table(estimate: Estimate, *, is_language_model: bool) -> Table:
     """Of a cache to be made; what is not known is not guessed."""
     table = _table("estimated")
-    per_token = NONE if estimate.bytes_per_token is None else f"{estimate.bytes_per_token:,.1f}"
-    if estimate.bytes_per_token is not None and estimate.num_ids is None:
-        per_token += " (if the teacher has at most 65,536 ids)"
-    table.add_row("bytes a token", per_token)
+    if is_language_model:
+        per_token = NONE if estimate.bytes_per_token is None else f"{estimate.bytes_per_token:,.1f}"
+        if estimate.bytes_per_token is not None and estimate.num_ids is None:
+            per_token += " (if the teacher has at most 65,536 ids)"
+        table.add_row("bytes a token", per_token)
     table.add_row("tokens", _counted(estimate.num_tokens))
     table.add_row("shards", _counted(estimate.num_shards))
-    table.add_row("MB", NONE if estimate.num_bytes is None else f"{estimate.num_bytes / 1e6:,.1f}")
-    errors = [] if estimate.probe is None else estimate.probe.to_json()["reconstruction"]
-    _add_errors(table, errors)
+    table.add_row("MB", _megabytes(estimate.num_bytes))
+    if estimate.num_layer_bytes is None or estimate.num_layer_bytes:
+        table.add_row("MB of maps and states of layers", _megabytes(estimate.num_layer_bytes))
+    add_map_errors(table, estimate.maps)
+    if is_language_model:
+        errors = [] if estimate.probe is None else estimate.probe.to_json()["reconstruction"]
+        _add_errors(table, errors)
     return table
 
 
@@ -47,7 +53,7 @@ def kept_table(manifest: Manifest) -> Table:
     # A head of differing sizes is as the probe found it.
     entries = errors[0]["num_ids"] if errors else probe.get("num_ids") or 0.0
     for spec in manifest.schema:
-        if spec.is_ragged:
+        if spec.is_ragged and not spec.is_map:
             table.add_row(f"bytes of {spec.name}", f"{bytes_per_position((spec,), entries):,.2f}")
     total = bytes_per_position(manifest.schema, entries)
     table.add_row("bytes in all", f"{total:,.2f} ({codec_from(manifest.settings['codec']).name})")
@@ -116,6 +122,10 @@ def _add_errors(
         )
     if "unused_mass" in first:
         table.add_row("mass of unused rows", f"{first['unused_mass']:.2g}")
+
+
+def _megabytes(num_bytes: float | None) -> str:
+    return NONE if num_bytes is None else f"{num_bytes / 1e6:,.1f}"
 
 
 def _counted(number: float | None) -> str:

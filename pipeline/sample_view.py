@@ -12,6 +12,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
+from teacher_cache.pipeline.attention_image import draw_maps, readable_tokens, teacher_maps
 from teacher_cache.pipeline.language_tables import is_language_model
 from teacher_cache.pipeline.position_view import print_distributions
 from teacher_cache.stages.tokenizers import load_tokenizer
@@ -37,6 +38,21 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     console.print(
         f"{len(ids)} tokens: {' '.join(tokenizer.convert_ids_to_tokens(ids))}", soft_wrap=True
     )
+
+
+def draw_attention(cache: Path, sample_id: str, path: Path) -> None:
+    """Draw the cached attention maps of a sample, its tokens on the axes.
+
+    Raises:
+        UserError: if no split has exactly one sample of that id, the cache holds no maps, or the
+            picture cannot be drawn or written.
+    """
+    split, sample_idx = _find(cache, sample_id)
+    reader = CacheReader(cache, split)
+    sample = reader.sample(sample_idx)
+    tokenizer = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="CACHE")
+    tokens = readable_tokens(tokenizer, sample["input_ids"].tolist())
+    draw_maps(teacher_maps(reader.manifest, sample, tokens), tokens, path)
 
 
 def _print_classes(console: Console, manifest: Manifest, sample: Mapping[str, np.ndarray]) -> None:

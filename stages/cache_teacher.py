@@ -25,6 +25,7 @@ from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.stores.named import DEFAULT_STORE
 from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.cache_size import NUM_PROBED_FOR_SIZE, estimated_bytes, require_room
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
 from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.survey import survey_splits
@@ -38,7 +39,6 @@ from teacher_cache.stages.teacher.language_modeling import LanguageModeling
 from teacher_cache.stages.teacher.load import described_config
 from teacher_cache.stages.teacher.task import Task
 
-NUM_PROBED_FOR_SIZE = 64
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
 VERSIONED_OF_STORE = {"zarr": ("zarr",)}
 
@@ -112,6 +112,12 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     cache = config.out or _default_folder(config, settings)
     splits = with_views(task.corpora, config.views, _reading(task))
     plans = _plan(config, cache, splits, task)
+    require_room(
+        cache,
+        estimated_bytes(task, splits),
+        num_shards=sum(len(plan) for plan in plans.values()),
+        overwrite=config.overwrite,
+    )
     manifest = _manifest(config, settings, plans, task)
     with CacheWriter(
         cache, manifest, plans, overwrite=config.overwrite, needed_files=task.files

@@ -20,6 +20,13 @@ def comma_separated(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def comma_joined(value: Any) -> Any:
+    """A setting in commas as the command line gives it, from a number or list of YAML."""
+    if isinstance(value, list | tuple):
+        return ",".join(str(part) for part in value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class DeviceConfig(StageConfig):
     """Where a stage computes, and in which number format."""
 

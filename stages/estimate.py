@@ -1,4 +1,4 @@
-"""What a language model's cache will take, before it is made: bytes, shards, what the codec loses.
+"""What a cache will take, before it is made: bytes, shards, what codec and maps lose.
 
 Nothing is fetched: what needs data or a teacher that is not on this machine is left open.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
-from teacher_cache.stages.cache_teacher import (
-    NUM_PROBED_FOR_SIZE,
-    CacheTeacherConfig,
-    load_corpora,
-)
+from teacher_cache.stages.cache_size import NUM_PROBED_FOR_SIZE
+from teacher_cache.stages.cache_teacher import CacheTeacherConfig, load_corpora
 from teacher_cache.stages.data import austen, reviews
 from teacher_cache.stages.data.packages import assets_folder
+from teacher_cache.stages.teacher.classification import Classification
 from teacher_cache.stages.teacher.codec_options import DEFAULT_CODEC, codec_of
 from teacher_cache.stages.teacher.language_modeling import LanguageModeling, bytes_per_token
 from teacher_cache.stages.teacher.probe import Probe
@@ -29,10 +28,13 @@ class Estimate:
     """Of a cache that does not exist yet.
 
     Attributes:
-        bytes_per_token: of all fields; None where it takes the teacher to know.
+        bytes_per_token: of a language model's fields but those of layers; None where it takes the
+            teacher to know, or it is a classifier.
         num_ids: of the teacher's support; None where it was not loaded.
         probe: of the codec; None where it was not probed.
         num_bytes: of all shards; None where nothing was tokenised, as the next two.
+        num_layer_bytes: of that, of attention maps and states of layers.
+        maps: what storing attention maps loses (`RowErrors.to_json`); None without any.
         num_tokens: of all corpora.
         num_shards: of all corpora.
     """
@@ -41,12 +43,14 @@ class Estimate:
     num_ids: int | None = None
     probe: Probe | None = None
     num_bytes: float | None = None
+    num_layer_bytes: float | None = None
+    maps: dict[str, Any] | None = None
     num_tokens: float | None = None
     num_shards: int | None = None
 
 
 def estimate(config: CacheTeacherConfig) -> Estimate:
-    """Estimate a language model's cache from what is on this machine.
+    """Estimate a cache, views left out, from what is on this machine.
 
     Raises:
         UserError: for what the run itself would refuse.
@@ -54,8 +58,9 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
     corpora = [config.labeled, *([] if config.unlabeled is None else [config.unlabeled])]
     if not Path(config.teacher).is_dir() or not all(_is_here(one.source) for one in corpora):
         return Estimate(bytes_per_token=_assumed_bytes(config))
-    task = LanguageModeling.prepared(config, load_corpora(config))
-    num_bytes = num_tokens = 0.0
+    kind = Classification if config.task == "classification" else LanguageModeling
+    task = kind.prepared(config, load_corpora(config))
+    num_bytes = num_layer_bytes = num_tokens = 0.0
     num_shards, per_shard = 0, None
     for corpus in task.corpora.values():
         documents = corpus.documents(0, min(NUM_PROBED_FOR_SIZE, len(corpus)))
@@ -66,20 +71,24 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
             of_one, shard_mb=config.shard_mb, max_documents=config.shard_documents
         )
         num_bytes += of_one * len(corpus)
+        num_layer_bytes += task.layer_bytes_per_document(documents) * len(corpus)
         num_tokens += task.tokens_per_document(documents) * len(corpus)
         num_shards += len(ShardPlan(num_documents=len(corpus), documents_per_shard=per_shard))
+    is_language_model = isinstance(task, LanguageModeling)
     return Estimate(
-        bytes_per_token=task.bytes_per_token,
-        num_ids=task.support.size,
-        probe=task.probe,
+        bytes_per_token=task.bytes_per_token if is_language_model else None,
+        num_ids=task.support.size if is_language_model else None,
+        probe=task.probe if is_language_model else None,
         num_bytes=num_bytes,
+        num_layer_bytes=num_layer_bytes,
+        maps=task.about().get("attention"),
         num_tokens=num_tokens,
         num_shards=num_shards,
     )
 
 
 def _assumed_bytes(config: CacheTeacherConfig) -> float | None:
-    if (config.codec or DEFAULT_CODEC) not in WITHOUT_SUPPORT:
+    if config.task != "lm" or (config.codec or DEFAULT_CODEC) not in WITHOUT_SUPPORT:
         return None
     return bytes_per_token(codec_of(config, support_size=ASSUMED_IDS, width=0))
 

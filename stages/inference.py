@@ -89,6 +89,7 @@ def run_in_batches(
     widths: Mapping[str, int],
     pad_id: int,
     max_tokens: int,
+    before_batch: Callable[[np.ndarray], None] | None = None,
     on_batch: OnBatch | None = None,
 ) -> Outputs:
     """Run a model over samples in length-sorted batches of at most `max_tokens` positions.
@@ -101,6 +102,7 @@ def run_in_batches(
         widths: of the vectors that `batch_forward` returns, by name.
         pad_id: fills the right end of shorter samples; masked.
         max_tokens: padded positions in a batch; a longer sample is a batch of its own.
+        before_batch: called before each pass with the indices of the samples in its rows.
         on_batch: called after each batch.
 
     Raises:
@@ -110,6 +112,8 @@ def run_in_batches(
 
     def run(batch: np.ndarray) -> None:
         padded, mask = pad_batch([input_ids[i] for i in batch], pad_id)
+        if before_batch is not None:
+            before_batch(batch)
         found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask))
         for name, values in vectors.items():
             values[batch] = found[name].cpu().numpy()

@@ -14,17 +14,16 @@ from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.teacher.load import load_teacher
+from teacher_cache.stages.verify_layers import STATE_TOLERANCE, LayersApart, apart, recorded_plan
 from teacher_cache.stages.verify_positions import verify_positions
 
 # Batches of other shapes round otherwise: a few units in the last place of the format, amplified
 # by the depth of the model.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-# Of a pooled state's length: what float16 rounds off on disk, and the same roundings.
-POOLED_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
 def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) -> float:
-    """Compare cached logits, and pooled states, with the teacher's.
+    """Compare cached logits, states and attention maps with the teacher's.
 
     On samples that are evenly spaced over all splits.
 
@@ -38,8 +37,8 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
         position, nats.
 
     Raises:
-        CheckFailed: if the teacher's weights are others, or a logit or a pooled state differs
-            by more than the number format explains.
+        CheckFailed: if the teacher's weights are others, or a logit, a state or an attention map
+            differs by more than number format and encoding explain.
         UserError: if the teacher cannot be loaded.
     """
     manifest = CacheReader(cache).manifest
@@ -50,7 +49,10 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
             "ask again: leave --deep out, which still checks every byte"
         )
     load = load_language_model if manifest.settings["task"] == "lm" else load_teacher
-    loaded = load(_config(teacher or manifest.about["teacher"], recorded["dtype"]))
+    loaded = load(
+        _config(teacher or manifest.about["teacher"], recorded["dtype"]),
+        with_maps="attention" in manifest.settings,
+    )
     same_weights = loaded.weights_sha256 == recorded["weights_sha256"]
     if not same_weights or loaded.config_sha256 != recorded["config_sha256"]:
         raise CheckFailed(
@@ -59,6 +61,7 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
         )
     if isinstance(loaded, LanguageModelTeacher):
         return verify_positions(cache, loaded, num_samples)
+    layers = LayersApart(recorded_plan(manifest.settings, loaded))
     worst = worst_pooled = 0.0
     pooled_width = width_of_pooled(manifest.schema)
     for split in manifest.splits:
@@ -72,33 +75,27 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
             [sample["input_ids"] for sample in samples],
             batch_tokens=8192,
             pooled_width=pooled_width,
+            tap=layers.tap(loaded.model, samples),
         ).vectors
         cached = np.stack([sample["class_logits"] for sample in samples])
         # A NaN stays one.
         worst = float(np.maximum(worst, np.abs(again["class_logits"] - cached).max()))
         if pooled_width is not None:
             pooled = np.stack([sample[POOLED] for sample in samples])
-            worst_pooled = float(np.maximum(worst_pooled, _apart(again[POOLED], pooled).max()))
+            worst_pooled = float(np.maximum(worst_pooled, apart(again[POOLED], pooled).max()))
     if not worst <= TOLERANCE[recorded["dtype"]]:
         raise CheckFailed(
             f"the teacher's logits differ by up to {worst:.2g} from those in {cache}, expected at "
             f"most {TOLERANCE[recorded['dtype']]}: make the cache again with --overwrite"
         )
-    if not worst_pooled <= POOLED_TOLERANCE[recorded["dtype"]]:
+    if not worst_pooled <= STATE_TOLERANCE[recorded["dtype"]]:
         raise CheckFailed(
             f"the teacher's pooled states are up to {worst_pooled:.2g} of their length away from "
-            f"those in {cache}, expected at most {POOLED_TOLERANCE[recorded['dtype']]}: make the "
+            f"those in {cache}, expected at most {STATE_TOLERANCE[recorded['dtype']]}: make the "
             "cache again with --overwrite"
         )
+    layers.require_close(cache, recorded["dtype"])
     return worst
-
-
-def _apart(again: np.ndarray, cached: np.ndarray) -> np.ndarray:
-    """[N] distances between vectors [N, D], each as a share of the cached one's length."""
-    wide = cached.astype(np.float64)
-    # A vector of zeros is as far from itself as nothing.
-    length = np.maximum(np.linalg.norm(wide, axis=1), np.finfo(np.float64).tiny)
-    return np.linalg.norm(again - wide, axis=1) / length
 
 
 def _config(teacher: str, recorded_dtype: str) -> TeacherConfig:

@@ -23,9 +23,11 @@ from teacher_cache.stages.device import dtype_name
 from teacher_cache.stages.teacher.aligned_support import AnySupport, support_of_cache
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher
 from teacher_cache.stages.teacher.language_model_head import read_language_model_head
+from teacher_cache.stages.teacher.layer_tap import LayerTap
 from teacher_cache.stages.teacher.positions import Slice, run_positions
 from teacher_cache.stages.teacher.probe import probed_temperatures
 from teacher_cache.stages.teacher.reconstruction import kl_to_decoded
+from teacher_cache.stages.verify_layers import LayersApart, recorded_plan
 
 # Of a position, nats: about half the square of what a logit may differ by, and the codec's own.
 KL_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.01}
@@ -34,7 +36,7 @@ HALF_STEP = 2.0**-10  # of a value in f16, relative
 
 
 def verify_positions(cache: Path, teacher: LanguageModelTeacher, num_samples: int) -> float:
-    """Compare cached distributions with the teacher's, on samples evenly spaced over all splits.
+    """Compare what is cached with the teacher's, on samples evenly spaced over all splits.
 
     Args:
         cache: the cache's folder.
@@ -45,8 +47,8 @@ def verify_positions(cache: Path, teacher: LanguageModelTeacher, num_samples: in
         The largest KL of a position, nats.
 
     Raises:
-        CheckFailed: if a distribution, or a next token's log-prob, differs by more than number
-            format and codec explain.
+        CheckFailed: if a distribution, a next token's log-prob, an attention map or a state
+            differs by more than number format and codec explain.
         UserError: if the cached states have no head, or an aligned cache no map.
     """
     manifest = CacheReader(cache).manifest
@@ -55,13 +57,16 @@ def verify_positions(cache: Path, teacher: LanguageModelTeacher, num_samples: in
         head = read_language_model_head(cache, manifest)
         codec = replace(codec, head=head.to(teacher.device))
     support = support_of_cache(cache, manifest, teacher.tokenizer, teacher.num_logits)
+    layers = LayersApart(recorded_plan(manifest.settings, teacher))
     worst, apart = 0.0, 0.0
     for split in manifest.splits:
         reader = CacheReader(cache, split)
         for sample_idx in np.unique(np.linspace(0, len(reader) - 1, num_samples).astype(int)):
             if not len(reader):
                 break
-            found = _again(teacher, codec, support, reader.sample(int(sample_idx)))
+            sample = reader.sample(int(sample_idx))
+            tap = layers.tap(teacher.model, [sample])
+            found = _again(teacher, codec, support, sample, tap)
             worst = float(np.maximum(worst, found["kl"].max()))  # a NaN stays one
             apart = float(np.maximum(apart, found["apart"].max()))
     dtype = dtype_name(teacher.dtype)
@@ -72,6 +77,7 @@ def verify_positions(cache: Path, teacher: LanguageModelTeacher, num_samples: in
             f"{KL_TOLERANCE[dtype]} and {LOG_PROB_TOLERANCE[dtype]}: make the cache again with "
             "--overwrite"
         )
+    layers.require_close(cache, dtype)
     return worst
 
 
@@ -80,6 +86,7 @@ def _again(
     codec: AnyCodec,
     support: AnySupport,
     sample: Mapping[str, np.ndarray],
+    tap: LayerTap,
 ) -> dict[str, np.ndarray]:
     """[S] KL, and how far the next token's log-prob is off beyond its rounding, of a sample."""
     (temperature, *_) = probed_temperatures(codec)
@@ -99,7 +106,7 @@ def _again(
         off = np.abs(exact.cpu().numpy() - cached) - HALF_STEP * np.abs(cached)
         return {"kl": kl, "apart": np.maximum(off, 0.0)}
 
-    return run_positions(teacher, [_packed(sample)], compare, batch_tokens=8192).values
+    return run_positions(teacher, [_packed(sample)], compare, batch_tokens=8192, tap=tap).values
 
 
 def _packed(sample: Mapping[str, np.ndarray]) -> PackedSample:

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from teacher_cache.cache.commit import write_bytes_atomically
-from teacher_cache.cache.errors import BadShardError
+from teacher_cache.cache.errors import BadShardError, UserError
 from teacher_cache.cache.schema import NO_LABEL, Fields, FieldSpec, Ragged, Schema, check_fields
 from teacher_cache.cache.stores.interface import REMEDY, BatchRange, Stored, require_size
 
 SAMPLES_PER_BATCH = 64
+MOST_ENTRIES = 2**31 - 1  # lists end at a number of 32 bits with a sign
 
 
 class ArrowStore:
@@ -98,6 +99,12 @@ def _to_arrow(spec: FieldSpec, column: np.ndarray | Ragged, start: int, stop: in
     arrow_type = _arrow_type(spec)
     if isinstance(column, Ragged):
         offsets = column.offsets[start : stop + 1]
+        if offsets[-1] - offsets[0] > MOST_ENTRIES:
+            raise UserError(
+                f"the field {spec.name} has {int(offsets[-1] - offsets[0]):,} entries in "
+                f"{stop - start} samples, and an Arrow record batch numbers {MOST_ENTRIES:,}: give "
+                "a smaller --shard-mb"
+            )
         values = _nested(spec, column.values[offsets[0] : offsets[-1]])
         return pa.ListArray.from_arrays(
             pa.array((offsets - offsets[0]).astype(np.int32)), values, type=arrow_type

@@ -11,6 +11,8 @@ from teacher_cache.cache.schema import NO_LABEL, POOLED, SAMPLE_ID_BYTES, Ragged
 from teacher_cache.stages.data.tokenization import Sample
 from teacher_cache.stages.inference import OnBatch
 from teacher_cache.stages.teacher.forward import run_teacher
+from teacher_cache.stages.teacher.layer_plan import NO_LAYERS, LayerPlan, half
+from teacher_cache.stages.teacher.layer_tap import KeptLayers, LayerTap
 from teacher_cache.stages.teacher.load import ClassificationTeacher
 from teacher_cache.stages.teacher.task import Captured, recorded_environment
 
@@ -21,28 +23,32 @@ def capture(
     *,
     batch_tokens: int,
     on_batch: OnBatch,
+    layers: LayerPlan = NO_LAYERS,
     pooled_width: int | None = None,
 ) -> Captured:
     """Run the teacher over a shard's samples and keep its class logits, exactly.
 
-    Its pooled states too, in float16, where they are asked for.
+    Its pooled states too, in float16, and what is asked for of its layers.
 
     Args:
         teacher: on its device.
         samples: of one shard.
         batch_tokens: padded tokens in a forward batch.
         on_batch: called with samples and tokens after each batch.
+        layers: which maps and states to keep.
         pooled_width: D of the pooled states; None leaves them out.
 
     Raises:
-        UserError: if a single sample does not fit into memory, a logit is not finite, or a pooled
-            state has a value that float16 does not hold.
+        UserError: if a single sample does not fit into memory, a logit is not finite, or a state
+            has a value that float16 does not hold.
     """
+    kept = KeptLayers(layers)
     outputs = run_teacher(
         teacher,
         [sample.input_ids for sample in samples],
         batch_tokens=batch_tokens,
         pooled_width=pooled_width,
+        tap=LayerTap(teacher.model, layers, kept),
         on_batch=on_batch,
     )
     logits = outputs.vectors["class_logits"]
@@ -62,6 +68,7 @@ def capture(
             "label": np.array(labels, np.int32),
             "class_logits": logits,
             **({} if pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}),
+            **kept.fields(len(samples)),
         },
         num_truncated=sum(sample.was_truncated for sample in samples),
         environment=recorded_environment(
@@ -71,16 +78,4 @@ def capture(
 
 
 def _half(pooled: np.ndarray) -> np.ndarray:
-    """Pooled states [N, D] in float16.
-
-    Raises:
-        UserError: if a value is too large for it, or no number.
-    """
-    largest = np.finfo(np.float16).max  # 65,504
-    fits = (np.abs(pooled) <= largest).all(axis=1)
-    if not fits.all():
-        raise UserError(
-            f"the teacher's pooled states of {int((~fits).sum())} samples have values beyond "
-            f"{largest:,.0f}, the most that float16 holds: make the cache without --hidden pooled"
-        )
-    return pooled.astype(np.float16)
+    return half(pooled, what="pooled states", option="--hidden pooled")

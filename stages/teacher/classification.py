@@ -11,17 +11,23 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import Schema, classification_schema, fixed_bytes
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.tokenization import tokenize
+from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.inference import OnBatch
 from teacher_cache.stages.join.record import describe
 from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
-from teacher_cache.stages.teacher.forward import find_pooled_width
+from teacher_cache.stages.teacher.forward import find_pooled_width, run_teacher
+from teacher_cache.stages.teacher.layer_options import hidden_options
+from teacher_cache.stages.teacher.layer_plan import LayerPlan
+from teacher_cache.stages.teacher.layer_probe import RowErrors, first_samples
+from teacher_cache.stages.teacher.layer_tap import LayerTap
 from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
 from teacher_cache.stages.teacher.stored_tables import StoredTable
 from teacher_cache.stages.teacher.task import Captured
 from teacher_cache.stages.teacher.token_states import STATES, STATES_FILE, token_states
+
+NUM_PROBED_DOCUMENTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class Classification:
         corpora: by split; the labelled one has the teacher's class ids.
         batch_tokens: padded tokens in a forward batch.
         pooled_width: D of the pooled states; None where they are not cached.
+        layers: maps and states that are cached.
         embeddings: None where the teacher has no table of them.
     """
 
@@ -40,6 +47,7 @@ class Classification:
     max_length: int
     batch_tokens: int
     pooled_width: int | None
+    layers: LayerPlan
     embeddings: StoredTable | None
 
     @classmethod
@@ -51,10 +59,10 @@ class Classification:
             corpora: by split; `labeled` is read with labels.
 
         Raises:
-            UserError: if the teacher cannot be loaded, or the labels are none of its classes or
-                all of one class.
+            UserError: if the teacher cannot be loaded or lacks what is asked for, or the labels are
+                none of its classes or all of one class.
         """
-        teacher = load_teacher(config)
+        teacher = load_teacher(config, with_maps=config.attention != "none")
         labeled = corpora["labeled"].with_class_names(teacher.id2label)
         _require_two_classes(labeled)
         return cls(
@@ -62,14 +70,19 @@ class Classification:
             corpora={**corpora, "labeled": labeled},
             max_length=teacher.max_length(config.max_length),
             batch_tokens=config.batch_tokens,
-            pooled_width=find_pooled_width(teacher) if config.hidden == "pooled" else None,
+            pooled_width=find_pooled_width(teacher) if hidden_options(config).pooled else None,
+            layers=LayerPlan.prepared(config, teacher),
             embeddings=embedding_table(teacher.model, num_ids=_num_ids(teacher)),
         )
 
     @property
     def schema(self) -> Schema:
         """The fields of a sample."""
-        return classification_schema(len(self.teacher.id2label), pooled_width=self.pooled_width)
+        return classification_schema(
+            len(self.teacher.id2label),
+            pooled_width=self.pooled_width,
+            layer_fields=self.layers.fields,
+        )
 
     @property
     def files(self) -> Mapping[str, Callable[[Path], None]]:
@@ -86,12 +99,11 @@ class Classification:
             "teacher": identity(self.teacher, record.files_sha256),
             "max_length": self.max_length,
             "truncation_side": record.truncation_side,
-            # Absent where it is off, so that caches from before it keep their fingerprints.
-            **({} if self.pooled_width is None else {"hidden": "pooled"}),
+            **self.layers.settings(),
         }
 
     def about(self) -> dict[str, Any]:
-        """Class names, and how the teacher's tables are stored."""
+        """Class names, how the teacher's tables are stored, and what its maps lose."""
         names = self.corpora["labeled"].class_names()
         return {
             "id2label": {str(class_id): name for class_id, name in enumerate(names)},
@@ -102,26 +114,57 @@ class Classification:
                 if self.pooled_width is None
                 else {STATES: {"num_rows": self._num_states, "width": self.pooled_width}}
             ),
+            **self._probed_maps(),
         }
 
     def bytes_per_document(self, documents: Sequence[Document]) -> float | None:
         """A sample's fields of one size, its mean number of ids and where they end."""
-        samples = tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+        samples = self._tokenized(documents)
         if not samples:
             return None
         tokens = sum(len(sample.input_ids) for sample in samples) / len(samples)
-        return fixed_bytes(self.schema) + (4 * tokens + 4)
+        layers = self.layer_bytes_per_document(documents) * len(documents) / len(samples)
+        return fixed_bytes(self.schema) + (4 * tokens + 4) + layers
+
+    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
+        """Of maps and states."""
+        samples = self._tokenized(documents)
+        of_all = sum(self.layers.num_bytes([len(sample.input_ids)]) for sample in samples)
+        return of_all / len(documents)
+
+    def tokens_per_document(self, documents: Sequence[Document]) -> float:
+        """Mean number of tokens, empty documents included."""
+        samples = self._tokenized(documents)
+        return sum(len(sample.input_ids) for sample in samples) / len(documents)
 
     def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
-        """Class logits, and pooled states where they are asked for."""
-        samples = tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+        """Class logits, and states and maps where they are asked for."""
         return capture(
             self.teacher,
-            samples,
+            self._tokenized(documents),
             batch_tokens=self.batch_tokens,
             on_batch=on_batch,
+            layers=self.layers,
             pooled_width=self.pooled_width,
         )
+
+    def _tokenized(self, documents: Sequence[Document]) -> list[Sample]:
+        return tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+
+    def _probed_maps(self) -> dict[str, Any]:
+        """What storing maps loses on the first documents; nothing where none are stored."""
+        if self.layers.attention is None:
+            return {}
+        corpus, errors = self.corpora["labeled"], RowErrors(self.layers.attention)
+        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
+        run_teacher(
+            self.teacher,
+            [sample.input_ids for sample in first_samples(self._tokenized(documents))],
+            batch_tokens=self.batch_tokens,
+            pooled_width=None,
+            tap=LayerTap(self.teacher.model, self.layers, errors),
+        )
+        return {"attention": errors.to_json()}
 
     @property
     def _num_states(self) -> int:

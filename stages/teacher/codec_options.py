@@ -12,6 +12,7 @@ from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.teacher.alignment_options import check_alignment
 from teacher_cache.stages.teacher.config import CodecConfig, ShardConfig
+from teacher_cache.stages.teacher.layer_options import check_layer_options
 
 DEFAULT_CODEC = "topk"
 
@@ -42,6 +43,7 @@ def check_options(config: ShardConfig) -> None:
         UserError: naming the option and what it belongs to.
     """
     check_alignment(config)
+    check_layer_options(config)
     given = given_options(config)
     if config.task == "classification":
         if given:
@@ -50,11 +52,6 @@ def check_options(config: ShardConfig) -> None:
                 "leave it out, or give --task lm"
             )
         return
-    if config.hidden != "none":
-        raise UserError(
-            f"--hidden {config.hidden} is of classifiers: leave it out; --codec hidden caches a "
-            "language model's states"
-        )
     if config.views:
         raise UserError(
             f"--views {config.views} is of classifiers, which label a perturbed text as a whole: "

@@ -7,9 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated
+from teacher_cache.stages.config import (
+    DeviceConfig,
+    StageConfig,
+    comma_joined,
+    comma_separated,
+)
 
 TaskName = Literal["classification", "lm"]
+AttentionMode = Literal["none", "cls", "mean", "full"]
 
 
 class TeacherConfig(DeviceConfig):
@@ -94,11 +100,24 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         description="What the teacher does: classification of documents, or lm, the prediction of "
         "every next token.",
     )
-    hidden: Literal["none", "pooled"] = Field(
+    hidden: Annotated[str, BeforeValidator(comma_joined)] = Field(
         default="none",
-        description="States to cache besides the logits: none, or pooled, the vector that the "
-        "teacher's classification head reads (float16), for train-student --pooled-weight; and "
-        "the pooled state of each token by itself, for --embeddings teacher-states.",
+        description="States to cache besides the logits (float16), comma-separated: none; pooled, "
+        "the vector that the teacher's classification head reads, for train-student "
+        "--pooled-weight, and the pooled state of each token by itself, for --embeddings "
+        "teacher-states; last, each position's last state; numbers, its states behind these "
+        "layers, from 0.",
+    )
+    attention: AttentionMode = Field(
+        default="none",
+        description="Attention maps to cache: none; cls, the pooled position's row, mean over "
+        "heads, of classifiers; mean, all rows, mean over heads; or full, every head by itself. "
+        "They take 4 to 60 times as much as the logits.",
+    )
+    attention_layers: Annotated[str, BeforeValidator(comma_joined)] | None = Field(
+        default=None,
+        description="Layers of which maps are cached: last, all, or numbers from 0, "
+        "comma-separated. Default: last.",
     )
     format: Literal["arrow", "zarr"] = Field(
         default="arrow",

@@ -9,6 +9,7 @@ one row of its logits, so there it is the input at the position whose logits the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.inference import OnBatch, Outputs, forward, run_in_batches
+from teacher_cache.stages.teacher.layer_tap import LayerTap, packed_in_rows
 from teacher_cache.stages.teacher.load import ClassificationTeacher
 
 
@@ -27,6 +29,7 @@ def run_teacher(
     *,
     batch_tokens: int,
     pooled_width: int | None,
+    tap: LayerTap | None = None,
     on_batch: OnBatch | None = None,
 ) -> Outputs:
     """The teacher's `class_logits` [N, C], and `pooled` [N, D] where its width is given.
@@ -36,6 +39,7 @@ def run_teacher(
         input_ids: token ids of each sample, [S_i], S_i > 0.
         batch_tokens: padded positions in a batch.
         pooled_width: D; None leaves the pooled states out.
+        tap: listens to the layers; its samples are those of `input_ids`.
         on_batch: called after each batch.
 
     Raises:
@@ -50,15 +54,21 @@ def run_teacher(
         logits, pooled = logits_and_pooled(model, ids, mask)
         return {"class_logits": logits, POOLED: pooled}
 
+    def announce(batch: np.ndarray) -> None:
+        if tap is not None:
+            tap.expect(packed_in_rows(batch.tolist(), [[len(input_ids[i])] for i in batch]))
+
     widths = {"class_logits": len(teacher.id2label)}
-    return run_in_batches(
-        logits_alone if pooled_width is None else with_pooled,
-        input_ids,
-        widths=widths if pooled_width is None else {**widths, POOLED: pooled_width},
-        pad_id=teacher.pad_id,
-        max_tokens=batch_tokens,
-        on_batch=on_batch,
-    )
+    with tap or nullcontext():
+        return run_in_batches(
+            logits_alone if pooled_width is None else with_pooled,
+            input_ids,
+            widths=widths if pooled_width is None else {**widths, POOLED: pooled_width},
+            pad_id=teacher.pad_id,
+            max_tokens=batch_tokens,
+            before_batch=announce,
+            on_batch=on_batch,
+        )
 
 
 def find_pooled_width(teacher: ClassificationTeacher) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.layer_tap import LayerTap, one_a_row, packed_in_rows
 from teacher_cache.stages.teacher.load import (
     Teacher,
     described_config,
@@ -60,8 +61,12 @@ class LanguageModelTeacher(Teacher):
     num_logits: int
 
 
-def load_language_model(config: TeacherConfig) -> LanguageModelTeacher:
+def load_language_model(config: TeacherConfig, *, with_maps: bool = False) -> LanguageModelTeacher:
     """Load a causal language model onto its device, in its number format; its head in float32.
+
+    Args:
+        config: the teacher and where it runs.
+        with_maps: whether its attention maps can be had, as `load_model` says.
 
     Raises:
         UserError: if it cannot be found or loaded, lacks trained weights, looks ahead, or its head
@@ -78,6 +83,7 @@ def load_language_model(config: TeacherConfig) -> LanguageModelTeacher:
         what="language model",
         content="a causal language model",
         trust_remote_code=config.trust_remote_code,
+        with_maps=with_maps,
     )
     if untrained:
         raise UserError(
@@ -161,6 +167,8 @@ def final_states(
     lengths: Sequence[Sequence[int]],
     *,
     packs: bool,
+    tap: LayerTap | None = None,
+    sample_idxs: Sequence[int] = (),
 ) -> Tensor:
     """What the head reads, of every token: [N, D], the sequences end to end, on the model's device.
 
@@ -169,13 +177,25 @@ def final_states(
         sequences: token ids, [S_i] each, N in all.
         lengths: of the documents of each sequence, which nothing crosses; they add up to S_i.
         packs: whether the model runs several documents in one row.
+        tap: listens to the layers.
+        sample_idxs: what it is told that the sequences are.
     """
     if packs:
+        if tap is not None:
+            tap.expect(packed_in_rows(sample_idxs, lengths))
         return _states_packed(model, sequences, lengths)
     ends = np.cumsum([length for of_one in lengths for length in of_one])
     rows = np.split(np.concatenate(sequences), ends[:-1])
+
+    def announce(batch: np.ndarray) -> None:
+        if tap is not None:
+            tap.expect(one_a_row(sample_idxs, lengths, batch))
+
     return _states_of_rows(
-        model, rows, max_tokens=len(sequences) * max(len(ids) for ids in sequences)
+        model,
+        rows,
+        max_tokens=len(sequences) * max(len(ids) for ids in sequences),
+        before_batch=announce,
     )
 
 
@@ -229,7 +249,11 @@ def _states_packed(
 
 
 def _states_of_rows(
-    model: PreTrainedModel, rows: Sequence[np.ndarray], *, max_tokens: int
+    model: PreTrainedModel,
+    rows: Sequence[np.ndarray],
+    *,
+    max_tokens: int,
+    before_batch: Callable[[np.ndarray], None],
 ) -> Tensor:
     """[N, D] of rows that are padded on the right, in their order."""
     starts = np.cumsum([0, *(len(row) for row in rows)]).tolist()
@@ -238,6 +262,7 @@ def _states_of_rows(
     for batch in length_sorted_batches([len(row) for row in rows], max_tokens=max_tokens):
         padded, mask = pad_batch([rows[i] for i in batch], FILLER_ID)
         real = torch.from_numpy(mask).to(model.device)
+        before_batch(batch)
         output = model.base_model(
             input_ids=torch.from_numpy(padded).to(model.device),  # [B, S]
             attention_mask=real.long(),

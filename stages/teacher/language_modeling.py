@@ -41,9 +41,12 @@ from teacher_cache.stages.teacher.draws import DRAW_SEED, draws_of
 from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.teacher.language_model_head import HEAD_FILE, LanguageModelHead
+from teacher_cache.stages.teacher.layer_plan import LayerPlan
+from teacher_cache.stages.teacher.layer_probe import RowErrors, first_samples
+from teacher_cache.stages.teacher.layer_tap import KeptLayers, LayerTap
 from teacher_cache.stages.teacher.load import identity
 from teacher_cache.stages.teacher.packed_fields import packed_fields
-from teacher_cache.stages.teacher.positions import Reduce, Slice, run_positions
+from teacher_cache.stages.teacher.positions import Reduce, Slice, listen_to_packed, run_positions
 from teacher_cache.stages.teacher.probe import Probe, probe_codec
 from teacher_cache.stages.teacher.stored_tables import StoredTable
 from teacher_cache.stages.teacher.support import Support
@@ -64,6 +67,7 @@ class LanguageModeling:
         alignment: over whose ids the distributions are cached.
         codec: what is kept of a position.
         head: of the support, where states are cached; None for other codecs.
+        layers: maps and states that are cached beside what the codec keeps.
     """
 
     teacher: LanguageModelTeacher
@@ -73,6 +77,7 @@ class LanguageModeling:
     alignment: Alignment
     codec: AnyCodec
     head: LanguageModelHead | None
+    layers: LayerPlan
 
     @classmethod
     def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
@@ -83,10 +88,11 @@ class LanguageModeling:
             corpora: by split.
 
         Raises:
-            UserError: if the teacher cannot be loaded, or the codec cannot serve it.
+            UserError: if the teacher cannot be loaded or lacks what is asked for, or the codec
+                cannot serve it.
             CheckFailed: if its ids cannot be aligned as asked.
         """
-        teacher = load_language_model(config)
+        teacher = load_language_model(config, with_maps=config.attention != "none")
         alignment = aligned(
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
@@ -104,6 +110,7 @@ class LanguageModeling:
                 has_unmatched=isinstance(alignment.support, MappedSupport),
             ),
             head=head,
+            layers=LayerPlan.prepared(config, teacher, is_packed=True),
         )
 
     @property
@@ -114,7 +121,9 @@ class LanguageModeling:
     @property
     def schema(self) -> Schema:
         """The fields of a sample."""
-        return language_model_schema(self.codec.fields, is_packed=True)
+        return language_model_schema(
+            self.codec.fields, is_packed=True, layer_fields=self.layers.fields
+        )
 
     @property
     def files(self) -> Mapping[str, Callable[[Path], None]]:
@@ -145,13 +154,15 @@ class LanguageModeling:
             ),
             "max_length": self.max_length,
             **({"draw_seed": DRAW_SEED} if isinstance(self.codec, SampledCodec) else {}),
+            **self.layers.settings(),
         }
 
     def about(self) -> dict[str, Any]:
-        """What the codec costs and loses on the first documents, and how tables are stored."""
+        """What codec and maps cost and lose on the first documents, and how tables are stored."""
         probe = self.probe
         found = self.alignment.about | ({} if probe is None else {"probe": probe.to_json()})
         found[TABLE] = None if self.embeddings is None else self.embeddings.facts()
+        found |= self._probed_maps()
         return found if self.head is None else found | {"language_model_head": self.head.facts()}
 
     @cached_property
@@ -161,11 +172,7 @@ class LanguageModeling:
         Raises:
             UserError: if states and head do not give the teacher's logits.
         """
-        corpus = self.corpora["labeled"]
-        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
-        return probe_codec(
-            self.teacher, self._pack(documents).samples, self.codec, self.support, self.head
-        )
+        return probe_codec(self.teacher, self._first_samples(), self.codec, self.support, self.head)
 
     def bytes_per_document(self, documents: Sequence[Document]) -> float | None:
         """A document's share of the samples' fields, by the heads that the probe found."""
@@ -173,10 +180,17 @@ class LanguageModeling:
         if not packed.samples:
             return None
         # Of each ragged field the sample's end is stored too.
-        per_sample = fixed_bytes(self.schema) + 4 * sum(spec.is_ragged for spec in self.schema)
-        return (packed.num_tokens * self.bytes_per_token + len(packed.samples) * per_sample) / len(
-            documents
-        )
+        ragged = language_model_schema(self.codec.fields, is_packed=True)
+        per_sample = fixed_bytes(self.schema) + 4 * sum(spec.is_ragged for spec in ragged)
+        tokens = packed.num_tokens * self.bytes_per_token
+        of_codec = (tokens + len(packed.samples) * per_sample) / len(documents)
+        return of_codec + self.layer_bytes_per_document(documents)
+
+    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
+        """Of maps and states."""
+        samples = self._pack(documents).samples
+        pieces = [np.bincount(sample.segment).tolist() for sample in samples]
+        return sum(self.layers.num_bytes(lengths) for lengths in pieces) / len(documents)
 
     def tokens_per_document(self, documents: Sequence[Document]) -> float:
         """Mean number of tokens, empty documents included."""
@@ -184,7 +198,7 @@ class LanguageModeling:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all of a sample's fields."""
+        """Of all of a sample's fields but those of layers, which grow in other ways."""
         return bytes_per_token(self.codec, None if self.probe is None else self.probe.num_ids)
 
     def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
@@ -197,20 +211,37 @@ class LanguageModeling:
                 f"{packed.num_continued:,}",
                 f"{len(documents):,}",
             )
+        kept = KeptLayers(self.layers)
         outputs = run_positions(
             self.teacher,
             packed.samples,
             self._reduce(packed.samples),
             batch_tokens=self.batch_tokens,
+            tap=LayerTap(self.teacher.model, self.layers, kept),
             on_batch=on_batch,
         )
         return Captured(
-            fields=packed_fields(self.codec, packed.samples, outputs.values),
+            fields=packed_fields(self.codec, packed.samples, outputs.values)
+            | kept.fields(len(packed.samples)),
             num_truncated=0,
             environment=recorded_environment(
                 self.teacher, batch_tokens=self.batch_tokens, num_halvings=outputs.num_halvings
             ),
         )
+
+    def _first_samples(self) -> list[PackedSample]:
+        corpus = self.corpora["labeled"]
+        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
+        return self._pack(documents).samples
+
+    def _probed_maps(self) -> dict[str, Any]:
+        """What storing maps loses on the first documents; nothing where none are stored."""
+        if self.layers.attention is None:
+            return {}
+        errors = RowErrors(self.layers.attention)
+        tap = LayerTap(self.teacher.model, self.layers, errors)
+        listen_to_packed(self.teacher, first_samples(self._first_samples()), tap)
+        return {"attention": errors.to_json()}
 
     def _pack(self, documents: Sequence[Document]) -> Packed:
         return pack(documents, self.teacher.tokenizer, max_length=self.max_length)

@@ -26,6 +26,8 @@ from teacher_cache.stages.tokenizers import (
 )
 
 DEFAULT_MAX_LENGTH = 512
+EAGER = "eager"
+"""transformers' name of the attention that forms its maps; others never do."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,12 @@ class ClassificationTeacher(Teacher):
     id2label: dict[int, str]
 
 
-def load_teacher(config: TeacherConfig) -> ClassificationTeacher:
+def load_teacher(config: TeacherConfig, *, with_maps: bool = False) -> ClassificationTeacher:
     """Load a classifier onto its device, in its number format.
+
+    Args:
+        config: the teacher and where it runs.
+        with_maps: whether attention maps are to be had.
 
     Raises:
         UserError: if it cannot be found or loaded, or has no trained classification head.
@@ -85,7 +91,7 @@ def load_teacher(config: TeacherConfig) -> ClassificationTeacher:
     tokenizer = load_tokenizer(
         config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
     )
-    model = _load_classifier(config.teacher, config.trust_remote_code)
+    model = _load_classifier(config.teacher, config.trust_remote_code, with_maps=with_maps)
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     _warn_of_label_smoothing(config.teacher, model)
     weights_sha256 = hash_weights(model)
@@ -182,13 +188,14 @@ def hash_weights(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_classifier(name: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_classifier(name: str, trust_remote_code: bool, *, with_maps: bool) -> PreTrainedModel:
     model, untrained = load_model(
         AutoModelForSequenceClassification,
         name,
         what="classifier",
         content="a fine-tuned classifier",
         trust_remote_code=trust_remote_code,
+        with_maps=with_maps,
     )
     if untrained:
         raise UserError(
@@ -200,7 +207,13 @@ def _load_classifier(name: str, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def load_model(
-    auto_class: Any, name: str, *, what: str, content: str, trust_remote_code: bool
+    auto_class: Any,
+    name: str,
+    *,
+    what: str,
+    content: str,
+    trust_remote_code: bool,
+    with_maps: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model in float32, on the CPU.
 
@@ -210,6 +223,7 @@ def load_model(
         what: it is called in a message.
         content: of the folder that is expected, in a message.
         trust_remote_code: run the code that a hub repository brings.
+        with_maps: with attention that forms its maps: slower, in more memory, rounded otherwise.
 
     Returns:
         The model, and the names of its weights that are in no file.
@@ -225,6 +239,7 @@ def load_model(
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            attn_implementation=EAGER if with_maps else None,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load(what, name, error, option="--teacher")) from error

@@ -6,7 +6,8 @@ reduced values of all samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from teacher_cache.stages.teacher.language_model import (
     final_states,
     head_logits,
 )
+from teacher_cache.stages.teacher.layer_tap import LayerTap
 
 SLICE_LOGITS = 2**25  # 128 MiB in float32
 
@@ -70,6 +72,7 @@ def run_positions(
     *,
     batch_tokens: int,
     slice_logits: int = SLICE_LOGITS,
+    tap: LayerTap | None = None,
     on_batch: OnBatch | None = None,
 ) -> PositionOutputs:
     """Run the teacher over packed samples and keep what `reduce` makes of its logits.
@@ -80,6 +83,7 @@ def run_positions(
         reduce: sees every position, in slices; after memory ran out, some of them again.
         batch_tokens: padded positions in a batch.
         slice_logits: at most so many logits at a time, but those of one position.
+        tap: listens to the layers; its samples are those of `samples`.
         on_batch: called after each batch with its samples and tokens.
 
     Raises:
@@ -91,18 +95,42 @@ def run_positions(
     values: dict[str, np.ndarray] = {}
 
     def run(batch: np.ndarray) -> None:
-        chosen = [samples[i] for i in batch]
+        chosen = {int(i): samples[i] for i in batch}
         places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
         with torch.inference_mode():
-            for part in _slices(teacher, chosen, places, slice_logits):
+            for part in _slices(teacher, chosen, places, slice_logits, tap):
                 where = part.places.cpu().numpy()
                 for name, kept in reduce(part).items():
                     if name not in values:
                         values[name] = np.empty((starts[-1], *kept.shape[1:]), kept.dtype)
                     values[name][where] = kept
 
-    num_halvings = for_each_batch(run, lengths, max_tokens=batch_tokens, on_batch=on_batch)
+    with tap or nullcontext():
+        num_halvings = for_each_batch(run, lengths, max_tokens=batch_tokens, on_batch=on_batch)
     return PositionOutputs(values=values, num_halvings=num_halvings)
+
+
+def listen_to_packed(
+    teacher: LanguageModelTeacher, samples: Sequence[PackedSample], tap: LayerTap
+) -> None:
+    """Run the teacher over a few samples, a batch of their own, for what its layers say alone.
+
+    Args:
+        teacher: on its device.
+        samples: that fit into one batch.
+        tap: listens to the layers.
+    """
+    if not samples:
+        return
+    with tap:
+        final_states(
+            teacher.model,
+            [sample.input_ids for sample in samples],
+            [np.bincount(sample.segment).tolist() for sample in samples],
+            packs=teacher.packs,
+            tap=tap,
+            sample_idxs=range(len(samples)),
+        )
 
 
 def next_ids(sample: PackedSample) -> np.ndarray:
@@ -113,20 +141,24 @@ def next_ids(sample: PackedSample) -> np.ndarray:
 
 def _slices(
     teacher: LanguageModelTeacher,
-    samples: Sequence[PackedSample],
+    batch: Mapping[int, PackedSample],
     places: np.ndarray,
     slice_logits: int,
+    tap: LayerTap | None,
 ) -> Iterator[Slice]:
     """A batch's positions, sample by sample, with their logits.
 
     Raises:
         UserError: if the logits of a position are no numbers.
     """
+    samples = list(batch.values())
     states = final_states(
         teacher.model,
         [sample.input_ids for sample in samples],
         [[piece.stop - piece.start for piece in sample.pieces] for sample in samples],
         packs=teacher.packs,
+        tap=tap,
+        sample_idxs=list(batch),
     )
     following = _on(teacher, np.concatenate([next_ids(sample) for sample in samples]))
     counts = _on(teacher, np.concatenate([sample.loss_mask for sample in samples]))

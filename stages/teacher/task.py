@@ -74,6 +74,14 @@ class Task(Protocol):
         """What a document takes in a shard, by a few; None where they make no sample."""
         ...
 
+    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
+        """What of that are maps and states of the teacher's layers."""
+        ...
+
+    def tokens_per_document(self, documents: Sequence[Document]) -> float:
+        """Mean number of tokens, empty documents included."""
+        ...
+
     def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
         """Run the teacher over a shard's documents.
 
@@ -90,6 +98,7 @@ def recorded_environment(
     """What the bits of a shard depend on besides the settings."""
     return {
         **environment(teacher.device),
+        "attention": teacher.model.config._attn_implementation,
         "dtype": dtype_name(teacher.dtype),
         "batch_tokens": batch_tokens,
         "num_halvings": num_halvings,

@@ -80,7 +80,7 @@ def read_token_states(cache: Path, manifest: Manifest) -> Tensor:
         CheckFailed: if the file is damaged or missing.
     """
     if STATES_FILE not in manifest.teacher_files:
-        asked = manifest.settings.get("hidden") == POOLED
+        asked = POOLED in manifest.settings.get("hidden", "").split(",")
         remedy = (
             "run the same `pipe cache-teacher` again, it adds them and computes no shard again"
             if asked

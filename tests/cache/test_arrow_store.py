@@ -214,3 +214,10 @@ def test_another_batchs_bytes_in_its_place_are_caught(tmp_path: Path, encoded: E
     shard = _write(tmp_path / "shard.arrow", (data, swapped))
     with pytest.raises(BadShardError, match="differs from its checksum"):
         list(shard.batches())
+
+
+def test_more_entries_than_a_record_batch_can_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_cache.cache.stores.arrow.MOST_ENTRIES", 1)
+    fields = make_fields("labeled", range(5))
+    with pytest.raises(UserError, match=r"input_ids has \d+ entries in 5 samples.*--shard-mb"):
+        encode(SCHEMA, fields)

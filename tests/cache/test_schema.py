@@ -7,9 +7,13 @@ from hypothesis import strategies as st
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import (
+    SQUARE,
+    TRIANGLE,
+    TRIANGLES,
     Fields,
     FieldSpec,
     Ragged,
+    bytes_per_position,
     check_fields,
     classification_schema,
     fixed_bytes,
@@ -74,3 +78,39 @@ def test_refuses_fields_that_do_not_fit(change: Fields, words: str) -> None:
     fields = {name: column for name, column in fields.items() if column is not None}
     with pytest.raises(UserError, match=words):
         check_fields(SCHEMA, fields)
+
+
+@pytest.mark.parametrize(
+    ("shape", "segments", "wanted"),
+    [
+        (SQUARE, None, [9, 16]),
+        (TRIANGLE, None, [6, 10]),
+        (TRIANGLES, [[0, 0, 1], [0, 1, 1, 1]], [4, 7]),
+    ],
+)
+def test_maps_are_as_long_as_their_shape_says(
+    shape: str, segments: list[list[int]] | None, wanted: list[int]
+) -> None:
+    ragged = {
+        "input_ids": ([np.zeros(n, np.uint32) for n in (3, 4)], "uint32"),
+        "attention_0": ([np.zeros((n, 2), np.uint8) for n in wanted], "uint8"),
+    }
+    if segments is not None:
+        ragged["segment"] = ([np.array(one, np.uint16) for one in segments], "uint16")
+    schema = (
+        FieldSpec(name="sample_id", dtype="V16"),
+        FieldSpec(name="input_ids", dtype="uint32", shape=("S",)),
+        *((FieldSpec(name="segment", dtype="uint16", shape=("S",)),) if segments else ()),
+        FieldSpec(name="attention_0", dtype="uint8", shape=(shape, 2)),
+    )
+    assert [spec.is_map for spec in schema] == [*(False for _ in schema[1:]), True]
+    assert bytes_per_position(schema) == (6 if segments else 4)  # maps have no size a position
+    fields: Fields = {"sample_id": np.zeros(2, "V16")} | {
+        name: Ragged.from_arrays(arrays, dtype, (2,) if name == "attention_0" else ())
+        for name, (arrays, dtype) in ragged.items()
+    }
+    assert check_fields(schema, fields) == 2
+    longer = [np.zeros((n + 1, 2), np.uint8) for n in wanted]
+    fields["attention_0"] = Ragged.from_arrays(longer, "uint8", (2,))
+    with pytest.raises(UserError, match=f"sample 0 has length {wanted[0] + 1}; .* {wanted[0]}, "):
+        check_fields(schema, fields)

@@ -222,12 +222,16 @@ def test_killed_between_any_two_steps(either_stage_one: StageOne) -> None:
         _complete(stage_one, cache, f"at: {step}")
 
 
-def test_with_pooled_states_killed_at_every_shard(stage_one: StageOne) -> None:
+def test_with_states_and_maps_killed_at_every_shard(stage_one: StageOne) -> None:
     cache = stage_one.folder / "pooled-whole"
-    pooled = replace(stage_one, config=stage_one.config.model_copy(update={"hidden": "pooled"}))
+    asked = {"hidden": "pooled,last,0", "attention": "mean", "attention_layers": "all"}
+    pooled = replace(stage_one, config=stage_one.config.model_copy(update=asked))
     assert _run(pooled, cache) == 0, pooled.server.output.read_text()
     pooled = replace(pooled, whole=contents(cache))
     assert CacheReader(cache).column("pooled").shape == (10, 32)
+    sample = CacheReader(cache).sample(0)
+    assert len(sample["attention_1"]) == len(sample["input_ids"]) ** 2
+    assert sample["hidden"].shape == sample["hidden_0"].shape == (len(sample["input_ids"]), 32)
     steps = [one for one in _moments(_lines(cache, "step")) if "labeled/" in one]
     shards = [one for one in steps if ".arrow" in one and one.startswith(HALF_WRITTEN)]
     committed = [one for one in steps if ".json" in one and not one.startswith(HALF_WRITTEN)]

@@ -105,8 +105,8 @@ def test_a_number_format_that_this_device_does_not_compute(
     found: list[torch.dtype] = []
     load = module.load_teacher
 
-    def watched(config: Any) -> Any:
-        teacher = load(config)
+    def watched(config: Any, **given: Any) -> Any:
+        teacher = load(config, **given)
         found.append(teacher.dtype)
         return teacher
 

@@ -254,7 +254,9 @@ def test_a_state_beyond_half_precision_is_refused(teacher: ClassificationTeacher
     try:
         assert captured(teacher, 32)["pooled"][:, 0].tolist() == [65504.0] * 5
         largest = 65505.0
-        with pytest.raises(UserError, match=r"5 samples .* beyond 65,504,.*without --hidden"):
+        with pytest.raises(
+            UserError, match=r"5 of .* pooled states .* beyond 65,504,.*without --hidden"
+        ):
             captured(teacher, 32)
     finally:
         hook.remove()
