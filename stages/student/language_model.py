@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
 NO_TARGET = -100  # transformers' mark of a position that counts for nothing
 
@@ -28,6 +29,7 @@ class MambaStudentCausalLMOutput(ModelOutput):
         final_states: [B, S, d_model], what the head reads, where they were asked for.
         cache_params: the layers' states after the last position, where they were asked for.
         hidden_states: as in `MambaStudentOutput`.
+        mixers: as in `MambaStudentOutput`.
     """
 
     loss: Tensor | None = None
@@ -35,6 +37,7 @@ class MambaStudentCausalLMOutput(ModelOutput):
     final_states: Tensor | None = None
     cache_params: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    mixers: tuple[RecordedMixer, ...] | None = None
 
 
 class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
@@ -74,6 +77,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
+        output_mixers: bool = False,
         states_only: bool = False,
     ) -> MambaStudentCausalLMOutput:
         """Predict each position's next token.
@@ -91,6 +95,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
                 training.
             logits_to_keep: how many positions at the end, or which, get logits; 0 for all.
             output_hidden_states: return the residual stream too.
+            output_mixers: return what the scans ran with too.
             states_only: return what the head reads, and no logits: a loss that takes the head's
                 weights itself needs only a few positions' at a time.
 
@@ -110,10 +115,14 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             cache_params=cache_params,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_mixers=output_mixers,
         )
         if states_only:
             return MambaStudentCausalLMOutput(
-                final_states=output.last_hidden_state, cache_params=output.cache_params
+                final_states=output.last_hidden_state,
+                cache_params=output.cache_params,
+                hidden_states=output.hidden_states,
+                mixers=output.mixers,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
@@ -123,6 +132,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             logits=logits,
             cache_params=output.cache_params,
             hidden_states=output.hidden_states,
+            mixers=output.mixers,
         )
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

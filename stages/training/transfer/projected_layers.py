@@ -1,0 +1,67 @@
+"""A student and the projections that take its layers' outputs to its teacher's width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+class ProjectedLayers(nn.Module):
+    """What is trained where hidden states are matched: a student and a projection for each layer.
+
+    One module with one forward, as `ProjectedStudent`, which may be inside. Only the student is the
+    result.
+
+    Args:
+        student: to be trained; shared, not copied.
+        d_model: its width.
+        widths: D of the states that a layer's output is matched with, by layer.
+        seed: of the projections' first weights, which depend on it alone; the global random state
+            is neither read nor changed.
+    """
+
+    def __init__(
+        self, student: nn.Module, *, d_model: int, widths: Mapping[int, int], seed: int
+    ) -> None:
+        super().__init__()
+        self.student = student
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.projections = nn.ModuleDict(
+                {
+                    str(layer): nn.Linear(d_model, width, bias=False)
+                    for layer, width in widths.items()
+                }
+            )
+
+    def forward(self, **inputs: Any) -> Any:
+        """The student's outputs, with `projected_hidden`: [B, S', D] by layer, float32 or wider.
+
+        Args:
+            **inputs: as the student takes them.
+        """
+        outputs = self.student(**inputs, output_hidden_states=True)
+        projected: dict[int, torch.Tensor] = {}
+        for name, projection in self.projections.items():
+            states = outputs.hidden_states[int(name) + 1]  # the first are before all layers
+            weight = cast(nn.Linear, projection).weight
+            with torch.autocast(states.device.type, enabled=False):  # in full precision
+                projected[int(name)] = projection(states.to(weight.dtype))
+        outputs["projected_hidden"] = projected  # a key, so that data parallelism finds it
+        return outputs
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """A language model's."""
+        return cast(nn.Module, self.student.lm_head)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's."""
+        return cast(Any, self.student).get_input_embeddings()
+
+    def num_next_tokens(self, attention_mask: torch.Tensor) -> int:
+        """As the student counts them."""
+        return cast(Any, self.student).num_next_tokens(attention_mask)
