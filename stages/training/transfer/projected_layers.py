@@ -8,6 +8,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
+
+
+def with_projected_layers(student: nn.Module, layers: CachedLayers | None) -> nn.Module:
+    """The student, in `ProjectedLayers` where hidden states are matched.
+
+    Args:
+        student: to be trained.
+        layers: what is matched, or none.
+    """
+    if layers is None or layers.hidden is None:
+        return student
+    return ProjectedLayers(student, widths=layers.hidden_widths, seed=layers.config.seed)
+
 
 class ProjectedLayers(nn.Module):
     """What is trained where hidden states are matched: a student and a projection for each layer.
@@ -16,18 +30,16 @@ class ProjectedLayers(nn.Module):
     result.
 
     Args:
-        student: to be trained; shared, not copied.
-        d_model: its width.
+        student: a Mamba student, to be trained; shared, not copied.
         widths: D of the states that a layer's output is matched with, by layer.
         seed: of the projections' first weights, which depend on it alone; the global random state
             is neither read nor changed.
     """
 
-    def __init__(
-        self, student: nn.Module, *, d_model: int, widths: Mapping[int, int], seed: int
-    ) -> None:
+    def __init__(self, student: nn.Module, *, widths: Mapping[int, int], seed: int) -> None:
         super().__init__()
         self.student = student
+        d_model = self.get_input_embeddings().embedding_dim
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.projections = nn.ModuleDict(
@@ -58,7 +70,7 @@ class ProjectedLayers(nn.Module):
         """A language model's."""
         return cast(nn.Module, self.student.lm_head)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The student's."""
         return cast(Any, self.student).get_input_embeddings()
 
