@@ -205,7 +205,7 @@ def _trainer(
         evaluates=data.evaluation is not None,
         keeps_best=config.early_stopping is not None,
         label_names=task.label_names,
-        uses_all_weights=config.pretrained is None and config.transfer_schedule == "together",
+        uses_all_weights=config.pretrained is None,
     )
     return task.trainer(student, data, args=args, callbacks=callbacks)
 

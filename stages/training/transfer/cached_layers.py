@@ -19,6 +19,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.ranks import num_processes
 from teacher_cache.stages.training.transfer.layer_map import layer_pairs
 from teacher_cache.stages.training.transfer.schedule import Schedule
 from teacher_cache.stages.training.transfer.transfer import HiddenTransfer, MapTransfer, Transfer
@@ -45,10 +46,18 @@ class CachedLayers:
         """Those that the settings ask for; None where nothing is matched.
 
         Raises:
-            UserError: if the cache lacks them, or they are of no use to the student.
+            UserError: if the cache lacks them, they are of no use to the student, or several
+                processes are to train in stages.
         """
         if not config.transfers:
             return None
+        if config.transfer_schedule == "staged" and num_processes() > 1:
+            # Data parallelism waits for a gradient of every weight that the forward pass used, and
+            # one of zeros would let weight decay and momentum move what its stage leaves alone.
+            raise UserError(
+                "--transfer-schedule staged trains in one process, and torchrun started "
+                f"{num_processes()}: start one, or give --transfer-schedule together"
+            )
         codec = _codec(config, reader) if config.attention_weight else None
         return cls(
             config=config,

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from teacher_cache.cache.codecs.attention import attention_from
+from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
 from teacher_cache.stages.losses.config import ObjectiveConfig
@@ -267,6 +268,15 @@ def test_stages_train_their_terms_alone(transfer_cache: Path, tmp_path: Path) ->
     weights = {"attention": 0.7, "hidden": 0.4}
     for line, name in zip(log, trained, strict=False):
         assert line["loss"] == pytest.approx(weights[name] * line[name], rel=1e-3), name
+
+
+def test_stages_in_several_processes_are_refused(
+    transfer_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="staged trains in one process, and torchrun started 2"):
+        layers_of(transfer_cache, transfer_schedule="staged")
 
 
 def train_student_start(cache: Path, out: Path, options: dict[str, Any]) -> Any:
