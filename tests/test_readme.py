@@ -17,13 +17,14 @@ README = (ROOT / "README.md").read_text()
 STUDENT = (ROOT / "docs" / "student.md").read_text()
 RECIPE = (ROOT / "docs" / "recipe.md").read_text()
 LANGUAGE_MODELS = (ROOT / "docs" / "language-models.md").read_text()
+TRANSFER = (ROOT / "docs" / "transfer.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pipe_lines() -> list[str]:
     found = re.findall(
         r"(?:^    |`|\./)(?:\.venv/bin/)?pipe ([a-z-]+[^`\n#]*)",
-        README + STUDENT + RECIPE + LANGUAGE_MODELS,
+        README + STUDENT + RECIPE + LANGUAGE_MODELS + TRANSFER,
         re.MULTILINE,
     )
     return [line.strip() for line in found]
@@ -44,7 +45,7 @@ def test_every_command_and_option_exists(line: str) -> None:
 
 def test_every_option_of_the_tables_is_one_of_its_stage() -> None:
     before, training = README.split("\n## What training does\n")
-    stages = {"cache-teacher": before + LANGUAGE_MODELS, "train-student": training}
+    stages = {"cache-teacher": before + LANGUAGE_MODELS, "train-student": training + TRANSFER}
     for stage, text in stages.items():
         known = {option for one in COMMANDS[stage].params for option in one.opts}
         rows = [line for line in text.splitlines() if line.startswith("| `--")]
