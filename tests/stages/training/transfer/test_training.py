@@ -18,6 +18,7 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
+from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.arguments import training_arguments
 from teacher_cache.stages.training.batches import BothKinds, CachedSamples, Collator
 from teacher_cache.stages.training.config import OptimizationConfig
@@ -30,6 +31,7 @@ from teacher_cache.stages.training.transfer.projected_layers import (
     ProjectedLayers,
     with_projected_layers,
 )
+from teacher_cache.stages.training.transfer.transfer import TransferTerms
 from tests import reference_losses as reference
 from tests.stages.losses.transfer.test_attention import row_distance
 from tests.stages.training.test_projected_student import (
@@ -194,6 +196,27 @@ def layers_of_arch(cache: Path, options: dict[str, Any]) -> CachedLayers:
     layers = CachedLayers.of(config, CacheReader(cache, "labeled"))
     assert layers is not None
     return layers
+
+
+def test_every_option_reaches_what_is_trained(transfer_cache: Path) -> None:
+    options = {
+        **{"attention_loss": "cosine", "attention_channels": 3, "attention_layer_map": ((1, 0),)},
+        **{"hidden_layer_map": ((0, 1),), "transfer_schedule": "staged"},
+        "transfer_shares": (0.3, 0.1),
+    }
+    layers = layers_of_arch(transfer_cache, {"arch": "mamba", "bidirectional": True, **options})
+    transfer = layers.transfer(position_map=PositionMap(), num_steps=10)
+    assert transfer.maps is not None and transfer.hidden is not None
+    assert (transfer.maps.loss, transfer.maps.num_channels) == ("cosine", 3)
+    assert (transfer.maps.pairs, transfer.maps.fields) == (((1, 0),), ("attention_0",))
+    assert (transfer.hidden.pairs, transfer.hidden.fields) == (((0, 1),), ("hidden_1",))
+    assert (transfer.schedule.attention_until, transfer.schedule.hidden_until) == (3, 4)
+    assert not transfer.is_causal and layers.hidden_widths == {0: WIDTH}
+    terms = TransferTerms(attention=torch.ones(()), hidden=torch.ones(()))
+    losses = [transfer.loss(terms, torch.tensor(9.0), step).item() for step in (0, 3, 4)]
+    assert losses == pytest.approx([0.7, 0.4, 9.0])
+    together = layers_of(transfer_cache).transfer(position_map=PositionMap(), num_steps=10)
+    assert together.loss(terms, torch.tensor(9.0), 0).item() == pytest.approx(10.1)
 
 
 class Interruption(Exception):
