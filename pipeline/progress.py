@@ -28,8 +28,8 @@ from teacher_cache.stages.train_student import StageTwoObserver
 
 # Terms of the log line, in order; those that are off are not there.
 TERMS = (
-    *("loss", "ce", "kd", "kd_unlabeled", "lm", "pooled", "conf_w", "agreement"),
-    "effective_draws",
+    *("loss", "ce", "kd", "kd_unlabeled", "lm", "pooled", "attention", "hidden"),
+    *("conf_w", "agreement", "effective_draws"),
 )
 EVALUATED = (
     *("eval_accuracy", "eval_f1", "eval_perplexity", "eval_teacher_perplexity"),

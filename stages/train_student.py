@@ -16,6 +16,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.losses.transfer.config import TransferConfig
 from teacher_cache.stages.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
     checkpoint_to_resume,
@@ -158,6 +159,8 @@ def _record(
     reader = readers[0]
     # What the student is, it says itself: not every option applies to every kind.
     left_out = {"cache", "student_tokenizer", *ArchitectureConfig.model_fields, *NOT_RESULTS}
+    if not config.transfers:  # so runs that match nothing inside keep their settings
+        left_out |= {*TransferConfig.model_fields}
     settings = config.model_dump(mode="json", exclude=left_out) | student.settings
     settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
     tokenizer = describe(joined.tokenizer, max_length=joined.max_length)

@@ -20,6 +20,7 @@ STUDENT = (ROOT / "docs" / "student.md").read_text()
 RECIPE = (ROOT / "docs" / "recipe.md").read_text()
 LANGUAGE_MODELS = (ROOT / "docs" / "language-models.md").read_text()
 ZARR = (ROOT / "docs" / "zarr.md").read_text()
+TRANSFER = (ROOT / "docs" / "transfer.md").read_text()
 DOCS = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -48,7 +49,7 @@ def test_every_command_and_option_exists(line: str) -> None:
 
 def test_every_option_of_the_tables_is_one_of_its_stage() -> None:
     before, training = README.split("\n## What training does\n")
-    stages = {"cache-teacher": before + LANGUAGE_MODELS, "train-student": training}
+    stages = {"cache-teacher": before + LANGUAGE_MODELS, "train-student": training + TRANSFER}
     for stage, text in stages.items():
         known = {option for one in COMMANDS[stage].params for option in one.opts}
         rows = [line for line in text.splitlines() if line.startswith("| `--")]

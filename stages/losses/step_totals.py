@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ class StepTotals:
     """What one optimizer step holds, over all its micro-batches and ranks.
 
     Known from the cache before the step's first backward. Totals of parts add up:
-    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the five numbers.
+    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of these numbers.
 
     A classifier counts samples, a language model the positions at which it has a teacher; there
     the labelled ones are those of the corpus whose next tokens are learned, too.
@@ -28,6 +28,8 @@ class StepTotals:
         conf_weight_sum_unlabeled: the same for the unlabelled ones.
         num_next_tokens: positions that have a next token to learn. Of a classifier: of both
             kinds, and unused when `lm_weight` is 0. Of a language model: of the labelled kind.
+        num_map_rows: rows of attention maps that are matched, over all layers, of both kinds.
+        num_hidden_states: hidden states that are matched, over all layers, of both kinds.
     """
 
     num_labeled: int = 0
@@ -35,17 +37,13 @@ class StepTotals:
     conf_weight_sum_labeled: float = 0.0
     conf_weight_sum_unlabeled: float = 0.0
     num_next_tokens: int = 0
+    num_map_rows: int = 0
+    num_hidden_states: int = 0
 
     def __add__(self, other: StepTotals) -> StepTotals:
         """The totals of both parts together."""
-        return StepTotals(
-            num_labeled=self.num_labeled + other.num_labeled,
-            num_unlabeled=self.num_unlabeled + other.num_unlabeled,
-            conf_weight_sum_labeled=self.conf_weight_sum_labeled + other.conf_weight_sum_labeled,
-            conf_weight_sum_unlabeled=self.conf_weight_sum_unlabeled
-            + other.conf_weight_sum_unlabeled,
-            num_next_tokens=self.num_next_tokens + other.num_next_tokens,
-        )
+        names = [one.name for one in fields(self)]
+        return StepTotals(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @classmethod
     def of(

@@ -20,6 +20,7 @@ from teacher_cache.stages.student.mixers.layer_state import LayerState
 from teacher_cache.stages.student.mixers.mamba import Mamba, MambaDirection
 from teacher_cache.stages.student.mixers.mamba2 import Mamba2, Mamba2Direction
 from teacher_cache.stages.student.norms import RMSNorm
+from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
 MIXERS: dict[str, type[Mamba] | type[Mamba2]] = {"mamba": Mamba, "mamba2": Mamba2}
 
@@ -33,11 +34,13 @@ class MambaStudentOutput(ModelOutput):
         cache_params: the layers' states after the last position, where they were asked for.
         hidden_states: with `output_hidden_states`, the residual stream [B, S, d_model] before the
             first layer and after each; not normalised.
+        mixers: with `output_mixers`, what each layer's scans ran with.
     """
 
     last_hidden_state: Tensor | None = None
     cache_params: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    mixers: tuple[RecordedMixer, ...] | None = None
 
 
 class MambaLayer(nn.Module):
@@ -48,9 +51,15 @@ class MambaLayer(nn.Module):
         self.norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
         self.mixer = MIXERS[config.arch](config)
 
-    def forward(self, residual: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
+    def forward(
+        self,
+        residual: Tensor,
+        layout: Layout,
+        state: LayerState | None,
+        record: list[RecordedMixer] | None = None,
+    ) -> Tensor:
         """Add the mixer's output to the residual stream [B, S, d_model]."""
-        return residual + self.mixer(self.norm(residual), layout, state)
+        return residual + self.mixer(self.norm(residual), layout, state, record)
 
 
 class MambaStudentPreTrainedModel(PreTrainedModel):
@@ -108,6 +117,7 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
         cache_params: Cache | None = None,
         use_cache: bool = False,
         output_hidden_states: bool = False,
+        output_mixers: bool = False,
     ) -> MambaStudentOutput:
         """Run all layers; padding on either side changes nothing at real positions.
 
@@ -120,6 +130,7 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             cache_params: the states of an earlier call, to go on from; updated in place.
             use_cache: start a new cache where none is given.
             output_hidden_states: return the residual stream too.
+            output_mixers: return what the scans ran with too, for `mixing_matrices`.
 
         Returns:
             States in the weights' dtype; the residual stream within is float32.
@@ -140,14 +151,16 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             cache_params = DynamicCache(config=self.config)
         layout = self._layout(residual, attention_mask, seq_idx)
         streams = [residual]
+        record: list[RecordedMixer] | None = [] if output_mixers else None
         for layer_idx, layer in enumerate(self.layers):
             state = None if cache_params is None else LayerState(cache_params, layer_idx)
-            residual = layer(residual, layout, state)
+            residual = layer(residual, layout, state, record)
             streams.append(residual)
         return MambaStudentOutput(
             last_hidden_state=self.norm_f(residual),
             cache_params=cache_params,
             hidden_states=tuple(streams) if output_hidden_states else None,
+            mixers=None if record is None else tuple(record),
         )
 
     def _layout(

@@ -17,6 +17,7 @@ from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStuden
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.heads import build_head
 from teacher_cache.stages.student.position_map import PositionMap
+from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
 
 @dataclass
@@ -27,10 +28,13 @@ class MambaStudentClassifierOutput(SequenceClassifierOutput):
         next_token_loss_sum: scalar, nats, float32 or wider: cross-entropies of every position's
             next token, summed over the batch.
         pooled: [B, d_model], what the head reads.
+        hidden_states: as in `MambaStudentOutput`, in the student's order, padded on the right.
+        mixers: as in `MambaStudentOutput`, in the same order.
     """
 
     next_token_loss_sum: Tensor | None = None
     pooled: Tensor | None = None
+    mixers: tuple[RecordedMixer, ...] | None = None
 
 
 class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
@@ -62,6 +66,8 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
         *,
         next_token_loss: bool = False,
         pooled_state: bool = False,
+        output_hidden_states: bool = False,
+        output_mixers: bool = False,
     ) -> MambaStudentClassifierOutput:
         """Classify a batch of samples of different lengths, padded on either side.
 
@@ -74,6 +80,8 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
             next_token_loss: also predict each position's next token, in the student's order, with
                 the embedding table as the head.
             pooled_state: also return what the head reads.
+            output_hidden_states: also return the residual stream.
+            output_mixers: also return what the scans ran with.
 
         Returns:
             `logits` [B, C] float32, and `loss` where labels are given.
@@ -93,7 +101,12 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
             raise UserError(f"Sample {sample} of the batch has no tokens: leave out empty texts.")
         input_ids, mask = self.position_map.apply(input_ids, mask)
         # Right-padded now, so a causal backbone needs no mask.
-        hidden = self.backbone(input_ids, mask if self.config.bidirectional else None)
+        hidden = self.backbone(
+            input_ids,
+            mask if self.config.bidirectional else None,
+            output_hidden_states=output_hidden_states,
+            output_mixers=output_mixers,
+        )
         pooled = self._pool(hidden.last_hidden_state, mask)  # [B, d_model]
         with torch.autocast(pooled.device.type, enabled=False):  # logits are not rounded to half
             logits = self.head(pooled)
@@ -106,6 +119,8 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
             if next_token_loss
             else None,
             pooled=pooled if pooled_state else None,
+            hidden_states=hidden.hidden_states,
+            mixers=hidden.mixers,
         )
 
     def num_next_tokens(self, attention_mask: Tensor) -> int:

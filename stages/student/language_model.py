@@ -15,6 +15,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.linear_head import LinearHead
+from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
 NO_TARGET = -100  # transformers' mark of a position that counts for nothing
 
@@ -29,6 +30,7 @@ class MambaStudentCausalLMOutput(ModelOutput):
         final_states: [B, S, d_model], what the head reads, where they were asked for.
         cache_params: the layers' states after the last position, where they were asked for.
         hidden_states: as in `MambaStudentOutput`.
+        mixers: as in `MambaStudentOutput`.
     """
 
     loss: Tensor | None = None
@@ -36,6 +38,7 @@ class MambaStudentCausalLMOutput(ModelOutput):
     final_states: Tensor | None = None
     cache_params: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    mixers: tuple[RecordedMixer, ...] | None = None
 
 
 class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
@@ -80,6 +83,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
+        output_mixers: bool = False,
         states_only: bool = False,
     ) -> MambaStudentCausalLMOutput:
         """Predict each position's next token.
@@ -97,6 +101,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
                 training.
             logits_to_keep: how many positions at the end, or which, get logits; 0 for all.
             output_hidden_states: return the residual stream too.
+            output_mixers: return what the scans ran with too.
             states_only: return what the head reads, and no logits: a loss that takes the head's
                 weights itself needs only a few positions' at a time.
 
@@ -116,10 +121,14 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             cache_params=cache_params,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_mixers=output_mixers,
         )
         if states_only:
             return MambaStudentCausalLMOutput(
-                final_states=output.last_hidden_state, cache_params=output.cache_params
+                final_states=output.last_hidden_state,
+                cache_params=output.cache_params,
+                hidden_states=output.hidden_states,
+                mixers=output.mixers,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
@@ -129,6 +138,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             logits=logits,
             cache_params=output.cache_params,
             hidden_states=output.hidden_states,
+            mixers=output.mixers,
         )
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ prediction and pipelines share this one function: the model applies it itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,20 @@ class PositionMap:
             num_real = num_real + 1
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         return input_ids, position < num_real
+
+    def sources(self, attention_mask: Tensor) -> Tensor:
+        """Where each position of a mapped batch comes from: `apply` to the positions themselves.
+
+        Args:
+            attention_mask: [B, S] bool, as `apply` takes it.
+
+        Returns:
+            [B, S'] int64, indices along S; `APPENDED` at the appended token and at padding.
+        """
+        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        of_positions = self if self.token_id is None else replace(self, token_id=APPENDED)
+        sources, mask = of_positions.apply(positions.expand_as(attention_mask), attention_mask)
+        return sources.masked_fill(~mask, APPENDED)
 
 
 def choose(tokenizer: PreTrainedTokenizerBase, pooling: str) -> PositionMap:

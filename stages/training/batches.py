@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,15 +156,54 @@ def batches_per_epoch(num_labeled: int, *, batch_size: int, unlabeled_ratio: flo
     return labeled_batches + math.floor(labeled_batches * unlabeled_ratio)
 
 
+class Expanding(Protocol):
+    """What makes further fields of a stored sample."""
+
+    def expand(self, sample: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+        """Fields of the sample's length."""
+        ...
+
+
+def layer_fields(layers: Expanding | None, samples: Sequence[dict[str, Any]]) -> Batch:
+    """The fields that `layers` makes of samples, each [B, ...], 0 behind a shorter sample."""
+    if layers is None:
+        return {}
+    expanded = [layers.expand(sample) for sample in samples]
+    return {
+        name: torch.from_numpy(stacked([one[name] for one in expanded])) for name in expanded[0]
+    }
+
+
+def stacked(arrays: Sequence[np.ndarray], behind: str = "constant") -> np.ndarray:
+    """Arrays of differing sizes as one, [B, ...]; what is behind a smaller one is 0, or its edge.
+
+    Args:
+        arrays: B of one number of dimensions; those to be padded by their edge are not empty.
+        behind: a mode of `numpy.pad`.
+    """
+    sizes = np.max([array.shape for array in arrays], axis=0)
+    padded: list[np.ndarray] = []
+    for array in arrays:
+        widths = [(0, int(most - size)) for size, most in zip(array.shape, sizes, strict=True)]
+        padded.append(np.pad(array, widths, mode=behind))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return np.stack(padded)
+
+
 class Collator:
     """Stack samples of one kind into a batch.
 
     Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64 and, where the samples have
-    them, `teacher_logits` [B, C] float32, `teacher_pooled` [B, D] float16 and `labels` [B] int64.
+    them, `teacher_logits` [B, C] float32, `teacher_pooled` [B, D] float16 and `labels` [B] int64;
+    and the fields that `layers` makes of a sample, padded.
+
+    Args:
+        pad_id: fills `input_ids`.
+        layers: what is matched inside the teacher, or none.
     """
 
-    def __init__(self, pad_id: int):
+    def __init__(self, pad_id: int, layers: Expanding | None = None):
         self._pad_id = pad_id
+        self._layers = layers
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """Collate the samples."""
@@ -182,7 +221,7 @@ class Collator:
         if "label" in samples[0]:
             labels = np.array([sample["label"] for sample in samples], np.int64)
             batch["labels"] = torch.from_numpy(labels)
-        return batch
+        return batch | layer_fields(self._layers, samples)
 
 
 def held_out(sample_ids: Iterable[bytes], fraction: float) -> np.ndarray:

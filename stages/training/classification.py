@@ -11,6 +11,7 @@ from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, Train
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
+from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.batches import Collator
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, training_data
@@ -19,14 +20,21 @@ from teacher_cache.stages.training.metrics import agreement_metrics, classificat
 from teacher_cache.stages.training.projected_student import ProjectedStudent
 from teacher_cache.stages.training.start import StartingStudent, start_student
 from teacher_cache.stages.training.trainer import DistillationTrainer
+from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
+from teacher_cache.stages.training.transfer.projected_layers import with_projected_layers
 
 
 class ClassificationStudents:
-    """A `StudentTask`."""
+    """A `StudentTask`.
+
+    Raises:
+        UserError: if the cache lacks the layers that are to be matched.
+    """
 
     def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
         self._config = config
         self._readers = readers
+        self._layers = CachedLayers.of(config, readers[0])
 
     @property
     def label_names(self) -> list[str]:
@@ -61,15 +69,22 @@ class ClassificationStudents:
         callbacks: list[TrainerCallback],
     ) -> DistillationTrainer:
         """On logits, labels and what else the objective weighs."""
+        transfer = None
+        if self._layers is not None:
+            position_map = PositionMap.from_dict(student.model.config.position_map)
+            transfer = self._layers.transfer(position_map=position_map, num_steps=data.num_steps)
         return DistillationTrainer(
-            model=_trained_module(self._config, student.model, data),
+            model=with_projected_layers(
+                _trained_module(self._config, student.model, data), self._layers
+            ),
             args=args,
             objective=self._config,
             embedding_lr_scale=self._config.embedding_lr_scale,
+            transfer=transfer,
             batches=data.batches,
             train_dataset=data.training,
             eval_dataset=data.evaluation,
-            data_collator=Collator(student.pad_id),
+            data_collator=Collator(student.pad_id, self._layers),
             compute_metrics=_metrics,
             callbacks=callbacks,
         )

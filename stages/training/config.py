@@ -12,6 +12,7 @@ from teacher_cache.cache.errors import did_you_mean
 from teacher_cache.stages.config import DeviceConfig, StageConfig
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.transfer.config import TransferConfig
 
 MAMBA_ARCHITECTURES = ("mamba", "mamba2")
 PRETRAINED = "hf:"
@@ -160,12 +161,14 @@ class TrainingConfig(OptimizationConfig):
     )
 
 
-class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, TrainingConfig):
+class TrainStudentConfig(
+    ObjectiveConfig, TransferConfig, JoinConfig, ArchitectureConfig, TrainingConfig
+):
     """Everything stage two needs; the command line finds the newest cache if none is named."""
 
     @model_validator(mode="after")
     def _takes_its_own_options(self) -> TrainStudentConfig:
-        of_a_mamba = {"embeddings", "lm_weight", "pooled_weight"}
+        of_a_mamba = {"embeddings", "lm_weight", "pooled_weight", *TransferConfig.model_fields}
         mamba_only = {*ArchitectureConfig.model_fields, *of_a_mamba} - {"arch"}
         given = self.model_fields_set & mamba_only
         if self.pretrained is not None and given:
@@ -176,6 +179,26 @@ class TrainStudentConfig(ObjectiveConfig, JoinConfig, ArchitectureConfig, Traini
                 "leave out what it does not take (in a file with both kinds of student, give it "
                 "to each Mamba student)",
                 {"options": options, "arch": self.arch},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _does_not_stop_before_it_begins(self) -> TrainStudentConfig:
+        if self.early_stopping is not None and self.transfer_schedule == "staged":
+            raise PydanticCustomError(
+                "stops_early",
+                "--early-stopping waits for a better accuracy, which the first stages of "
+                "--transfer-schedule staged do not train: leave one of the two out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _averages_channels_where_there_are(self) -> TrainStudentConfig:
+        if self.arch != "mamba" and "attention_channels" in self.model_fields_set:
+            raise PydanticCustomError(
+                "no_channels",
+                "--attention-channels is of --arch mamba, and a Mamba-2 averages all its heads: "
+                "leave it out (in a file with both kinds of student, give it to each Mamba-1)",
             )
         return self
 

@@ -19,6 +19,7 @@ from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
+from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import identity, refuse_too_long
 from teacher_cache.stages.student.pretrained_language_model import pretrained_language_model
 from teacher_cache.stages.teacher.language_model_head import read_language_model_head
@@ -30,6 +31,8 @@ from teacher_cache.stages.training.early_stopping import OBJECTIVE, Measure
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
+from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
+from teacher_cache.stages.training.transfer.projected_layers import with_projected_layers
 
 # Each with the value at which it does nothing; None where it always does something.
 CLASSIFIERS_OPTIONS: dict[str, Any] = {
@@ -49,7 +52,8 @@ class LanguageModelStudents:
     """A `StudentTask`.
 
     Raises:
-        UserError: for a classifier's options, or a temperature that the cache does not serve.
+        UserError: for a classifier's options, or a temperature or layers that the cache does not
+            serve.
     """
 
     def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
@@ -59,6 +63,7 @@ class LanguageModelStudents:
         self._trained: MambaStudentForCausalLM | PackedLanguageModel
         self._codec = codec_from(readers[0].manifest.settings["codec"])
         require_temperature(self._codec, config.temperature)
+        self._layers = CachedLayers.of(config, readers[0])
 
     @property
     def label_names(self) -> list[str]:
@@ -128,18 +133,22 @@ class LanguageModelStudents:
         callbacks: list[TrainerCallback],
     ) -> LanguageModelTrainer:
         """On the positions that count."""
+        transfer = None
+        if self._layers is not None:
+            transfer = self._layers.transfer(position_map=PositionMap(), num_steps=data.num_steps)
         return LanguageModelTrainer(
-            model=self._trained,
+            model=with_projected_layers(self._trained, self._layers),
             args=args,
             objective=self._config,
             embedding_lr_scale=self._config.embedding_lr_scale,
+            transfer=transfer,
             codec=_on_device(self._codec, args.device),
             support=_mask(self._support, len(self._trained.output_head.weight)),
             held_out_temperature=1.0 if serves(self._codec, 1.0) else self._config.temperature,
             batches=data.batches,
             train_dataset=data.training,
             eval_dataset=data.evaluation,
-            data_collator=PackedCollator(student.pad_id, self._codec),
+            data_collator=PackedCollator(student.pad_id, self._codec, self._layers),
             callbacks=callbacks,
         )
 

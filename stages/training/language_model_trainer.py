@@ -88,12 +88,14 @@ class LanguageModelTrainer(ObjectiveTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """This micro-batch's share of the step's loss."""
+        outputs = self._outputs(model, inputs, **(self.transfer.requests if self.transfer else {}))
         terms = self._terms(
-            self._positions(model, inputs), self.objective, totals=num_items_in_batch
+            self._positions(outputs, inputs), self.objective, totals=num_items_in_batch
         )
         self._remember(terms)
+        loss = self.with_transfer(terms.loss, outputs, inputs, num_items_in_batch)
         # Data parallelism averages over processes what is a sum over them.
-        return terms.loss * self.args.world_size
+        return loss * self.args.world_size
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -103,7 +105,7 @@ class LanguageModelTrainer(ObjectiveTrainer):
         Its samples' counts differ, so that means of batches are not those of positions.
         """
         with torch.no_grad():
-            positions = self._positions(model, inputs)
+            positions = self._positions(self._outputs(model, inputs), inputs)
             totals, num = self.totals_of(inputs), int(inputs["loss_mask"].sum())
             terms = self._terms(positions, self.objective, totals=totals)
             plain = self._terms(
@@ -144,14 +146,17 @@ class LanguageModelTrainer(ObjectiveTrainer):
                 MIN_EFFECTIVE_DRAWS,
             )
 
-    def _positions(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Positions:
-        outputs = model(
+    def _outputs(self, model: torch.nn.Module, inputs: dict[str, Any], **requests: bool) -> Any:
+        return model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             seq_idx=inputs["seq_idx"],
             use_cache=False,
             states_only=True,
+            **requests,
         )
+
+    def _positions(self, outputs: Any, inputs: dict[str, Any]) -> Positions:
         mask = inputs["loss_mask"]  # none of a share without samples, which reads one all the same
         return Positions(
             hidden=outputs.final_states[: len(mask)][mask],

@@ -13,6 +13,7 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.training.learning_rates import scale_learning_rate
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
+from teacher_cache.stages.training.transfer.transfer import Transfer
 
 
 class ObjectiveTrainer(OrderedTrainer):
@@ -21,21 +22,31 @@ class ObjectiveTrainer(OrderedTrainer):
     Args:
         objective: weights of the terms.
         embedding_lr_scale: learning rate of the input embeddings, as a multiple of the others'.
+        transfer: what is matched inside the models besides; None where nothing is.
         **kwargs: of `OrderedTrainer`.
 
     Attributes:
         kinds: of a term, the kind of sample that it is a mean over; `labeled` if not said.
         objective: as given.
+        transfer: as given.
         sums: of each term since the last line of the log; on the device, so that nothing waits.
     """
 
-    kinds: ClassVar[Mapping[str, str]] = MappingProxyType({"kd_unlabeled": "unlabeled"})
+    kinds: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"kd_unlabeled": "unlabeled", "attention": "all", "hidden": "all"}
+    )
 
     def __init__(
-        self, *, objective: ObjectiveConfig, embedding_lr_scale: float = 1.0, **kwargs: Any
+        self,
+        *,
+        objective: ObjectiveConfig,
+        embedding_lr_scale: float = 1.0,
+        transfer: Transfer | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.objective = objective
+        self.transfer = transfer
         self.sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._embedding_lr_scale = embedding_lr_scale
         self._num_steps: Counter[str] = Counter()  # by the kind of their samples, and all of them
@@ -54,7 +65,7 @@ class ObjectiveTrainer(OrderedTrainer):
 
     def step_totals(self, batches: list[dict[str, torch.Tensor]]) -> StepTotals:
         """The totals of a step, which is counted by the kinds of its samples."""
-        totals = sum((self.totals_of(batch) for batch in batches), StepTotals())
+        totals = sum((self._all_totals_of(batch) for batch in batches), StepTotals())
         self._num_steps["labeled"] += totals.num_labeled > 0
         self._num_steps["unlabeled"] += totals.num_unlabeled > 0
         self._num_steps["all"] += 1
@@ -63,6 +74,29 @@ class ObjectiveTrainer(OrderedTrainer):
     def totals_of(self, batch: dict[str, torch.Tensor]) -> StepTotals:
         """The counts of a micro-batch."""
         raise NotImplementedError  # a classifier counts samples, a language model positions
+
+    def _all_totals_of(self, batch: dict[str, torch.Tensor]) -> StepTotals:
+        totals = self.totals_of(batch)
+        return totals if self.transfer is None else self.transfer.counted(totals, batch)
+
+    def with_transfer(
+        self, others: torch.Tensor, outputs: Any, inputs: dict[str, Any], totals: StepTotals
+    ) -> torch.Tensor:
+        """The loss of what the current step trains: that of the logits, what is matched, or both.
+
+        Args:
+            others: this micro-batch's share of the loss without what is matched inside.
+            outputs: of the student's forward, with `transfer.requests`.
+            inputs: the micro-batch.
+            totals: of the whole optimizer step.
+        """
+        if self.transfer is None:
+            return others
+        terms = self.transfer.terms(outputs, inputs, totals)
+        for name, share in (("attention", terms.attention), ("hidden", terms.hidden)):
+            if share is not None:
+                self.sums[name] += share.detach()
+        return self.transfer.loss(terms, others, self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms' means since the last line."""

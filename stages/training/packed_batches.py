@@ -12,7 +12,13 @@ from torch import Tensor
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.losses.objective import NO_LABEL
-from teacher_cache.stages.training.batches import Batch, CachedSamples
+from teacher_cache.stages.training.batches import (
+    Batch,
+    CachedSamples,
+    Expanding,
+    layer_fields,
+    stacked,
+)
 
 # Torch cannot index with these everywhere; their bits it can.
 _SAME_BITS = {torch.uint16: torch.int16, torch.uint32: torch.int32}
@@ -45,12 +51,19 @@ class PackedCollator:
 
     Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `seq_idx` [B, S] int32 (the
     document of each token), `loss_mask` [B, S] bool, the codec's fields [B, S, ...] and, of
-    labelled samples, `next_ids` [B, S] int64.
+    labelled samples, `next_ids` [B, S] int64; and the fields that `layers` makes of a sample,
+    padded.
+
+    Args:
+        pad_id: fills `input_ids`.
+        codec: of the cache.
+        layers: what is matched inside the teacher, or none.
     """
 
-    def __init__(self, pad_id: int, codec: AnyCodec):
+    def __init__(self, pad_id: int, codec: AnyCodec, layers: Expanding | None = None):
         self._pad_id = pad_id
         self._codec = codec
+        self._layers = layers
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """Collate the samples."""
@@ -67,22 +80,8 @@ class PackedCollator:
         if "next_ids" in samples[0]:
             # What padding holds is masked.
             arrays["next_ids"] = stacked([sample["next_ids"] for sample in samples])
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def stacked(arrays: Sequence[np.ndarray], behind: str = "constant") -> np.ndarray:
-    """Arrays of differing sizes as one, [B, ...]; what is behind a smaller one is 0, or its edge.
-
-    Args:
-        arrays: B of one number of dimensions; those to be padded by their edge are not empty.
-        behind: a mode of `numpy.pad`.
-    """
-    sizes = np.max([array.shape for array in arrays], axis=0)
-    padded: list[np.ndarray] = []
-    for array in arrays:
-        widths = [(0, int(most - size)) for size, most in zip(array.shape, sizes, strict=True)]
-        padded.append(np.pad(array, widths, mode=behind))  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return np.stack(padded)
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return batch | layer_fields(self._layers, samples)
 
 
 def at(field: Tensor, mask: Tensor) -> Tensor:

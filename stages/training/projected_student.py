@@ -47,7 +47,13 @@ class ProjectedStudent(nn.Module):
             self.projection = nn.Linear(student.config.d_model, teacher_width, bias=False)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, *, next_token_loss: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        next_token_loss: bool = False,
+        output_hidden_states: bool = False,
+        output_mixers: bool = False,
     ) -> ProjectedStudentOutput:
         """Classify a batch and project its pooled states.
 
@@ -55,12 +61,16 @@ class ProjectedStudent(nn.Module):
             input_ids: [B, S], as the student takes them.
             attention_mask: [B, S].
             next_token_loss: as the student's.
+            output_hidden_states: as the student's.
+            output_mixers: as the student's.
         """
         outputs = self.student(
             input_ids=input_ids,
             attention_mask=attention_mask,
             next_token_loss=next_token_loss,
             pooled_state=True,
+            output_hidden_states=output_hidden_states,
+            output_mixers=output_mixers,
         )
         # In full precision, as the head.
         with torch.autocast(input_ids.device.type, enabled=False):
@@ -69,6 +79,8 @@ class ProjectedStudent(nn.Module):
             logits=outputs.logits,
             next_token_loss_sum=outputs.next_token_loss_sum,
             projected=projected,
+            hidden_states=outputs.hidden_states,
+            mixers=outputs.mixers,
         )
 
     def get_input_embeddings(self) -> nn.Module:

@@ -50,10 +50,11 @@ class ClassificationTrainer(OrderedTrainer):
 class DistillationTrainer(ObjectiveTrainer):
     """Train a classifier from cached teacher logits.
 
-    The model is a `ProjectedStudent` where pooled states are matched.
+    The model is a `ProjectedStudent` where pooled states are matched, in `ProjectedLayers` where
+    hidden states are.
     """
 
-    kinds = MappingProxyType({"kd_unlabeled": "unlabeled", "lm": "all", "pooled": "all"})
+    kinds = MappingProxyType({**ObjectiveTrainer.kinds, "lm": "all", "pooled": "all"})
 
     def compute_loss(
         self,
@@ -69,7 +70,9 @@ class DistillationTrainer(ObjectiveTrainer):
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            **({"next_token_loss": True} if has_lm else {}),  # only a Mamba student knows it
+            # Only a Mamba student knows these.
+            **({"next_token_loss": True} if has_lm else {}),
+            **(self.transfer.requests if self.transfer is not None and model.training else {}),
         )
         terms = distillation_objective(
             outputs.logits[:num],
@@ -87,6 +90,7 @@ class DistillationTrainer(ObjectiveTrainer):
         loss = terms.loss
         if model.training:
             self._remember(terms)
+            loss = self.with_transfer(loss, outputs, inputs, num_items_in_batch)
             # Data parallelism averages over processes what is a sum over them.
             loss = loss * self.args.world_size
         return (loss, {"logits": outputs.logits}) if return_outputs else loss

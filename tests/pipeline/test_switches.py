@@ -17,6 +17,7 @@ from teacher_cache.stages import train_student
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.transfer.config import TransferConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training import classification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
@@ -162,6 +163,8 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
 APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to", "arch"}
 APART |= {"jsd_beta", "skew_alpha"}  # of their divergences, and the base has neither
 APART |= {"unlabeled_from"}  # of the unlabelled samples, which take no part in the base
+# They need a cache of maps and states: tests/stages/training/transfer/test_training.py.
+APART |= set(TransferConfig.model_fields)
 
 
 def test_every_switch_is_tested() -> None:

@@ -21,6 +21,7 @@ from teacher_cache.stages.student.mixers.initial_values import (
 )
 from teacher_cache.stages.student.mixers.layer_state import LayerState
 from teacher_cache.stages.student.scans import dispatch
+from teacher_cache.stages.student.scans.recorded import RecordedMixer, RecordedScan
 
 
 class MambaDirection(nn.Module):
@@ -52,7 +53,9 @@ class MambaDirection(nn.Module):
         init.copy_(self.A_log, rates.log().expand_as(self.A_log))
         init.ones_(self.D)
 
-    def scan(self, x: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
+    def scan(
+        self, x: Tensor, layout: Layout, state: LayerState | None
+    ) -> tuple[Tensor, RecordedScan]:
         """Convolve and scan; a position sees itself and those before it.
 
         Args:
@@ -61,7 +64,7 @@ class MambaDirection(nn.Module):
             state: what an earlier call left, and where this one leaves its own; or none.
 
         Returns:
-            [B, S, D].
+            [B, S, D], and what the scan ran with.
         """
         if layout.mask is not None:
             x = x * layout.mask[..., None]
@@ -76,20 +79,21 @@ class MambaDirection(nn.Module):
         dt = F.linear(low_rank, self.dt_proj.weight)  # its bias is added in float32, with softplus
         if layout.mask is not None:  # padding neither writes a state nor lets it decay
             dt = dt.masked_fill(~layout.mask[..., None], -torch.inf)
+        A, dt_bias = -torch.exp(self.A_log), self.dt_proj.bias
         y, final_state = dispatch.selective(
             convolved,
             dt,
-            -torch.exp(self.A_log),
+            A,
             B,
             C,
             D=self.D,
-            dt_bias=self.dt_proj.bias,
+            dt_bias=dt_bias,
             seq_idx=layout.seq_idx,
             initial_state=None if state is None else state.scan,
         )
         if state is not None:
             state.update(x, final_state, reach=self.config.d_conv - 1)
-        return y
+        return y, RecordedScan(dt=dt, dt_bias=dt_bias, A=A, B=B, C=C, seq_idx=layout.seq_idx)
 
 
 class Mamba(MambaDirection):
@@ -115,19 +119,30 @@ class Mamba(MambaDirection):
         super().reset_parameters()
         reset_output_projection(self.out_proj, self.config)
 
-    def forward(self, hidden: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        state: LayerState | None = None,
+        record: list[RecordedMixer] | None = None,
+    ) -> Tensor:
         """Mix along the sequence.
 
         Args:
             hidden: [B, S, d_model].
             layout: of the rows.
             state: of incremental decoding, or none.
+            record: where to leave what the scans ran with, or none.
 
         Returns:
             [B, S, d_model].
         """
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y = self.scan(x, layout, state)
+        y, forwards = self.scan(x, layout, state)
+        backwards = None
         if self.reverse is not None:
-            y = y + layout.reverse(self.reverse.scan(layout.reverse(x), layout.reversed(), None))
+            reversed_y, backwards = self.reverse.scan(layout.reverse(x), layout.reversed(), None)
+            y = y + layout.reverse(reversed_y)
+        if record is not None:
+            record.append(RecordedMixer(forwards, backwards, layout.reversed_positions))
         return self.out_proj(y * F.silu(z))

@@ -21,6 +21,7 @@ from teacher_cache.stages.student.mixers.initial_values import (
 from teacher_cache.stages.student.mixers.layer_state import LayerState
 from teacher_cache.stages.student.norms import RMSNorm
 from teacher_cache.stages.student.scans import dispatch
+from teacher_cache.stages.student.scans.recorded import RecordedMixer, RecordedScan
 
 
 class Mamba2Direction(nn.Module):
@@ -48,7 +49,9 @@ class Mamba2Direction(nn.Module):
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(low, high).log_())
         init.ones_(self.D)
 
-    def scan(self, xBC: Tensor, dt: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
+    def scan(
+        self, xBC: Tensor, dt: Tensor, layout: Layout, state: LayerState | None
+    ) -> tuple[Tensor, RecordedScan]:
         """Convolve and scan; a position sees itself and those before it.
 
         Args:
@@ -58,7 +61,7 @@ class Mamba2Direction(nn.Module):
             state: what an earlier call left, and where this one leaves its own; or none.
 
         Returns:
-            [B, S, H P].
+            [B, S, H P], and what the scan ran with.
         """
         if layout.mask is not None:  # padding neither writes a state nor lets it decay
             xBC = xBC * layout.mask[..., None]
@@ -73,12 +76,14 @@ class Mamba2Direction(nn.Module):
         )
         states = config.ngroups * config.d_state
         x, B, C = convolved.split((config.d_inner, states, states), dim=-1)
+        A = -torch.exp(self.A_log)
+        B, C = (maps.unflatten(-1, (config.ngroups, config.d_state)) for maps in (B, C))
         y, final_state = dispatch.ssd(
             x.unflatten(-1, (self.num_heads, config.head_dim)),  # [B, S, H, P]
             dt,
-            -torch.exp(self.A_log),
-            B.unflatten(-1, (config.ngroups, config.d_state)),  # [B, S, G, N]
-            C.unflatten(-1, (config.ngroups, config.d_state)),
+            A,
+            B,  # [B, S, G, N]
+            C,
             D=self.D,
             dt_bias=self.dt_bias,
             seq_idx=layout.seq_idx,
@@ -87,7 +92,9 @@ class Mamba2Direction(nn.Module):
         )
         if state is not None:
             state.update(xBC, final_state, reach=config.d_conv - 1)
-        return y.flatten(-2)
+        return y.flatten(-2), RecordedScan(
+            dt=dt, dt_bias=self.dt_bias, A=A, B=B, C=C, seq_idx=layout.seq_idx
+        )
 
 
 class Mamba2(Mamba2Direction):
@@ -115,22 +122,32 @@ class Mamba2(Mamba2Direction):
         super().reset_parameters()
         reset_output_projection(self.out_proj, self.config)
 
-    def forward(self, hidden: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        state: LayerState | None = None,
+        record: list[RecordedMixer] | None = None,
+    ) -> Tensor:
         """Mix along the sequence.
 
         Args:
             hidden: [B, S, d_model].
             layout: of the rows.
             state: of incremental decoding, or none.
+            record: where to leave what the scans ran with, or none.
 
         Returns:
             [B, S, d_model].
         """
         z, xBC, dt = self.in_proj(hidden).split(self.widths, dim=-1)
-        y = self.scan(xBC, dt, layout, state)
+        y, forwards = self.scan(xBC, dt, layout, state)
+        backwards = None
         if self.reverse is not None:
-            backwards = self.reverse.scan(
+            reversed_y, backwards = self.reverse.scan(
                 layout.reverse(xBC), layout.reverse(dt), layout.reversed(), None
             )
-            y = y + layout.reverse(backwards)
+            y = y + layout.reverse(reversed_y)
+        if record is not None:
+            record.append(RecordedMixer(forwards, backwards, layout.reversed_positions))
         return self.out_proj(self.norm(y, gate=z))

@@ -20,6 +20,7 @@ from torch import Tensor
 from teacher_cache.stages.student.scans import adapters, kernels
 from teacher_cache.stages.student.scans.convolution import causal_conv
 from teacher_cache.stages.student.scans.kernels import Kernel
+from teacher_cache.stages.student.scans.recorded import step_sizes
 from teacher_cache.stages.student.scans.scanned import Scanned
 from teacher_cache.stages.student.scans.selective import selective_scan
 from teacher_cache.stages.student.scans.ssd import ssd_scan
@@ -118,7 +119,7 @@ def ssd(
         )
     scanned = ssd_scan(
         x,
-        _step_sizes(dt, dt_bias),
+        step_sizes(dt, dt_bias),
         A,
         B,
         C,
@@ -163,7 +164,7 @@ def selective(
         kernel = _choose("mamba", kernels.SELECTIVE, x, adapters.selective_limit(A))
     if kernel is not None:
         return adapters.selective(kernel, x, dt, A, B, C, D=D, dt_bias=dt_bias, seq_idx=seq_idx)
-    dt = _step_sizes(dt, dt_bias)
+    dt = step_sizes(dt, dt_bias)
     scanned = selective_scan(x, dt, A, B, C, D=D, seq_idx=seq_idx, initial_state=initial_state)
     return scanned._replace(y=scanned.y.to(x.dtype))
 
@@ -195,11 +196,6 @@ def convolve(
         return adapters.convolve(kernel, x, weight, bias, seq_idx=seq_idx)
     y = causal_conv(x, weight, bias, seq_idx=seq_idx, initial_state=initial_state)
     return F.silu(y).to(x.dtype)
-
-
-def _step_sizes(dt: Tensor, dt_bias: Tensor) -> Tensor:
-    """Softplus of `dt` plus its bias, in float32 at least, as the kernels take it."""
-    return F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + dt_bias)
 
 
 def _choose(
