@@ -15,7 +15,7 @@ class StepTotals:
     """What one optimizer step holds, over all its micro-batches and ranks.
 
     Known from the cache before the step's first backward. Totals of parts add up:
-    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the five numbers.
+    `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of the numbers.
 
     A classifier counts samples, a language model the positions at which it has a teacher; there
     the labelled ones are those of the corpus whose next tokens are learned, too.
@@ -28,6 +28,9 @@ class StepTotals:
         conf_weight_sum_unlabeled: the same for the unlabelled ones.
         num_next_tokens: positions that have a next token to learn. Of a classifier: of both
             kinds, and unused when `lm_weight` is 0. Of a language model: of the labelled kind.
+        num_chunks_labeled: of a language model, chunks of text whose likelihoods are compared, in
+            labelled samples.
+        num_chunks_unlabeled: the same in unlabelled ones.
     """
 
     num_labeled: int = 0
@@ -35,16 +38,13 @@ class StepTotals:
     conf_weight_sum_labeled: float = 0.0
     conf_weight_sum_unlabeled: float = 0.0
     num_next_tokens: int = 0
+    num_chunks_labeled: int = 0
+    num_chunks_unlabeled: int = 0
 
     def __add__(self, other: StepTotals) -> StepTotals:
         """The totals of both parts together."""
         return StepTotals(
-            num_labeled=self.num_labeled + other.num_labeled,
-            num_unlabeled=self.num_unlabeled + other.num_unlabeled,
-            conf_weight_sum_labeled=self.conf_weight_sum_labeled + other.conf_weight_sum_labeled,
-            conf_weight_sum_unlabeled=self.conf_weight_sum_unlabeled
-            + other.conf_weight_sum_unlabeled,
-            num_next_tokens=self.num_next_tokens + other.num_next_tokens,
+            **{name: value + getattr(other, name) for name, value in vars(self).items()}
         )
 
     @classmethod
@@ -109,6 +109,10 @@ class StepTotals:
     def num(self, *, labeled: bool) -> int:
         """How many there are of one kind."""
         return self.num_labeled if labeled else self.num_unlabeled
+
+    def num_chunks(self, *, labeled: bool) -> int:
+        """How many chunks of text of one kind."""
+        return self.num_chunks_labeled if labeled else self.num_chunks_unlabeled
 
     def check_covers(self, num: int, *, labeled: bool) -> None:
         """Refuse a batch that the step does not count.
