@@ -134,7 +134,7 @@ def main(
             for name, found in rows.items():
                 found.append(trained(cache, tokenizer, work, name, seed))
                 console.print(f"{name}, seed {seed}: CE {found[-1]['ce']:.3f}")
-            write(described, rows)
+                write(described, {one: kept for one, kept in rows.items() if kept})
 
 
 def write(described: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> None:
