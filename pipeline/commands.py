@@ -47,8 +47,7 @@ from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
 from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.evaluation.runs import task_of
-from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join
-from teacher_cache.stages.join.report import verified_line
+from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.start import with_own_tokenizer
 
@@ -123,8 +122,9 @@ def check(config: TrainStudentConfig) -> Joined:
     except TokenizationMismatch as mismatch:
         console.print(join_table(mismatch.report))
         raise
-    if joined.report.verified:
-        console.print(verified_line(joined.report), style="green")
+    line = joined_line(joined)
+    if line is not None:
+        console.print(line, style="green", soft_wrap=True)
     else:
         console.print(join_table(joined.report))
     return joined

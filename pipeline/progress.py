@@ -22,17 +22,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.stages.cache_teacher import StageOneObserver
-from teacher_cache.stages.join.join import Joined
-from teacher_cache.stages.join.report import verified_line
+from teacher_cache.stages.join.join import Joined, joined_line
 from teacher_cache.stages.train_student import StageTwoObserver
 
 # Terms of the log line, in order; those that are off are not there.
 TERMS = (
-    *("loss", "ce", "kd", "kd_unlabeled", "lm", "pooled", "attention", "hidden"),
+    *("loss", "ce", "kd", "kd_unlabeled", "chunks", "chunks_unlabeled", "lm", "pooled"),
+    *("attention", "hidden"),
     *("conf_w", "agreement", "effective_draws"),
 )
 EVALUATED = (
     *("eval_accuracy", "eval_f1", "eval_perplexity", "eval_teacher_perplexity"),
+    *("eval_bits_per_byte", "eval_teacher_bits_per_byte", "eval_chunks"),
     *("eval_agreement", "eval_kl"),
 )
 
@@ -197,8 +198,9 @@ class TrainingProgress(StageTwoObserver):
 
     def on_join(self, joined: Joined) -> None:
         """One line: what was compared, or what was let pass."""
-        if joined.report.verified:
-            self._console.print(verified_line(joined.report), style="green", highlight=False)
+        line = joined_line(joined)
+        if line is not None:
+            self._console.print(line, style="green", highlight=False, soft_wrap=True)
             return
         names = ", ".join(difference.name for difference in joined.report.differences)
         self._console.print(

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+import torch
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError, did_you_mean
@@ -93,7 +94,7 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     joined = join(config.cache, own, longest_sample=longest_sample)
     observer.on_join(joined)
     # All that can be refused is refused before the folder of the run is made.
-    data = task.data()
+    data = task.data(joined)
     student = task.start(joined)
 
     record = _record(config, readers, joined, student)
@@ -147,7 +148,8 @@ def _train(
             "log": trainer.state.log_history,
         },
     )
-    return outcome_of_main(lambda: _saved(folder, student.model, joined, record))
+    trained: Any = trainer.model  # as it is, not as a data-parallel wrapper
+    return outcome_of_main(lambda: _saved(folder, task, student, trained, joined, record))
 
 
 def _record(
@@ -158,13 +160,16 @@ def _record(
 ) -> RunRecord:
     reader = readers[0]
     # What the student is, it says itself: not every option applies to every kind.
-    left_out = {"cache", "student_tokenizer", *ArchitectureConfig.model_fields, *NOT_RESULTS}
+    names = {"cache", "student_tokenizer", "projection_embeddings"}
+    left_out = {*names, *ArchitectureConfig.model_fields, *NOT_RESULTS}
     if not config.transfers:  # so runs that match nothing inside keep their settings
         left_out |= {*TransferConfig.model_fields}
     settings = config.model_dump(mode="json", exclude=left_out) | student.settings
     settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
     tokenizer = describe(joined.tokenizer, max_length=joined.max_length)
     settings["student_tokenizer_sha256"] = tokenizer.files_sha256
+    if joined.alignment is not None:
+        settings["alignment"] = joined.alignment.settings
     settings["cache_fingerprint"] = reader.manifest.fingerprint
     # The fingerprint leaves the number of documents out: a cache grows, and this run must not.
     settings["cache_samples"] = {reader.split: len(reader) for reader in readers}
@@ -178,6 +183,7 @@ def _record(
             "max_length": joined.max_length,
             "teacher_max_length": reader.manifest.settings["max_length"],
             "teacher_weights_sha256": reader.manifest.settings["teacher"]["weights_sha256"],
+            **({} if joined.coverage is None else {"coverage": joined.coverage.to_json()}),
             **student.about,
         },
     )
@@ -216,14 +222,22 @@ def _best_step(trainer: ObjectiveTrainer) -> int | None:
     return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 
-def _saved(folder: Path, student: PreTrainedModel, joined: Joined, record: RunRecord) -> RunRecord:
+def _saved(
+    folder: Path,
+    task: StudentTask,
+    student: StartingStudent,
+    trained: torch.nn.Module,
+    joined: Joined,
+    record: RunRecord,
+) -> RunRecord:
     """Model and tokenizer, then `run.json`, which makes them the result."""
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.model_max_length = joined.max_length
     with saved(folder):
-        student.save_pretrained(folder)
+        student.model.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)
+    task.write_files(folder, trained)
     record.write(folder)
     return record

@@ -15,7 +15,7 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.record import TokenizationRecord, describe, id_to_string
-from teacher_cache.stages.join.report import Difference, JoinReport
+from teacher_cache.stages.join.report import ID_TABLE, Difference, JoinReport
 from teacher_cache.stages.join.tables import TableComparison, compare_tables, string_at
 from teacher_cache.stages.join.teacher_folder import CachedTokenization, ProbeDocument
 
@@ -142,7 +142,7 @@ def _table_differences(
         return
     first = tables.first_differing_id
     yield Difference(
-        name="id-to-string table",
+        name=ID_TABLE,
         cache=f"{cached.vocab_size:,} ids; id {first} is {_quoted(tables.cache_string)}",
         student=f"{student.vocab_size:,} ids; id {first} is {_quoted(tables.student_string)}; "
         f"{tables.num_differing:,} ids differ, {tables.num_shared:,} strings are shared",

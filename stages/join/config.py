@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.join.report import OnMismatch
+
+AlignMode = Literal["auto", "truncate", "pad", "map", "spans", "projection"]
 
 
 class JoinConfig(StageConfig):
@@ -13,6 +17,13 @@ class JoinConfig(StageConfig):
 
     student_tokenizer: str | None = Field(
         default=None, description="hub id or folder; the cache's own when not given"
+    )
+    align: AlignMode = Field(
+        default="auto",
+        description="of a language model's cache, how its ids become those of another tokenizer: "
+        "auto takes the same ids, padded where the student has more, and stops otherwise; truncate "
+        "and pad need ids that mean the same; map, spans and projection read the text again with "
+        "the student's tokenizer",
     )
     max_length: int | None = Field(
         default=None,
@@ -24,4 +35,33 @@ class JoinConfig(StageConfig):
         default="error",
         description="warn lets differences of files, normaliser, lengths and sides pass; ids that "
         "mean other strings are always refused",
+    )
+
+
+class ProjectionConfig(StageConfig):
+    """The learned projection of --align projection."""
+
+    projection_candidates: int = Field(
+        default=4,
+        ge=1,
+        description="student ids over which a teacher id may spread (with --align projection)",
+    )
+    projection_embeddings: str | None = Field(
+        default=None,
+        description="hub id or folder of a language model with the student's tokenizer: what its "
+        "token embeddings and the teacher's find alike is where the "
+        "learned rows begin. Default: the strings say it (with --align projection).",
+    )
+    projection_start: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of the steps with the fixed map alone (with --align projection)",
+    )
+    projection_end: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the steps from which the learned projection alone counts; in "
+        "between one passes into the other (with --align projection)",
     )

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacher_cache.cache.errors import CheckFailed
-from teacher_cache.cache.manifest import TEACHER_FOLDER
+from teacher_cache.cache.codecs.hidden import HiddenCodec
+from teacher_cache.cache.codecs.named import codec_from
+from teacher_cache.cache.errors import CheckFailed, UserError
+from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest, read_manifest
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.splits import LABELED
+from teacher_cache.stages.join.aligned_cache import recorded_map
+from teacher_cache.stages.join.alignment import Alignment, align
 from teacher_cache.stages.join.compare import check
 from teacher_cache.stages.join.config import JoinConfig
-from teacher_cache.stages.join.report import JoinReport, ways_out
+from teacher_cache.stages.join.coverage import NUM_SAMPLES, Coverage, measure
+from teacher_cache.stages.join.report import ID_TABLE, JoinReport, verified_line, ways_out
 from teacher_cache.stages.join.teacher_folder import read_tokenization
+from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 from teacher_cache.stages.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LANGUAGE_MODEL = "lm"
+
 
 class TokenizationMismatch(CheckFailed):
     """The student would read the cached ids as other tokens; carries the report."""
 
-    def __init__(self, cache: Path, report: JoinReport):
+    def __init__(self, cache: Path, report: JoinReport, more_ways: Sequence[str] = ()):
         names = ", ".join(difference.name for difference in report.differences)
-        ways = "; or ".join(ways_out(report))
+        ways = "; or ".join([*ways_out(report), *more_ways])
         super().__init__(f"the student's tokenization is not that of {cache} ({names}): {ways}")
         self.report = report
 
@@ -36,35 +47,105 @@ class Joined:
         report: what was compared; its differences, if any, were let pass.
         tokenizer: the student's.
         max_length: tokens at which the student truncates.
+        alignment: how a language model's cached ids become the student's; None of a classifier.
+        coverage: how much of the teacher that reaches; None where ids and positions stay.
     """
 
     report: JoinReport
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    alignment: Alignment | None = None
+    coverage: Coverage | None = None
+
+
+def joined_line(joined: Joined) -> str | None:
+    """One line on what was verified or aligned; None where differences were let pass."""
+    if not joined.report.verified:
+        return None
+    alignment = joined.alignment
+    if alignment is None or alignment.kind == "same":
+        return verified_line(joined.report)
+    relation = alignment.relation
+    overlap = "" if relation is None else f": {relation.overlap}"
+    measured = "" if joined.coverage is None else f"; {joined.coverage.words}"
+    return f"✓ aligned by {alignment.kind}{overlap}{measured}"
 
 
 def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
-    """Compare the cache's tokenization with the student's.
+    """Compare the cache's tokenization with the student's, and align them where that was asked for.
 
     Args:
         cache: the cache's folder.
-        config: the student's tokenizer and how strict to be.
+        config: the student's tokenizer, how its ids are aligned and how strict to be.
         longest_sample: tokens of the longest cached sample.
 
     Raises:
         TokenizationMismatch: if they differ and the configuration does not let that pass.
-        UserError: if the student's tokenizer cannot be loaded.
+        CheckFailed: if an alignment is asked for that the ids' meanings do not allow.
+        UserError: if the student's tokenizer cannot be loaded, or a classifier's cache be aligned.
     """
     folder = cache / TEACHER_FOLDER
     cached = read_tokenization(folder)
-    tokenizer = load_tokenizer(
-        config.student_tokenizer or str(folder.resolve()), option="--student-tokenizer"
-    )
+    own = str(folder.resolve())
+    tokenizer = load_tokenizer(config.student_tokenizer or own, option="--student-tokenizer")
     report = check(cached, tokenizer, config=config, longest_sample=longest_sample)
+    manifest = read_manifest(cache)
+    alignment = None
+    if manifest.settings["task"] == LANGUAGE_MODEL:
+        teacher = tokenizer
+        if config.student_tokenizer is not None:
+            teacher = load_tokenizer(own, option="--cache")
+        alignment, report = align(
+            mode=config.align,
+            captured=recorded_map(cache, manifest),
+            tables=(cached.table, teacher),
+            student=tokenizer,
+            report=report,
+        )
+    elif config.align != "auto":
+        raise UserError(
+            f"--align {config.align} is of language models, and {cache} is a classifier's: leave "
+            "the option out, and give the student the cache's own tokenizer"
+        )
     if not report.accepted(config.on_mismatch):
-        raise TokenizationMismatch(cache, report)
+        is_table = any(one.name == ID_TABLE for one in report.differences)
+        more = _aligned_ways(cache, manifest, alignment) if alignment and is_table else []
+        raise TokenizationMismatch(cache, report, more)
     return Joined(
         report=report,
         tokenizer=tokenizer,
         max_length=config.max_length or cached.record.max_length,
+        alignment=alignment,
+        coverage=None
+        if alignment is None or not alignment.rereads
+        else _measured(cache, manifest, alignment),
+    )
+
+
+def _aligned_ways(cache: Path, manifest: Manifest, alignment: Alignment) -> list[str]:
+    """What else a language model's cache can do for this student, with what it would come to."""
+    assert alignment.relation is not None, "it was compared"
+    try:
+        found = _measured(cache, manifest, replace(alignment, kind="map")).words
+    except UserError as error:  # a tokenizer whose bytes are not known
+        return [f"(--align cannot help: {error})"]
+    return [
+        f"train on the text read again, with --align map, spans or projection "
+        f"({alignment.relation.overlap}; {found})"
+    ]
+
+
+def _measured(cache: Path, manifest: Manifest, alignment: Alignment) -> Coverage:
+    """The coverage on the first samples."""
+    reader = CacheReader(cache, LABELED)
+    codec = codec_from(manifest.settings["codec"])
+    if isinstance(codec, HiddenCodec):
+        codec = replace(codec, head=read_language_model_head(cache, manifest).to("cpu"))
+    grid = getattr(codec, "temperatures", (1.0,))
+    return measure(
+        [reader.sample(idx) for idx in range(min(NUM_SAMPLES, len(reader)))],
+        codec,
+        alignment.aligner,
+        alignment.head_ids,
+        temperature=1.0 if 1.0 in grid else grid[0],
     )

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from teacher_cache.stages.join.mapped_teacher import scatter_logsumexp
+from teacher_cache.stages.join.mapped_teacher import merged_head
 from teacher_cache.stages.join.projection_candidates import Candidates
 from teacher_cache.stages.losses.teacher_distribution import widened
 
@@ -55,24 +55,22 @@ class LearnedProjection(nn.Module):
         log_probs: Tensor,
         tail_log_prob: Tensor,
         *,
-        num_rows: int,
         learned_share: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Project a head to all of the student's ids.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project a head to the student's ids.
 
         Args:
             head_ids: [..., K] int64 teacher ids, -1 in an empty slot.
             log_probs: [..., K] nats, -inf in an empty slot.
             tail_log_prob: [...] nats, of the mass outside the head.
-            num_rows: columns R_s of the student's logits.
             learned_share: 0 for the fixed map, 1 for the learned one (`learned_share_at`).
 
         Returns:
-            log-probs [..., R_s], -inf where nothing goes; the ghost's log-prob [...]. Together
-            they have the mass of head and tail.
+            student ids [..., N], distinct but for -1; log-probs [..., N], -inf in an empty slot;
+            the ghost's log-prob [...]. Together they have the mass of head and tail.
 
         Raises:
-            ValueError: if `learned_share` is not in 0..1 or an id is beyond its side.
+            ValueError: if `learned_share` is not in 0..1 or a head id is none of the teacher's.
         """
         if not 0 <= learned_share <= 1:
             raise ValueError(f"learned_share is {learned_share}, expected 0 to 1")
@@ -80,7 +78,7 @@ class LearnedProjection(nn.Module):
         if head_ids.numel() and not (head_ids.min() >= -1 and head_ids.max() < num_teacher):
             raise ValueError(f"head ids outside -1..{num_teacher - 1}")
         parts = [
-            _spread(head_ids, widened(log_probs) + math.log(share), ids, log_weights, num_rows)
+            _spread(head_ids, widened(log_probs) + math.log(share), ids, log_weights)
             for ids, log_weights, share in (
                 (self.fixed_ids, _log_or_inf(self.fixed_weights), 1 - learned_share),
                 (self.student_ids, self.learned_log_weights(), learned_share),
@@ -89,9 +87,7 @@ class LearnedProjection(nn.Module):
         ]
         places = torch.cat([place for place, _ in parts], dim=-1)
         masses = torch.cat([mass for _, mass in parts], dim=-1)
-        projected = scatter_logsumexp(masses, places, num_rows + 1)
-        ghost = torch.logaddexp(projected[..., num_rows], widened(tail_log_prob))
-        return projected[..., :num_rows], ghost
+        return merged_head(places, masses, tail_log_prob)
 
 
 def learned_share_at(step: int, *, start: int, end: int) -> float:
@@ -108,18 +104,15 @@ def learned_share_at(step: int, *, start: int, end: int) -> float:
 
 
 def _spread(
-    head_ids: Tensor, log_probs: Tensor, ids: Tensor, log_weights: Tensor, num_rows: int
+    head_ids: Tensor, log_probs: Tensor, ids: Tensor, log_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Places and masses [..., K*(M+1)] of what a head becomes; place `num_rows` is the ghost."""
-    if ids.numel() and int(ids.max()) >= num_rows:
-        raise ValueError(f"the projection reaches id {int(ids.max())} of {num_rows} rows")
+    """Student ids and masses [..., K*(M+1)] of what a head becomes; -1 is the ghost's."""
     empty = head_ids < 0
     rows = torch.where(empty, 0, head_ids)  # an empty slot has no mass, whatever row it reads
     unplaced = torch.where((ids >= 0).any(dim=-1), -torch.inf, log_weights.new_zeros(()))
     places = torch.cat([ids, torch.full_like(ids[:, :1], -1)], dim=-1)[rows]
     weights = torch.cat([log_weights, unplaced[:, None]], dim=-1)[rows]
     masses = torch.where(empty[..., None], -torch.inf, log_probs[..., None] + weights)
-    places = torch.where(places < 0, num_rows, places)
     return places.flatten(-2), masses.flatten(-2)
 
 

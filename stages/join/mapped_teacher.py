@@ -89,24 +89,39 @@ def map_head(
     Raises:
         ValueError: if a head id is no id of the map.
     """
-    num_slots = head_ids.shape[-1]
     _check_ids(head_ids, student_ids.shape[0])
     # One entry more, so that an empty slot's -1 finds itself.
     with_empty = torch.cat([student_ids, student_ids.new_full((1,), -1)])
-    sorted_ids, order = with_empty[head_ids].sort(dim=-1, stable=True)  # [..., K]
+    return merged_head(with_empty[head_ids], log_probs, tail_log_prob)
+
+
+def merged_head(
+    ids: Tensor, log_probs: Tensor, tail_log_prob: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A head whose equal ids are one, and whose mass without an id is the tail's.
+
+    Args:
+        ids: [..., K] int64, -1 for none; they may repeat.
+        log_probs: [..., K] nats, -inf where a slot is empty.
+        tail_log_prob: [...] nats, of the mass outside the head.
+
+    Returns:
+        ids [..., K], distinct but for -1; log-probs [..., K] descending; the tail's log-prob [...].
+    """
+    sorted_ids, order = ids.sort(dim=-1, stable=True)  # [..., K]
     starts = torch.ones_like(sorted_ids, dtype=torch.bool)
     starts[..., 1:] = sorted_ids[..., 1:] != sorted_ids[..., :-1]
-    group = starts.cumsum(dim=-1) - 1  # [..., K] equal student ids share a slot
-    sums = scatter_logsumexp(widened(log_probs).gather(-1, order), group, num_slots)
-    ids = torch.full_like(head_ids, -1).scatter(-1, group, sorted_ids)
+    group = starts.cumsum(dim=-1) - 1  # [..., K] equal ids share a slot
+    sums = scatter_logsumexp(widened(log_probs).gather(-1, order), group, ids.shape[-1])
+    merged = torch.full_like(ids, -1).scatter(-1, group, sorted_ids)
     tail = torch.logaddexp(
         widened(tail_log_prob),
-        torch.where(ids < 0, sums, -torch.inf).logsumexp(dim=-1),
+        torch.where(merged < 0, sums, -torch.inf).logsumexp(dim=-1),
     )
-    mapped, by_prob = torch.where(ids < 0, -torch.inf, sums).sort(
+    by_prob, order = torch.where(merged < 0, -torch.inf, sums).sort(
         dim=-1, descending=True, stable=True
     )
-    return ids.gather(-1, by_prob), mapped, tail
+    return merged.gather(-1, order), by_prob, tail
 
 
 def coverage(log_probs: Tensor, mask: Tensor) -> Tensor:

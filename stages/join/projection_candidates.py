@@ -105,16 +105,17 @@ def candidates_by_embeddings(
     if not len(matched):
         raise ValueError("the two vocabularies share no string, so nothing anchors their tables")
     anchors = matched[:: -(-len(matched) // num_anchors)]
-    ours = _described(teacher, teacher[anchors])
+    fresh = torch.nonzero(pairs < 0)[:, 0]
+    ours = _described(teacher[fresh], teacher[anchors])
     theirs = _described(student, student[pairs[anchors]])
-    # In blocks: the similarities of all pairs would not fit.
-    found = [(block @ theirs.T).topk(num_candidates, dim=-1) for block in ours.split(_BLOCK_ROWS)]
-    weights = (sharpness * torch.cat([values for values, _ in found])).softmax(dim=-1)
-    ids = torch.cat([idx for _, idx in found])  # [V_t, M]
-    ids[matched] = -1
+    ids = torch.full((len(pairs), num_candidates), -1, device=teacher.device)
+    weights = torch.zeros(ids.shape, device=teacher.device)
     ids[matched, 0] = pairs[matched]
-    weights[matched] = 0.0
     weights[matched, 0] = 1.0
+    # In blocks: the similarities of all pairs would not fit.
+    for rows, block in zip(fresh.split(_BLOCK_ROWS), ours.split(_BLOCK_ROWS), strict=True):
+        values, ids[rows] = (block @ theirs.T).topk(num_candidates, dim=-1)
+        weights[rows] = (sharpness * values).softmax(dim=-1)
     return Candidates(student_ids=ids, weights=weights)
 
 

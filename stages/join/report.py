@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 OnMismatch = Literal["error", "warn"]
+ID_TABLE = "id-to-string table"
+"""Name of the difference that an alignment can answer."""
 
 
 @dataclass(frozen=True, kw_only=True)

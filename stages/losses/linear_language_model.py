@@ -7,6 +7,7 @@ positions by counts of the step, so the chunks' shares add up like those of micr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ def linear_language_model_objective(
     top1_log_prob: Tensor | None = None,
     has_teacher: Tensor | None = None,
     support: Tensor | None = None,
+    learned: Sequence[Tensor] = (),
     max_logits: int = MAX_LOGITS,
 ) -> LanguageModelTerms:
     """`language_model_objective` of `cap(hidden @ weight.T + bias)`, with the head's arguments.
@@ -64,6 +66,8 @@ def linear_language_model_objective(
         top1_log_prob: [N], given where `conf_power` is above 0.
         has_teacher: [N] bool, or None.
         support: [V] bool, or None.
+        learned: of any shape, what makes the targets and is learned itself: they get a gradient,
+            of zeros where no target depends on them.
         max_logits: logits that exist at a time, beside a few temporary copies of them; at least
             one position's do.
 
@@ -89,6 +93,7 @@ def linear_language_model_objective(
     hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
     weight_gradient = torch.zeros_like(head) if of_weight else None
     bias_gradient = torch.zeros_like(head[:, 0]) if of_bias else None
+    learned_gradients = [torch.zeros_like(one) for one in learned] if has_gradient else []
     shares = []
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, max(1, len(hidden)), size):
@@ -109,7 +114,13 @@ def linear_language_model_objective(
                 support=support,
             )
             if logits.requires_grad:
-                (gradient,) = torch.autograd.grad(share.loss, logits)
+                gradient, *others = torch.autograd.grad(
+                    share.loss, [logits, *learned], allow_unused=True
+                )
+                assert gradient is not None, "the loss is of the logits"
+                for found, other in zip(learned_gradients, others, strict=True):
+                    if other is not None:
+                        found += other
                 if hidden_gradient is not None:
                     hidden_gradient[chunk] = gradient @ head
                 if weight_gradient is not None:
@@ -122,9 +133,9 @@ def linear_language_model_objective(
         name: None if first is None else sum((one[name] for one in shares[1:]), start=first)
         for name, first in shares[0].items()
     }
-    sums["loss"] = _WithGradients.apply(
-        sums["loss"], hidden, weight, bias, hidden_gradient, weight_gradient, bias_gradient
-    )
+    inputs = [hidden, weight, bias, *(learned if has_gradient else ())]
+    gradients = [hidden_gradient, weight_gradient, bias_gradient, *learned_gradients]
+    sums["loss"] = _WithGradients.apply(sums["loss"], len(inputs), *inputs, *gradients)
     return LanguageModelTerms(**sums)
 
 
@@ -132,17 +143,17 @@ class _WithGradients(torch.autograd.Function):
     """A loss whose gradients are known already."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        loss: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *gradients: Tensor | None,
-    ) -> Tensor:
-        """Keep those of hidden, weight and bias for `backward`."""
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
+    def forward(ctx: Any, loss: Tensor, num: int, *tensors: Tensor | None) -> Tensor:
+        """Keep the gradients for `backward`.
+
+        Args:
+            ctx: torch's.
+            loss: scalar.
+            num: of the inputs.
+            *tensors: the inputs, and behind them the gradient of each, or None.
+        """
+        ctx.save_for_backward(*tensors[num:])
+        ctx.dtypes = [None if one is None else one.dtype for one in tensors[:num]]
         return loss.clone()
 
     @staticmethod
@@ -153,4 +164,4 @@ class _WithGradients(torch.autograd.Function):
             None if gradient is None else (grad_output * gradient).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (None, *scaled, None, None, None)
+        return (None, None, *scaled, *([None] * len(scaled)))

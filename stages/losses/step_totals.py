@@ -30,6 +30,9 @@ class StepTotals:
             kinds, and unused when `lm_weight` is 0. Of a language model: of the labelled kind.
         num_map_rows: rows of attention maps that are matched, over all layers, of both kinds.
         num_hidden_states: hidden states that are matched, over all layers, of both kinds.
+        num_chunks_labeled: of a language model, chunks of text whose likelihoods are compared, in
+            labelled samples.
+        num_chunks_unlabeled: the same in unlabelled ones.
     """
 
     num_labeled: int = 0
@@ -39,6 +42,8 @@ class StepTotals:
     num_next_tokens: int = 0
     num_map_rows: int = 0
     num_hidden_states: int = 0
+    num_chunks_labeled: int = 0
+    num_chunks_unlabeled: int = 0
 
     def __add__(self, other: StepTotals) -> StepTotals:
         """The totals of both parts together."""
@@ -107,6 +112,10 @@ class StepTotals:
     def num(self, *, labeled: bool) -> int:
         """How many there are of one kind."""
         return self.num_labeled if labeled else self.num_unlabeled
+
+    def num_chunks(self, *, labeled: bool) -> int:
+        """How many chunks of text of one kind."""
+        return self.num_chunks_labeled if labeled else self.num_chunks_unlabeled
 
     def check_covers(self, num: int, *, labeled: bool) -> None:
         """Refuse a batch that the step does not count.

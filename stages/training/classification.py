@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class ClassificationStudents:
         """The accuracy."""
         return ACCURACY
 
-    def data(self) -> TrainingData:
+    def data(self, joined: Joined) -> TrainingData:
         """Samples of both kinds, and their order."""
         return training_data(self._config, self._readers)
 
@@ -88,6 +89,9 @@ class ClassificationStudents:
             compute_metrics=_metrics,
             callbacks=callbacks,
         )
+
+    def write_files(self, folder: Path, trained: torch.nn.Module) -> None:
+        """None: a projection of states is a means, no result."""
 
 
 def _trained_module(

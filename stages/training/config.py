@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from teacher_cache.cache.errors import did_you_mean
 from teacher_cache.stages.config import DeviceConfig, StageConfig
-from teacher_cache.stages.join.config import JoinConfig
+from teacher_cache.stages.join.config import JoinConfig, ProjectionConfig
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.transfer.config import TransferConfig
 
@@ -162,7 +162,12 @@ class TrainingConfig(OptimizationConfig):
 
 
 class TrainStudentConfig(
-    ObjectiveConfig, TransferConfig, JoinConfig, ArchitectureConfig, TrainingConfig
+    ObjectiveConfig,
+    TransferConfig,
+    JoinConfig,
+    ProjectionConfig,
+    ArchitectureConfig,
+    TrainingConfig,
 ):
     """Everything stage two needs; the command line finds the newest cache if none is named."""
 
@@ -220,6 +225,24 @@ class TrainStudentConfig(
                 "--unlabeled-from {chosen} chooses among unlabelled samples, and none take part "
                 "while --unlabeled-alpha is 0: give --unlabeled-alpha, 0.3 say, or leave it out",
                 {"chosen": self.unlabeled_from},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _projects_what_it_configures(self) -> TrainStudentConfig:
+        given = self.model_fields_set & ProjectionConfig.model_fields.keys()
+        if given and self.align != "projection":
+            raise PydanticCustomError(
+                "no_projection",
+                "only --align projection takes {options}: give it, or leave that out",
+                {"options": ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))},
+            )
+        if self.projection_end < self.projection_start:
+            raise PydanticCustomError(
+                "ends_before_it_starts",
+                "--projection-end {end} comes before --projection-start {start}: give one that "
+                "is not lower",
+                {"start": self.projection_start, "end": self.projection_end},
             )
         return self
 

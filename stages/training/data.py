@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,14 +116,14 @@ def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) ->
 def ordered_data(
     config: TrainStudentConfig,
     readers: Sequence[CacheReader],
-    samples: type[CachedSamples],
+    samples: Callable[..., CachedSamples],
 ) -> TrainingData:
     """Hold a share out, and lay down the order of all batches.
 
     Args:
         config: the run's settings.
         readers: of `open_splits`.
-        samples: how the task reads one.
+        samples: makes a split's, of the arguments of `CachedSamples`.
 
     Raises:
         UserError: if there is no sample to train on, no unlabelled one where they are asked for,
@@ -180,7 +180,9 @@ def _pooled_width(config: TrainStudentConfig, reader: CacheReader) -> int:
 
 
 def _unlabeled_samples(
-    config: TrainStudentConfig, readers: Sequence[CacheReader], samples: type[CachedSamples]
+    config: TrainStudentConfig,
+    readers: Sequence[CacheReader],
+    samples: Callable[..., CachedSamples],
 ) -> SeveralSplits | None:
     """All but the views of labelled documents that are held out; None where none take part."""
     if not config.unlabeled_alpha:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import Ragged
+from teacher_cache.stages.join.alignment import Alignment, require_known_ids
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
@@ -22,15 +25,17 @@ from teacher_cache.stages.student.packed_language_model import PackedLanguageMod
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import identity, refuse_too_long
 from teacher_cache.stages.student.pretrained_language_model import pretrained_language_model
+from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
 from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.training.aligned_students import AlignedStudents
 from teacher_cache.stages.training.cached_targets import require_temperature, serves
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, ordered_data
 from teacher_cache.stages.training.early_stopping import OBJECTIVE, Measure
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
-from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
+from teacher_cache.stages.training.student_with_projection import StudentWithProjection
 from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
 from teacher_cache.stages.training.transfer.projected_layers import with_projected_layers
 
@@ -75,18 +80,26 @@ class LanguageModelStudents:
         """What is trained on, at the held-out positions: cross-entropy and KL as weighed."""
         return OBJECTIVE
 
-    def data(self) -> TrainingData:
+    def data(self, joined: Joined) -> TrainingData:
         """Packed sequences, and their order."""
-        return ordered_data(self._config, self._readers, PackedSamples)
+        assert joined.alignment is not None, "the join aligns a language model's cache"
+        self._support = _support(self._readers[0], joined.alignment)
+        self._aligned = AlignedStudents(
+            alignment=joined.alignment, support_size=self._support.size, config=self._config
+        )
+        if self._layers is not None:
+            self._aligned.require_same_positions(self._config.cache)
+        if joined.alignment.kind == "truncate":
+            require_known_ids(joined.alignment, max(map(_largest_id, self._readers)))
+        return ordered_data(self._config, self._readers, self._aligned.samples)
 
     def start(self, joined: Joined) -> StartingStudent:
         """A Mamba with fresh weights, or a pre-trained causal language model."""
-        tokenizer = joined.tokenizer
-        self._support = _support(self._readers[0], tokenizer)
         if isinstance(self._codec, HiddenCodec):
             reader = self._readers[0]
             head = read_language_model_head(reader.cache, reader.manifest)
             self._codec = replace(self._codec, head=head.of_support(self._support))
+        self._projection_start = self._aligned.projection_start(self._teacher_table())
         if self._config.pretrained is not None:
             return self._pretrained(self._config.pretrained, joined)
         return self._mamba(joined)
@@ -106,9 +119,17 @@ class LanguageModelStudents:
         model = build_language_model(student_config, seed=self._config.seed)
         self._trained = model
         random = self._config.embeddings == "random"
+        if not random and self._aligned.alignment.kind != "same":
+            raise UserError(
+                f"--embeddings {self._config.embeddings} needs the teacher's ids, and the student "
+                "has others: leave the option out"
+            )
         taken = {} if random else take_embeddings(model, self._config, joined)
         return StartingStudent(
-            model=model, pad_id=pad_id, settings={"task": "lm"} | shape | taken, about={}
+            model=model,
+            pad_id=pad_id,
+            settings={"task": "lm"} | shape | taken | self._of_the_projection(),
+            about={},
         )
 
     def _pretrained(self, name: str, joined: Joined) -> StartingStudent:
@@ -120,7 +141,8 @@ class LanguageModelStudents:
         return StartingStudent(
             model=loaded.model,
             pad_id=filler_id(joined.tokenizer),
-            settings={"task": "lm", "arch": "hf", "start": identity(loaded.model)},
+            settings={"task": "lm", "arch": "hf", "start": identity(loaded.model)}
+            | self._of_the_projection(),
             about={"start": self._config.arch, "packs": loaded.packs},
         )
 
@@ -133,24 +155,48 @@ class LanguageModelStudents:
         callbacks: list[TrainerCallback],
     ) -> LanguageModelTrainer:
         """On the positions that count."""
+        aligned, start, trained = self._aligned, self._projection_start, self._trained
+        vocab_size = len(trained.output_head.weight)
+        keeps_ids = aligned.student_ids() is None and not aligned.alignment.rereads
         transfer = None
         if self._layers is not None:
             transfer = self._layers.transfer(position_map=PositionMap(), num_steps=data.num_steps)
-        return LanguageModelTrainer(
-            model=with_projected_layers(self._trained, self._layers),
+        return aligned.trainer_type()(
+            model=with_projected_layers(trained, self._layers)
+            if start is None
+            else StudentWithProjection(trained, start.projection()),
             args=args,
             objective=self._config,
             embedding_lr_scale=self._config.embedding_lr_scale,
             transfer=transfer,
             codec=_on_device(self._codec, args.device),
-            support=_mask(self._support, len(self._trained.output_head.weight)),
+            support=_mask(self._support, vocab_size) if keeps_ids else aligned.support(vocab_size),
+            student_ids=aligned.student_ids(),
             held_out_temperature=1.0 if serves(self._codec, 1.0) else self._config.temperature,
             batches=data.batches,
             train_dataset=data.training,
             eval_dataset=data.evaluation,
-            data_collator=PackedCollator(student.pad_id, self._codec, self._layers),
+            data_collator=aligned.collator(student.pad_id, self._codec, self._layers),
             callbacks=callbacks,
+            **aligned.trainer_arguments(data.num_steps),
         )
+
+    def _teacher_table(self) -> Tensor | None:
+        """The teacher's input embeddings, else its head, where the cache holds one of them."""
+        reader = self._readers[0]
+        if TABLE_FILE in reader.manifest.teacher_files:
+            return read_embedding_table(reader.cache, reader.manifest)[: self._support.size]
+        head: Any = self._codec.head if isinstance(self._codec, HiddenCodec) else None
+        return None if head is None else head.weight
+
+    def _of_the_projection(self) -> dict[str, Any]:
+        """What a run's settings record of where a learned projection begins."""
+        start = self._projection_start
+        return {} if start is None else {"projection_sha256": start.sha256}
+
+    def write_files(self, folder: Path, trained: torch.nn.Module) -> None:
+        """Those of the alignment."""
+        self._aligned.write_files(folder, trained)
 
 
 def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:
@@ -169,21 +215,29 @@ def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:
         )
 
 
-def _support(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> Support:
+def _support(reader: CacheReader, alignment: Alignment) -> Support:
     """The ids that the cached distributions are over.
 
     Raises:
-        UserError: if they are not those of the tokenizer.
+        UserError: if they are not those of the tokenizer that they should be.
     """
     recorded = reader.manifest.settings["support"]
+    is_captured = alignment.captured is not None
+    tokenizer = alignment.student if is_captured else alignment.teacher
     support = Support.of_tokenizer(tokenizer, recorded["size"])
-    if support.settings != recorded:
+    if not is_captured and support.settings != recorded:
         raise UserError(
             f"{reader.cache} holds distributions over {recorded['size']:,} ids of kind "
             f"{recorded['kind']!r}, which are not the ids of its tokenizer: make the cache again "
             "with the teacher's own tokenizer"
         )
     return support
+
+
+def _largest_id(reader: CacheReader) -> int:
+    """Among the cached tokens."""
+    ids = (fields["input_ids"] for fields in reader.batches())
+    return max(int(one.values.max(initial=0)) for one in ids if isinstance(one, Ragged))
 
 
 def _mask(support: Support, vocab_size: int) -> Tensor | None:

@@ -66,10 +66,14 @@ class ObjectiveTrainer(OrderedTrainer):
     def step_totals(self, batches: list[dict[str, torch.Tensor]]) -> StepTotals:
         """The totals of a step, which is counted by the kinds of its samples."""
         totals = sum((self._all_totals_of(batch) for batch in batches), StepTotals())
-        self._num_steps["labeled"] += totals.num_labeled > 0
+        self._num_steps["labeled"] += self.has_labeled(totals)
         self._num_steps["unlabeled"] += totals.num_unlabeled > 0
         self._num_steps["all"] += 1
         return totals
+
+    def has_labeled(self, totals: StepTotals) -> bool:
+        """Whether a step holds anything of the labelled kind."""
+        return totals.num_labeled > 0
 
     def totals_of(self, batch: dict[str, torch.Tensor]) -> StepTotals:
         """The counts of a micro-batch."""
@@ -108,7 +112,7 @@ class ObjectiveTrainer(OrderedTrainer):
         """Each term's mean over the steps since the last line that held its kind of sample."""
         sums = {name: torch.as_tensor(total).double() for name, total in self.sums.items()}
         means = {
-            name: float(total) / self._num_steps[self.kinds.get(name, "labeled")]
+            name: float(total) / max(1, self._num_steps[self.kinds.get(name, "labeled")])
             for name, total in self.accelerator.reduce(sums).items()
         }
         self.sums.clear()

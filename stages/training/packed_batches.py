@@ -42,7 +42,7 @@ def next_ids(sample: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     following = np.full(len(sample["input_ids"]), NO_LABEL, np.int64)
     same = sample["segment"][1:] == sample["segment"][:-1]
-    following[:-1] = np.where(same, sample["input_ids"][1:], NO_LABEL)
+    following[:-1] = np.where(same, sample["input_ids"][1:].astype(np.int64), NO_LABEL)
     return following
 
 

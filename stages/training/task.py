@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from teacher_cache.stages.join.join import Joined
@@ -30,7 +32,7 @@ class StudentTask(Protocol):
         """By which early stopping knows the better of two evaluations."""
         ...
 
-    def data(self) -> TrainingData:
+    def data(self, joined: Joined) -> TrainingData:
         """Samples and their order.
 
         Raises:
@@ -56,4 +58,12 @@ class StudentTask(Protocol):
         callbacks: list[TrainerCallback],
     ) -> ObjectiveTrainer:
         """What trains it; on the device of `args`."""
+        ...
+
+    def write_files(self, folder: Path, trained: torch.nn.Module) -> None:
+        """Commit what the run keeps beside the student.
+
+        Raises:
+            UserError: where the file system refuses.
+        """
         ...

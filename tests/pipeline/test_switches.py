@@ -14,7 +14,7 @@ import torch
 
 from teacher_cache.pipeline import commands
 from teacher_cache.stages import train_student
-from teacher_cache.stages.join.config import JoinConfig
+from teacher_cache.stages.join.config import JoinConfig, ProjectionConfig
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.transfer.config import TransferConfig
@@ -162,6 +162,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
 # Tested apart (here or among the wrong inputs): they name files and devices, or have one value.
 APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to", "arch"}
 APART |= {"jsd_beta", "skew_alpha"}  # of their divergences, and the base has neither
+APART |= {"align", *ProjectionConfig.model_fields}  # of language models, in test_train_aligned
 APART |= {"unlabeled_from"}  # of the unlabelled samples, which take no part in the base
 # They need a cache of maps and states: tests/stages/training/transfer/test_training.py.
 APART |= set(TransferConfig.model_fields)

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packages import fetch
@@ -16,6 +15,7 @@ from teacher_cache.stages.join.teacher_folder import (
     write_tokenization,
 )
 from teacher_cache.stages.join.token_bytes import TokenBytes, read_tiktoken, token_bytes
+from tests.tiny_tokenizers import tiny_sentencepiece
 
 MAX_LENGTH = 32
 TEXTS = [
@@ -91,28 +91,8 @@ def qwen_table() -> TokenBytes:
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> PreTrainedTokenizerBase:
-    """A tiny tokenizer as Llama's: BPE over `▁`, lone bytes for the rest, a begin of sequence.
-
-    Its normaliser puts a `▁` before the text, as the original does.
-    """
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "a", "b", "é", "▁a", "ab", "▁ab", "▁▁"]
-    ids = {piece: idx for idx, piece in enumerate(pieces)}
-    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "▁")]
-    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True)
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    """`tiny_sentencepiece`."""
+    return tiny_sentencepiece()
 
 
 @pytest.fixture(scope="session")

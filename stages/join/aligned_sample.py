@@ -1,0 +1,179 @@
+"""A cached sample as a student of another tokenizer reads it, and where the two meet.
+
+The student reads the same pieces of documents, in tokens of its own. At a position of its where
+both have read the same bytes, the two predict the same text, so the teacher's distribution there,
+with its ids mapped, can teach it. That they *mean* the same needs one thing more: a token's bytes
+must be what it stands for at this place, which a begin of text, a normaliser or an unknown token
+can break. So both sides' next tokens must spell the text exactly, or both be the end of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from teacher_cache.cache.schema import NEXT_LOG_PROB
+from teacher_cache.stages.join.chunks import align_spans
+from teacher_cache.stages.join.reading import Piece, Reader
+
+NO_POSITION = -1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AlignedSample:
+    """One sample, S of the student's tokens.
+
+    Attributes:
+        input_ids: uint32 [S].
+        segment: uint16 [S], which piece a token is of, as the cache numbers them.
+        teacher_positions: int64 [S], the teacher's position that has read the same bytes;
+            `NO_POSITION` where there is none, or nothing comes next on one side.
+        is_one_to_one: bool [S], of these, where both next tokens are the same bytes, too.
+        chunk_index: int64 [S], of the chunk that the next token is in; -1 for none.
+        teacher_chunks: float32 [C] nats, the teacher's log-prob of each chunk's text.
+        num_bytes: of text that the student predicts.
+        num_teacher_bytes: the same of the teacher.
+        teacher_nll: nats, of all that the teacher predicts.
+    """
+
+    input_ids: np.ndarray
+    segment: np.ndarray
+    teacher_positions: np.ndarray
+    is_one_to_one: np.ndarray
+    chunk_index: np.ndarray
+    teacher_chunks: np.ndarray
+    num_bytes: int
+    num_teacher_bytes: int
+    teacher_nll: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleAligner:
+    """Both sides' tokenizers."""
+
+    teacher: Reader
+    student: Reader
+
+    def __call__(self, sample: Mapping[str, np.ndarray]) -> AlignedSample:
+        """Align one sample.
+
+        Args:
+            sample: of a language model's cache, with `input_ids`, `segment`, `loss_mask` and
+                `next_log_prob`, [S_t] each.
+        """
+        segments = np.unique(sample["segment"])
+        starts = np.searchsorted(sample["segment"], segments)
+        stops = np.append(starts[1:], len(sample["segment"]))
+        next_log_prob = sample[NEXT_LOG_PROB].astype(np.float64)
+        parts: list[AlignedSample] = []
+        num_chunks = 0
+        for segment, start, stop in zip(segments, starts, stops, strict=True):
+            # Only a sample's first piece may go on with a document.
+            ours = self.teacher.piece_of_ids(
+                sample["input_ids"][start:stop].astype(np.int64), begins=bool(segment > 0)
+            )
+            theirs = self.student.piece_of_bytes(ours.data, has_end=ours.has_end)
+            part = _aligned_piece(ours, theirs, next_log_prob[start:stop], segment)
+            parts.append(_moved(part, by_tokens=int(start), by_chunks=num_chunks))
+            num_chunks += len(part.teacher_chunks)
+        return _joined(parts)
+
+
+def _aligned_piece(
+    teacher: Piece, student: Piece, next_log_prob: np.ndarray, segment: int
+) -> AlignedSample:
+    num = len(student)
+    theirs, ours = _same_prefix(teacher, student)
+    positions = np.full(num, NO_POSITION, dtype=np.int64)
+    positions[theirs] = ours
+
+    chunks = align_spans(teacher.spans, student.spans)
+    pairs = set(zip(*(side.tolist() for side in chunks.one_to_one_positions()), strict=True))
+    is_end = theirs == student.stop - 1
+    one_to_one = np.zeros(num, dtype=bool)
+    one_to_one[theirs] = is_end | np.array(
+        [pair in pairs for pair in zip(ours.tolist(), theirs.tolist(), strict=True)], dtype=bool
+    )
+
+    predicted = np.flatnonzero(chunks.is_predicted)
+    renumbered = np.full(len(chunks) + 1, -1, dtype=np.int64)  # the last for -1 itself
+    renumbered[predicted] = np.arange(len(predicted))
+    teacher_chunks = np.array(
+        [next_log_prob[first - 1 : stop - 1].sum() for first, stop in chunks.teacher[predicted]],
+        dtype=np.float32,
+    )
+    return AlignedSample(
+        input_ids=student.spans.ids.astype(np.uint32),
+        segment=np.full(num, segment, dtype=np.uint16),
+        teacher_positions=positions,
+        is_one_to_one=one_to_one,
+        chunk_index=renumbered[chunks.index_of_positions(chunks.student, num)],
+        teacher_chunks=teacher_chunks,
+        num_bytes=_predicted_bytes(student),
+        num_teacher_bytes=_predicted_bytes(teacher),
+        teacher_nll=float(-next_log_prob[:-1].sum()),
+    )
+
+
+def _same_prefix(teacher: Piece, student: Piece) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of student and teacher that have read the same bytes and go on exactly.
+
+    Of several tokens that end at one byte, the last one.
+    """
+    (our_ends, ours), (their_ends, theirs) = (_positions_by_byte(one) for one in (teacher, student))
+    _, our_idx, their_idx = np.intersect1d(
+        our_ends, their_ends, assume_unique=True, return_indices=True
+    )
+    ours, theirs = ours[our_idx], theirs[their_idx]
+    goes_on = _is_exact_next(teacher, ours) & _is_exact_next(student, theirs)
+    both_end = (ours == teacher.stop - 1) & (theirs == student.stop - 1)
+    both_end &= teacher.has_end and student.has_end
+    kept = goes_on | both_end
+    return theirs[kept], ours[kept]
+
+
+def _positions_by_byte(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes at which a position of text, or the last before it, ends; and these positions."""
+    first = max(piece.first - 1, 0)
+    ends = piece.spans.bounds[first + 1 : piece.stop + 1]
+    found, from_behind = np.unique(ends[::-1], return_index=True)
+    return found, first + len(ends) - 1 - from_behind
+
+
+def _is_exact_next(piece: Piece, positions: np.ndarray) -> np.ndarray:
+    """Whether a token of text comes next and spells its bytes."""
+    return np.append(piece.is_exact, False)[positions + 1]
+
+
+def _predicted_bytes(piece: Piece) -> int:
+    """Bytes of the tokens of text that some position predicts: all but a piece's first token's."""
+    first = 0 if piece.first else piece.spans.bounds[min(1, len(piece))]
+    return int(piece.spans.bounds[-1] - first)
+
+
+def _moved(part: AlignedSample, *, by_tokens: int, by_chunks: int) -> AlignedSample:
+    """A piece's part as one of a sample: the teacher's positions and the chunks go on counting."""
+    positions, chunk_index = part.teacher_positions, part.chunk_index
+    return AlignedSample(
+        **vars(part)
+        | {
+            "teacher_positions": np.where(positions < 0, positions, positions + by_tokens),
+            "chunk_index": np.where(chunk_index < 0, chunk_index, chunk_index + by_chunks),
+        }
+    )
+
+
+def _joined(parts: list[AlignedSample]) -> AlignedSample:
+    names = [name for name, value in vars(parts[0]).items() if isinstance(value, np.ndarray)]
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in names
+    }
+    return AlignedSample(
+        **arrays,
+        num_bytes=sum(part.num_bytes for part in parts),
+        num_teacher_bytes=sum(part.num_teacher_bytes for part in parts),
+        teacher_nll=sum(part.teacher_nll for part in parts),
+    )

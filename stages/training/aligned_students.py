@@ -1,0 +1,159 @@
+"""What a language model's training takes from its alignment: samples, batches, trainer, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.join.alignment import Alignment
+from teacher_cache.stages.join.config import ProjectionConfig
+from teacher_cache.stages.join.projection_candidates import (
+    candidates_by_embeddings,
+    candidates_by_strings,
+    candidates_of_map,
+)
+from teacher_cache.stages.join.vocabulary_map import write_map
+from teacher_cache.stages.training.aligned_batches import AlignedCollator, AlignedSamples
+from teacher_cache.stages.training.aligned_trainer import (
+    AlignedTrainer,
+    ProjectionTrainer,
+    SpansTrainer,
+)
+from teacher_cache.stages.training.batches import CachedSamples
+from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
+from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
+from teacher_cache.stages.training.projection_start import (
+    ProjectionStart,
+    require_teacher_table,
+    student_embeddings,
+)
+from teacher_cache.stages.training.student_with_projection import (
+    StudentWithProjection,
+    write_projection,
+)
+from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
+
+TRAINERS: dict[str, type[LanguageModelTrainer]] = {
+    "map": AlignedTrainer,
+    "spans": SpansTrainer,
+    "projection": ProjectionTrainer,
+}
+"""Of the kinds that read the text again; the others take `LanguageModelTrainer`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedStudents:
+    """How one alignment trains.
+
+    Attributes:
+        alignment: of the join.
+        support_size: ids V_t of the cached distributions.
+        config: of the learned projection.
+    """
+
+    alignment: Alignment
+    support_size: int
+    config: ProjectionConfig
+
+    @property
+    def samples(self) -> Callable[..., CachedSamples]:
+        """What makes the samples of a split: as they are, or with their text read again."""
+        if not self.alignment.rereads:
+            return PackedSamples
+        is_spans = self.alignment.kind == "spans"
+        return partial(AlignedSamples, aligner=self.alignment.aligner, is_spans=is_spans)
+
+    def collator(
+        self, pad_id: int, codec: AnyCodec, layers: CachedLayers | None
+    ) -> AlignedCollator | PackedCollator:
+        """What stacks them; the teacher's layers, too, where they are matched."""
+        if self.alignment.rereads:
+            return AlignedCollator(pad_id, codec)
+        return PackedCollator(pad_id, codec, layers)
+
+    def require_same_positions(self, cache: Path) -> None:
+        """Refuse to match the teacher's layers at positions that the student does not have.
+
+        Raises:
+            UserError: if the student reads the text with its own tokenizer.
+        """
+        if self.alignment.rereads:
+            raise UserError(
+                f"the student reads the text of {cache} with its own tokenizer, and the teacher's "
+                "maps and states are of other positions: leave out --attention-weight and "
+                "--hidden-weight"
+            )
+
+    def student_ids(self) -> Tensor | None:
+        """[V_t] int64, the student's id for each of the teacher's; None where they are the same."""
+        ids = self.alignment.head_ids
+        return None if ids is None else torch.from_numpy(ids[: self.support_size].copy())
+
+    def support(self, vocab_size: int) -> Tensor:
+        """[V] bool, the ids of the student's tokenizer."""
+        used = torch.zeros(vocab_size, dtype=torch.bool)
+        used[list(self.alignment.student.get_vocab().values())] = True
+        return used
+
+    def projection_start(self, teacher_table: Tensor | None) -> ProjectionStart | None:
+        """Where the learned projection begins; None where none is learned.
+
+        Args:
+            teacher_table: [V_t, D] of the teacher's head, where the cache holds it.
+
+        Raises:
+            UserError: if embeddings are to say it and are not there.
+            CheckFailed: if they are another tokenizer's.
+        """
+        if self.alignment.kind != "projection":
+            return None
+        exact = self.alignment.vocabulary_map
+        cut = replace(exact, student_ids=exact.student_ids[: self.support_size])
+        num, name = self.config.projection_candidates, self.config.projection_embeddings
+        if name is not None:
+            if not cut.num_mapped:
+                raise UserError(
+                    "the two vocabularies share no string, so nothing relates their embeddings: "
+                    "leave --projection-embeddings out"
+                )
+            learned = candidates_by_embeddings(
+                require_teacher_table(teacher_table),
+                student_embeddings(name, self.alignment.student),
+                cut,
+                num_candidates=num,
+            )
+        else:
+            teacher, theirs = self.alignment.tables
+            ours = replace(teacher, content=teacher.content[: self.support_size])
+            learned = candidates_by_strings(ours, theirs, cut, num_candidates=num)
+        return ProjectionStart(fixed=candidates_of_map(cut), learned=learned)
+
+    def trainer_arguments(self, num_steps: int) -> dict[str, Any]:
+        """What the kind's trainer takes besides."""
+        if self.alignment.kind != "projection":
+            return {}
+        start, end = self.config.projection_start, self.config.projection_end
+        return {"projection_steps": (round(start * num_steps), round(end * num_steps))}
+
+    def trainer_type(self) -> type[LanguageModelTrainer]:
+        """The kind's trainer."""
+        return TRAINERS.get(self.alignment.kind, LanguageModelTrainer)
+
+    def write_files(self, folder: Path, trained: torch.nn.Module) -> None:
+        """The map, and what was learned, beside the student.
+
+        Raises:
+            UserError: where the file system refuses.
+        """
+        if self.alignment.rereads:
+            write_map(folder, self.alignment.vocabulary_map)
+        if isinstance(trained, StudentWithProjection):
+            write_projection(folder, trained.projection)
