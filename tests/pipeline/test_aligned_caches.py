@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -114,8 +115,26 @@ def test_the_teacher_says_the_same_again(mapped_cache: Path) -> None:
 def test_no_other_student_is_served(mapped_cache: Path, tmp_path: Path) -> None:
     refused(
         "train-student", "--cache", mapped_cache, "--out", tmp_path / "run", *TINY_STUDENT,
-        code=2, saying="holds distributions over 49,152 ids of kind 'aligned'",
+        code=1, saying="was mapped to the table .* and serves no other student",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", ["topk", "sampled"])
+def test_its_own_student_learns_from_it(
+    prose: Path, teacher: Path, mapped_cache: Path, tmp_path: Path, codec: str
+) -> None:
+    cache, run = mapped_cache, tmp_path / "run"
+    if codec == "sampled":
+        cache = tmp_path / "sampled"
+        asked = [one for one in command(prose, teacher, cache) if one not in ("--top-k", "8")]
+        done(*asked, "--align", "map", "--codec", codec, "--num-draws", "9")
+    student = ("--student-tokenizer", smollm2_tokenizer_folder())
+    assert "positions" in done("check", "--cache", cache, *student)
+    done("train-student", "--cache", cache, "--out", run, *student, *TINY_STUDENT)
+    config = json.loads((run / "config.json").read_text())
+    assert config["vocab_size"] == 49_152
+    settings = json.loads((run / "run.json").read_text())["settings"]
+    assert (settings["align"], settings["alignment"]["kind"]) == ("auto", "map")
 
 
 def test_a_dry_run_says_bytes_kl_and_coverage(

@@ -147,7 +147,7 @@ CLASSIFIERS = [bert, roberta, albert, distilbert, gpt2]
 def test_maps_and_states_of_a_batch_are_those_of_each_sample_alone(make: Callable[[], Any]) -> None:
     teacher = teacher_of(make)
     ids = documents(3, 12, 1, 7, 12, 5)
-    by_mode = {
+    by_mode: dict[str, dict[str, Any]] = {
         mode: heard(
             teacher,
             plan := planned(teacher, attention=mode, attention_layers="all", hidden="last,0,2"),
@@ -239,7 +239,8 @@ def test_maps_of_packed_documents_are_those_of_each_alone(
     fields = kept.fields(3)
     codec = plan.attention
     assert codec is not None and codec.is_causal and codec.is_packed
-    np.testing.assert_allclose(fields["hidden"].values, states.numpy(), rtol=2e-3, atol=2e-3)
+    kept_states: Any = fields["hidden"]
+    np.testing.assert_allclose(kept_states.values, states.numpy(), rtol=2e-3, atol=2e-3)
     for sample, of_one in enumerate(pieces):
         for layer in (0, 2):
             stored: Any = fields[f"attention_{layer}"]
