@@ -267,6 +267,7 @@ def test_defaults_and_what_the_config_refuses() -> None:
         "student_tokenizer": None,
         "max_length": None,
         "on_mismatch": "error",
+        "align": "auto",
     }
     for wrong in ({"max_length": 0}, {"on_mismatch": "ignore"}, {"tokenizer": "x"}):
         with pytest.raises(ValidationError):
