@@ -23,7 +23,8 @@ from tests.small_caches import set_shards_per_folder
 
 HALF_WRITTEN, WRITTEN, RENAMED = "half-written", "written", "renamed"
 
-teachers: dict[str, Teacher] = {}  # loaded by the server, so that each child need not
+# Loaded by the server, so that each child need not; some of them with maps.
+teachers: dict[tuple[str, bool], Teacher] = {}
 
 # Imported for `pipe`, which imports it late: a fork should find it loaded.
 assert commands
@@ -109,8 +110,16 @@ def warm_up(config: str) -> None:
     logging.disable_progress_bar()
     resolved = CacheTeacherConfig.model_validate_json(config)
     stage_one.run(resolved)
-    load = load_teacher if resolved.task == "classification" else load_language_model
-    teachers[resolved.teacher] = load(resolved)
+    _loaded(resolved)
+
+
+def _loaded(config: CacheTeacherConfig) -> Teacher:
+    load = load_teacher if config.task == "classification" else load_language_model
+    with_maps = config.attention != "none"
+    key = (config.teacher, with_maps)
+    if key not in teachers:
+        teachers[key] = load(config, with_maps=with_maps)
+    return teachers[key]
 
 
 def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | None = None) -> None:
@@ -120,9 +129,9 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     assert resolved.out is not None
     steps = Steps(resolved.out, Path(log), die_at)
     steps.install()
-    loaded: Any = teachers[resolved.teacher]
-    classification.load_teacher = lambda config: loaded
-    language_modeling.load_language_model = lambda config: loaded
+    loaded: Any = _loaded(resolved)
+    classification.load_teacher = lambda config, *, with_maps: loaded
+    language_modeling.load_language_model = lambda config, *, with_maps: loaded
     stage_one.run(resolved, steps)
 
 

@@ -51,7 +51,7 @@ class Processes:
 
     def train(self, number: int, run: Path, *, die: tuple[int, str] = (0, ""), **more: Any) -> int:
         """Stage two; `die` names a process and the step at which it kills itself."""
-        config = self.config(run, **more).model_dump_json()
+        config = self.config(run, **more).model_dump_json(exclude_unset=True)
         return self.run(number, "train_student", config=config, dying_rank=die[0], die_at=die[1])
 
     def config(self, run: Path, **changes: Any) -> TrainStudentConfig:
@@ -80,7 +80,9 @@ def processes(
     cache = cache_reviews(folder / "cache", tiny_bert, acl_imdb, hidden="pooled")
     with ForkServer("tests.integration.processes_child", folder / "output.txt") as server:
         found = Processes(server=server, cache=cache, folder=folder)
-        server.call("warm_up", config=found.config(folder / "warm").model_dump_json())
+        server.call(
+            "warm_up", config=found.config(folder / "warm").model_dump_json(exclude_unset=True)
+        )
         yield found
 
 

@@ -22,6 +22,7 @@ from teacher_cache.pipeline.settings import (
     validate,
 )
 from teacher_cache.stages.config import StageConfig
+from teacher_cache.stages.conversion.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,7 @@ MODELS = {
     "cache_teacher": CacheTeacherOptions,
     "train_student": TrainStudentConfig,
     "evaluate": EvaluateCommandOptions,
+    "convert": ConvertOptions,
 }
 
 
