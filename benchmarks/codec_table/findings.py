@@ -81,10 +81,18 @@ class Findings:
             "settings": self.settings,
             "teacher": self.teacher | {"held_out": asdict(self.judged)},
             "results": [asdict(one) for one in self.results],
-            "kept": {name: asdict(one) for name, one in self.kept.items()},
-            "smollm2": None if large is None else {k: asdict(one) for k, one in large.items()},
+            "kept": _kept_as_json(self.kept),
+            "smollm2": None if large is None else _kept_as_json(large),
             "goals": [asdict(one) | {"verdict": one.verdict} for one in self.goals],
         }
+
+
+def _kept_as_json(kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """Every figure; of the row that reads nothing of a teacher, its gradient's alone."""
+    found = {name: asdict(one) for name, one in kept.items()}
+    if BASELINE in found:
+        found[BASELINE] = {"angles": found[BASELINE]["angles"]}
+    return found
 
 
 def finite(value: Any) -> Any:
