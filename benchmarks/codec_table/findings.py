@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.codec_table.held_out import Figures
 from benchmarks.codec_table.kept import Kept
 from benchmarks.codec_table.results import Difference, Result
-from benchmarks.codec_table.rows import BASELINE, MIXED
+from benchmarks.codec_table.rows import BASELINE, MIXED, ROWS
 from benchmarks.distillation.tables import NONE, Grid, goal_grid
 from benchmarks.goal import Goal
 from teacher_cache.cache.commit import write_bytes_atomically
@@ -49,15 +49,14 @@ class Findings:
 
     def grids(self) -> Iterator[Grid]:
         """Every table, in the order of reading."""
-        titles = {one.name: one.title for one in self.results}
         alone = [one for one in self.results if one.alpha in (0.0, 1.0)]
         mixed = [one for one in self.results if one.alpha not in (0.0, 1.0)]
         yield _quality_grid("what students learn from the distillation term alone", alone, self)
         if mixed:
             yield _quality_grid("half of the weight on the next tokens", mixed, self)
-        yield kept_grid("what a codec keeps of the table's own teacher", titles, self.kept)
+        yield kept_grid("what a codec keeps of the table's own teacher", self.kept)
         if self.large is not None:
-            yield kept_grid("what a codec keeps of SmolLM2-135M", titles, self.large)
+            yield kept_grid("what a codec keeps of SmolLM2-135M", self.large)
         yield goal_grid(self.goals)
 
     def show(self, console: Console) -> None:
@@ -129,9 +128,10 @@ def _quality_grid(title: str, found: Sequence[Result], findings: Findings) -> Gr
     )
 
 
-def kept_grid(title: str, titles: Mapping[str, str], kept: Mapping[str, Kept]) -> Grid:
+def kept_grid(title: str, kept: Mapping[str, Kept]) -> Grid:
     """What each codec stores and loses, and where its gradient points."""
     some = next(iter(kept.values())).angles
+    titles = {row.name: row.title for row in ROWS}
     return Grid(
         title=title,
         headings=(
