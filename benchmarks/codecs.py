@@ -77,14 +77,13 @@ class Run:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row and seed is asked for, and SmolLM2 where the scale has it."""
-        has_all = self.smollm2 or self.scale.smollm2 is None
-        return has_all and (self.rows, self.seeds) == (ROWS, self.scale.seeds)
+        """Whether every row is asked for, and SmolLM2 where the scale has it."""
+        return self.rows == ROWS and (self.smollm2 or self.scale.smollm2 is None)
 
     @property
     def is_standard(self) -> bool:
         """Whether the goals were set for a run like this."""
-        return self.is_whole and self.scale == FULL
+        return self.is_whole and (self.scale, self.seeds) == (FULL, FULL.seeds)
 
     def say(self, line: str) -> None:
         """One line of progress."""
@@ -101,7 +100,11 @@ def measure(run: Run) -> Findings:
     kept = _kept(run, prepared)
     return Findings(
         machine=described,
-        settings={"scale": asdict(run.scale), "rows": [asdict(row) for row in run.rows]},
+        settings={
+            "scale": asdict(run.scale),
+            "seeds": run.seeds,
+            "rows": [asdict(row) for row in run.rows],
+        },
         teacher=json.loads((prepared.teacher / teacher.RECORD_FILE).read_text()),
         judged=held_out.of_teacher(),
         results=found,
@@ -219,7 +222,7 @@ def main(
             found.write(results_folder)
             run.say(f"✓ written to {results_folder}")
         else:
-            run.say(f"only a part of the rows or seeds: nothing was written to {results_folder}")
+            run.say(f"only a part of the table: nothing was written to {results_folder}")
 
 
 if __name__ == "__main__":
