@@ -77,13 +77,14 @@ class Run:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row is asked for, and SmolLM2 where the scale has it."""
-        return self.rows == ROWS and (self.smollm2 or self.scale.smollm2 is None)
+        """Whether the published table's rows are asked for, and SmolLM2 where the scale has it."""
+        has_smollm2 = self.smollm2 or self.scale.smollm2 is None
+        return has_smollm2 and {NONE, *DISTILLED} <= set(self.rows)
 
     @property
     def is_standard(self) -> bool:
         """Whether the goals were set for a run like this."""
-        return self.is_whole and (self.scale, self.seeds) == (FULL, FULL.seeds)
+        return self.is_whole and self.scale == FULL
 
     def say(self, line: str) -> None:
         """One line of progress."""
