@@ -82,14 +82,16 @@ class Read:
         samples: the sequences.
         states: [N, D], of all their positions, end to end.
         logits: [N, R].
-        below: [N, V], of the support, relative to the largest.
+        log_probs: [N, V] float64 nats, of the support.
+        unmatched: [N] of `Support.log_probs`.
         counts: [N] bool, the positions that count.
     """
 
     samples: Sequence[PackedSample]
     states: Tensor
     logits: Tensor
-    below: Tensor
+    log_probs: Tensor
+    unmatched: Tensor
     counts: np.ndarray
 
 
@@ -196,12 +198,13 @@ class Comparison:
                 packs=self._teacher.packs,
             )
             logits = head_logits(self._teacher.model, states)
-            below, _ = self._support.below_max(logits)
+            log_probs, unmatched = self._support.log_probs(logits, TEMPERATURE)
         return Read(
             samples=samples,
             states=states,
             logits=logits,
-            below=below,
+            log_probs=log_probs,
+            unmatched=unmatched,
             counts=np.concatenate([one.loss_mask for one in samples]),
         )
 
@@ -214,7 +217,8 @@ class Comparison:
         with torch.inference_mode():
             stored = {spec.name: batch[spec.name][mask] for spec in codec.fields}
             decoded = codec.decode(stored, TEMPERATURE)
-            kl, outside = kl_to_decoded(read.below[torch.from_numpy(read.counts)], decoded)
+            counts = torch.from_numpy(read.counts)
+            kl, outside = kl_to_decoded(read.log_probs[counts], read.unmatched[counts], decoded)
         sums.num += len(kl)
         sums.kl += float(kl.sum())
         sums.mass_outside += float(outside.sum())

@@ -36,13 +36,12 @@ def renormalised_cache(cache: Path, out: Path) -> Path:
         num_documents=manifest.splits[LABELED].num_documents,
         documents_per_shard=manifest.layout["documents_per_shard"],
     )
-    starts = np.cumsum([0, *(one.num_samples for one in reader.sidecars)])
     with CacheWriter(out, manifest, {LABELED: plan}, overwrite=False) as writer:
         todo = writer.begin(
             lambda folder: _copy_teacher_files(reader.cache / TEACHER_FOLDER, folder)
         )
         for split, shard_idx in todo:
-            fields = reader.samples(np.arange(starts[shard_idx], starts[shard_idx + 1]))
+            fields = reader.shard(shard_idx)
             tails = fields[TAIL_R]
             fields[TAIL_R] = replace(tails, values=np.full_like(tails.values, -np.inf))
             writer.commit(split, shard_idx, fields, num_truncated=0, environment={})
