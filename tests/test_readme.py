@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 STUDENT = (ROOT / "docs" / "student.md").read_text()
 RECIPE = (ROOT / "docs" / "recipe.md").read_text()
+CODECS = (ROOT / "docs" / "codecs.md").read_text()
 LANGUAGE_MODELS = (ROOT / "docs" / "language-models.md").read_text()
 ZARR = (ROOT / "docs" / "zarr.md").read_text()
 TRANSFER = (ROOT / "docs" / "transfer.md").read_text()
@@ -100,6 +101,14 @@ def test_the_students_speeds_are_those_of_the_benchmark() -> None:
         shape, *cells = (cell.strip() for cell in row.strip("|").split("|"))
         for number in (re.match(r"[\d.]+", cell) for cell in cells):
             assert number is None or number[0] in printed, (shape, number[0])
+
+
+def test_the_codecs_tables_are_those_of_the_benchmark() -> None:
+    printed = (ROOT / "benchmarks" / "results" / "codecs.md").read_text().splitlines()
+    rows = [line for line in CODECS.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    for row in rows:
+        assert row in printed, row
 
 
 def test_the_recipes_figures_are_those_of_the_benchmark() -> None:

@@ -1,0 +1,43 @@
+"""SmolLM2-135M as a folder that stage one loads, converted once from the packaged GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.packaged_tokenizers import SMOLLM2_FILE, smollm2_tokenizer_folder
+from teacher_cache.stages.data.packages import fetch
+from teacher_cache.stages.tokenizers import load_tokenizer, save_tokenizer
+
+NAME = "smollm2"
+READER = "gguf"
+LAST_FILE = "tokenizer.json"  # written last: the folder is whole where it is there
+
+
+def smollm2_folder(folder: Path) -> Path:
+    """Convert the model into a folder, unless it is there; returns the folder.
+
+    Raises:
+        UserError: if the reader of GGUF files is not installed, or the package cannot be fetched.
+    """
+    if (folder / LAST_FILE).is_file():
+        return folder
+    if importlib.util.find_spec(READER) is None:
+        raise UserError(
+            f"SmolLM2 comes as a GGUF file, and the package {READER} that reads it is not "
+            f"installed: pip install {READER}, or leave it out with --no-smollm2"
+        )
+    tokenizer = load_tokenizer(str(smollm2_tokenizer_folder()), option="--teacher")
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        fetch(NAME), gguf_file=SMOLLM2_FILE
+    )
+    # The loaded one remembers that it was quantised, and would not save.
+    plain: Any = LlamaForCausalLM(loaded.config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
+    return folder
