@@ -95,13 +95,20 @@ def readable_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> l
     return [text.replace(" ", "\N{OPEN BOX}").replace("\n", "\\n") or "''" for text in texts]
 
 
-def draw_maps(maps: Sequence[NamedMap], tokens: Sequence[str], path: Path) -> None:
+def draw_maps(
+    maps: Sequence[NamedMap],
+    tokens: Sequence[str],
+    path: Path,
+    *,
+    most_columns: int = MOST_COLUMNS,
+) -> None:
     """Draw maps over the same tokens and write the picture; all have one colour scale.
 
     Args:
         maps: in reading order, at least one.
         tokens: S of them, looked at.
         path: its ending says the format: png, pdf, svg, ...
+        most_columns: panels in a row of the picture.
 
     Raises:
         UserError: if matplotlib is missing, knows no such format, or the file cannot be written.
@@ -114,7 +121,7 @@ def draw_maps(maps: Sequence[NamedMap], tokens: Sequence[str], path: Path) -> No
             "--attention-image draws with matplotlib, which is not installed: "
             "`pip install 'teacher-cache[report]'`"
         ) from error
-    columns = min(MOST_COLUMNS, len(maps))
+    columns = min(most_columns, len(maps))
     rows = math.ceil(len(maps) / columns)
     side = INCHES_A_LABEL * min(MOST_LABELS, max(len(tokens), 12))
     share = max(LEAST_HEIGHT, *(len(one.values) / len(tokens) for one in maps))

@@ -118,6 +118,13 @@ def inspect(
             "(png, pdf, svg, ...)."
         ),
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a student's run: --attention-image draws its mixing matrices beside "
+            "the teacher's maps, each matched layer's two panels in the student's order."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Show what a cache holds: settings, sizes, bytes a sample, one decoded sample."""
@@ -125,7 +132,9 @@ def inspect(
         from teacher_cache.pipeline import inspection
 
         quiet_libraries()
-        inspection.inspect(cache, sample=sample, attention_image=attention_image, as_json=as_json)
+        inspection.inspect(
+            cache, sample=sample, attention_image=attention_image, run=run, as_json=as_json
+        )
 
 
 @_command("convert")

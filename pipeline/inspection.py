@@ -21,7 +21,12 @@ NUM_IDS_SHOWN = 3
 
 
 def inspect(
-    cache: Path, *, sample: str | None, attention_image: Path | None, as_json: bool
+    cache: Path,
+    *,
+    sample: str | None,
+    attention_image: Path | None,
+    run: Path | None,
+    as_json: bool,
 ) -> None:
     """Print what a cache holds, or one of its samples; or draw the sample's attention maps.
 
@@ -29,12 +34,17 @@ def inspect(
         UserError: if there is no cache, or no such sample, or no maps to draw.
     """
     manifest = read_manifest(cache)
+    if run is not None and attention_image is None:
+        raise UserError(
+            "--run draws a student's mixing matrices beside its teacher's maps: give the picture's "
+            "file with --attention-image, and --sample"
+        )
     if attention_image is not None:
         if sample is None or as_json:
             raise UserError(
                 "--attention-image draws one sample: give its id with --sample, and no --json"
             )
-        draw_attention(cache, sample, attention_image)
+        draw_attention(cache, sample, attention_image, run=run)
         console.print(f"✓ attention maps drawn: {attention_image}", style="green", soft_wrap=True)
         return
     if as_json:

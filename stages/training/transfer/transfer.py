@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -86,6 +86,24 @@ class TransferTerms:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatchedRows:
+    """Rows of one layer's map in the student's order, R of the S' positions of each sample.
+
+    Attributes:
+        pair: of layers.
+        student: [B, R, S'] mean of `|M|`, not normalised; carries the gradient.
+        teacher: [B, R, S'] what they are matched with, each row's sum 1, or 0 where the teacher has
+            none; None where the batch is a share without samples.
+        allowed: [B, R, S'] bool, entries that exist for both.
+    """
+
+    pair: LayerPair
+    student: Tensor
+    teacher: Tensor | None
+    allowed: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transfer:
     """All that is matched inside.
 
@@ -131,15 +149,14 @@ class Transfer:
             batch: with the teacher's fields, in its order; of a share without samples, 0 of them.
             totals: of the whole optimizer step.
         """
-        mask = batch["attention_mask"].bool()
-        sources = self.position_map.sources(mask)
         attention = hidden = None
         if self.maps is not None:
             assert inside.mixers is not None, "they were asked for"
-            total = self._map_distances(self.maps, inside.mixers, batch, sources)
+            total = self._map_distances(self.maps, inside.mixers, batch)
             attention = total / max(1, totals.num_map_rows)
         if self.hidden is not None:
             assert inside.projected_hidden is not None, "they were asked for"
+            sources = self.position_map.sources(batch["attention_mask"].bool())
             total = _hidden_distances(self.hidden, inside.projected_hidden, batch, sources)
             hidden = total / max(1, totals.num_hidden_states)
         return TransferTerms(attention=attention, hidden=hidden)
@@ -164,38 +181,60 @@ class Transfer:
             if value is not None and name in trained
         )
 
-    def _map_distances(
-        self,
-        maps: MapTransfer,
-        mixers: Sequence[RecordedMixer],
-        batch: Mapping[str, Tensor],
-        sources: Tensor,
-    ) -> Tensor:
-        """The sum over rows and layers."""
-        if maps.pooled_row_only:
-            rows = pooled_rows(sources, self.position_map)
-        else:
-            rows = torch.arange(sources.shape[1], device=sources.device).expand_as(sources)
+    def rows(self, sources: Tensor) -> Tensor:
+        """The student's positions whose rows of the maps are matched, [B, R] int64.
+
+        Args:
+            sources: [B, S'] of the position map.
+        """
+        assert self.maps is not None, "maps are matched"
+        if self.maps.pooled_row_only:
+            return pooled_rows(sources, self.position_map)
+        return torch.arange(sources.shape[1], device=sources.device).expand_as(sources)
+
+    def map_rows(
+        self, mixers: Sequence[RecordedMixer], batch: Mapping[str, Tensor]
+    ) -> Iterator[MatchedRows]:
+        """Both sides of each matched layer's map, one layer after the other.
+
+        Args:
+            mixers: of the student's forward on the batch.
+            batch: as `terms` takes it.
+        """
+        maps = self.maps
+        assert maps is not None, "maps are matched"
+        sources = self.position_map.sources(batch["attention_mask"].bool())
+        rows = self.rows(sources)
         seq_idx = batch.get("seq_idx")
         allowed = allowed_pairs(sources, rows, is_causal=self.is_causal, seq_idx=seq_idx)
-        distances: list[Tensor] = []
         for pair, name in zip(maps.pairs, maps.fields, strict=True):
             mixer = mixers[pair.student]
             found = mean_absolute_map(mixer, chosen_units(mixer, maps.num_channels), rows)
-            if not len(batch[name]):  # a share without samples reads one all the same
-                distances.append(0 * found.sum())
-                continue
-            with torch.no_grad():
-                wanted = targets(
-                    batch[name],
-                    sources,
-                    rows,
-                    allowed,
-                    decode=maps.decode,
-                    teacher_is_causal=maps.teacher_is_causal,
-                    seq_idx=seq_idx,
-                )
-            distances.append(attention_distance(found, wanted, allowed, loss=maps.loss).sum())
+            wanted = None
+            if len(batch[name]):
+                with torch.no_grad():
+                    wanted = targets(
+                        batch[name],
+                        sources,
+                        rows,
+                        allowed,
+                        decode=maps.decode,
+                        teacher_is_causal=maps.teacher_is_causal,
+                        seq_idx=seq_idx,
+                    )
+            yield MatchedRows(pair=pair, student=found, teacher=wanted, allowed=allowed)
+
+    def _map_distances(
+        self, maps: MapTransfer, mixers: Sequence[RecordedMixer], batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The sum over rows and layers."""
+        distances = [
+            # A share without samples reads one all the same.
+            0 * one.student.sum()
+            if one.teacher is None
+            else attention_distance(one.student, one.teacher, one.allowed, loss=maps.loss).sum()
+            for one in self.map_rows(mixers, batch)
+        ]
         return torch.stack(distances).sum()
 
 

@@ -1,0 +1,80 @@
+"""Pictures of a student's mixing matrices beside its teacher's attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.pipeline.attention_image import NamedMap, draw_maps, readable_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from teacher_cache.stages.evaluation.matched_maps import MatchedMaps
+
+PAIRS = 2  # columns: the teacher's panel and the student's
+
+
+def draw_both(
+    reader: CacheReader,
+    sample: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    run: Path,
+    path: Path,
+) -> None:
+    """Draw each matched layer's two maps of a sample, the tokens in the student's order.
+
+    Args:
+        reader: of the cache.
+        sample: as it gives it.
+        tokenizer: of the cache.
+        run: a finished student's.
+        path: of the picture.
+
+    Raises:
+        UserError: as `InsideOfRun.of` and `draw_maps`.
+    """
+    from teacher_cache.stages.evaluation.matched_maps import InsideOfRun  # imports torch
+
+    maps = InsideOfRun.of(run, reader).matched_maps(sample)
+    ids = [
+        maps.appended_id if source < 0 else int(sample["input_ids"][source])
+        for source in maps.sources
+    ]
+    tokens = readable_tokens(tokenizer, ids)
+    draw_maps(both_maps(maps, tokens), tokens, path, most_columns=PAIRS)
+
+
+def both_maps(maps: MatchedMaps, tokens: Sequence[str]) -> list[NamedMap]:
+    """A panel of the teacher and one of the student for each matched layer.
+
+    Of caches that hold the pooled position's row alone there are two panels, a row a layer.
+
+    Args:
+        maps: of a sample.
+        tokens: at the student's positions, as they are to be read.
+    """
+    if len(maps.rows) == 1 and len(tokens) > 1:
+        looking = tokens[int(maps.rows[0])]
+        return [
+            NamedMap(
+                title=f"{side}, what {looking} looks at",
+                values=np.concatenate([getattr(one, side) for one in maps.layers]),
+                row_labels=[f"layer {getattr(one.pair, side)}" for one in maps.layers],
+            )
+            for side in ("teacher", "student")
+        ]
+    row_labels = [tokens[row] for row in maps.rows]
+    return [
+        NamedMap(
+            title=f"{side}, layer {getattr(one.pair, side)}",
+            values=getattr(one, side),
+            row_labels=row_labels,
+        )
+        for one in maps.layers
+        for side in ("teacher", "student")
+    ]

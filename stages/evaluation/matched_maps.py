@@ -1,0 +1,201 @@
+"""A finished student's mixing matrices beside its teacher's cached attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.data.collation import pad_batch
+from teacher_cache.stages.evaluation.classifier import load_student
+from teacher_cache.stages.evaluation.language_model import load_student_language_model
+from teacher_cache.stages.evaluation.runs import task_of
+from teacher_cache.stages.join.config import JoinConfig
+from teacher_cache.stages.join.join import TokenizationMismatch, join
+from teacher_cache.stages.losses.transfer.attention import normalised_rows
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.position_map import PositionMap
+from teacher_cache.stages.student.scans.recorded import RecordedMixer
+from teacher_cache.stages.training.batches import Batch, layer_fields, stacked
+from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.run_folder import RunRecord, read_run
+from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
+from teacher_cache.stages.training.transfer.layer_map import LayerPair
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedMap:
+    """One layer of the student and the one of the teacher that it is matched with.
+
+    Attributes:
+        pair: the layers, counted from 0.
+        teacher: [R, S'] each row's shares; NaN where the student cannot look, and in a row that
+            the teacher does not have.
+        student: [R, S'] `|M|`, mean over heads or channels, each row divided by its sum; NaN as
+            the teacher's, but in no whole row.
+    """
+
+    pair: LayerPair
+    teacher: np.ndarray
+    student: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedMaps:
+    """A sample's maps at the student's positions.
+
+    Attributes:
+        sources: [S'] which of the sample's positions each is; -1 for an appended token.
+        rows: [R] whose rows the maps hold.
+        appended_id: token that the student appends, or none.
+        layers: of each matched layer.
+    """
+
+    sources: np.ndarray
+    rows: np.ndarray
+    appended_id: int | None
+    layers: tuple[MatchedMap, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsideOfRun:
+    """A finished student that reads a cache's samples and shows its inside.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        pad_id: fills batches; masked.
+        layers: what of the cache it is matched with.
+    """
+
+    model: PreTrainedModel
+    pad_id: int
+    layers: CachedLayers
+
+    @classmethod
+    def of(cls, run: Path, reader: CacheReader, *, hidden: bool = False) -> InsideOfRun:
+        """Load a run's student.
+
+        Args:
+            run: matched with its own layers, if it was trained to match any, or else by
+                proportion.
+            reader: of a cache with maps; of the run's own, or one of the same tokens.
+            hidden: whether hidden states are compared too, which the cache holds.
+
+        Raises:
+            UserError: if it is no finished run, its student no Mamba or of another task, the
+                cache holds other tokens than it reads, or lacks maps or states.
+        """
+        is_language_model = task_of([run]) == "lm"
+        task = "lm" if is_language_model else "classification"
+        if reader.manifest.settings["task"] != task:
+            raise UserError(
+                f"{run} is a student of the task {task} and {reader.cache} is of "
+                f"{reader.manifest.settings['task']}: give a run that this cache trained"
+            )
+        load = load_student_language_model if is_language_model else load_student
+        model = load(run, DeviceConfig(device="cpu")).model
+        if not isinstance(model.config, MambaStudentConfig):
+            raise UserError(f"{run} is no Mamba student, and only these have mixing matrices")
+        record = read_run(run)
+        _require_same_tokens(run, record, reader)
+        layers = CachedLayers.of(_config(record, model.config, reader, hidden=hidden), reader)
+        assert layers is not None, "a weight is not 0"
+        return cls(model=model, pad_id=model.config.pad_token_id or 0, layers=layers)
+
+    @property
+    def position_map(self) -> PositionMap:
+        """Of the student; a language model's changes nothing."""
+        return PositionMap.from_dict(self.model.config.position_map or {})
+
+    def batch(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        """Samples of the cache as a batch that the student reads, with what it is matched with."""
+        input_ids, mask = pad_batch([sample["input_ids"] for sample in samples], self.pad_id)
+        arrays = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64)}
+        if "segment" in samples[0]:
+            segments = [sample["segment"].astype(np.int32) for sample in samples]
+            arrays["seq_idx"] = stacked(segments, "edge")
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return batch | layer_fields(self.layers, samples)
+
+    @torch.no_grad()
+    def outputs(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        """The student's outputs of a batch, `mixers` and `hidden_states` among them."""
+        read = ("input_ids", "attention_mask", "seq_idx")
+        inputs: Any = {name: batch[name] for name in read if name in batch}
+        return self.model(**inputs, output_mixers=True, output_hidden_states=True)
+
+    def matched_maps(self, sample: dict[str, Any]) -> MatchedMaps:
+        """Both sides' maps of one sample.
+
+        Args:
+            sample: as the reader gives it.
+        """
+        batch = self.batch([sample])
+        mixers: Sequence[RecordedMixer] = self.outputs(batch).mixers
+        transfer = self.layers.transfer(position_map=self.position_map, num_steps=1)
+        sources = self.position_map.sources(batch["attention_mask"].bool())
+        found: list[MatchedMap] = []
+        with torch.no_grad():
+            for one in transfer.map_rows(mixers, batch):
+                assert one.teacher is not None, "there is a sample"
+                student = normalised_rows(one.student, one.allowed)[0].numpy()
+                teacher, allowed = one.teacher[0].numpy(), one.allowed[0].numpy()
+                has_row = teacher.any(axis=1, keepdims=True)
+                found.append(
+                    MatchedMap(
+                        pair=one.pair,
+                        teacher=np.where(allowed & has_row, teacher, np.nan),
+                        student=np.where(allowed, student, np.nan),
+                    )
+                )
+        return MatchedMaps(
+            sources=sources[0].numpy(),
+            rows=transfer.rows(sources)[0].numpy(),
+            appended_id=self.position_map.token_id,
+            layers=tuple(found),
+        )
+
+
+def _config(
+    record: RunRecord, student: MambaStudentConfig, reader: CacheReader, *, hidden: bool
+) -> TrainStudentConfig:
+    """What the run would have been trained with to match its layers."""
+    settings, names = record.settings, list[str]()
+    if settings.get("attention_weight"):
+        names.append("attention_layer_map")
+        names += ["attention_channels"] if student.arch == "mamba" else []
+    if settings.get("hidden_weight") and hidden:
+        names.append("hidden_layer_map")
+    return TrainStudentConfig(
+        cache=reader.cache,
+        arch=student.arch,
+        num_layers=student.num_layers,
+        bidirectional=student.bidirectional,
+        pooling=student.pooling,
+        attention_weight=1.0,
+        hidden_weight=float(hidden),
+        **{name: settings[name] for name in names},
+    )
+
+
+def _require_same_tokens(run: Path, record: RunRecord, reader: CacheReader) -> None:
+    """Refuse a run whose student reads the cached ids as other tokens."""
+    if record.settings["cache_fingerprint"] == reader.manifest.fingerprint:
+        return  # as its own join found, or was told to let pass
+    config = JoinConfig(student_tokenizer=str(run.resolve()))
+    try:
+        join(reader.cache, config, longest_sample=int(reader.lengths().max()))
+    except TokenizationMismatch as mismatch:
+        raise UserError(
+            f"{run} reads other tokens than {reader.cache} holds "
+            f"({', '.join(one.name for one in mismatch.report.differences)}): give a run that was "
+            "trained from this cache, or from another one of the same teacher"
+        ) from mismatch
