@@ -43,6 +43,21 @@ class NamedMap:
     row_labels: Sequence[str]
 
 
+def codec_of(manifest: Manifest) -> AttentionCodec:
+    """How a cache's maps are stored.
+
+    Raises:
+        UserError: if it holds none.
+    """
+    codec = attention_from(manifest.settings)
+    if codec is None:
+        raise UserError(
+            "--attention-image needs attention maps, and the cache was made without: make one "
+            "with `pipe cache-teacher --attention mean`"
+        )
+    return codec
+
+
 def teacher_maps(
     manifest: Manifest, sample: Mapping[str, np.ndarray], tokens: Sequence[str]
 ) -> list[NamedMap]:
@@ -56,12 +71,7 @@ def teacher_maps(
     Raises:
         UserError: if the cache holds no maps.
     """
-    codec = attention_from(manifest.settings)
-    if codec is None:
-        raise UserError(
-            "--attention-image needs attention maps, and the cache was made without: make one "
-            "with `pipe cache-teacher --attention mean`"
-        )
+    codec = codec_of(manifest)
     segment = sample.get("segment")
     lengths = [len(tokens)] if segment is None else np.bincount(segment).tolist()
     found = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.attention_image import NamedMap, draw_maps, readable_tokens
+from teacher_cache.pipeline.attention_image import NamedMap, codec_of, draw_maps, readable_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,7 @@ def draw_both(
     """
     from teacher_cache.stages.evaluation.matched_maps import InsideOfRun  # imports torch
 
+    codec_of(reader.manifest)  # refuses a cache without maps
     maps = InsideOfRun.of(run, reader).matched_maps(sample)
     ids = [
         maps.appended_id if source < 0 else int(sample["input_ids"][source])

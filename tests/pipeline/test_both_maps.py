@@ -19,6 +19,7 @@ from teacher_cache.pipeline.attention_image import NamedMap
 from teacher_cache.pipeline.both_maps import both_maps
 from teacher_cache.stages import train_student
 from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
@@ -112,8 +113,12 @@ def test_an_appended_token_looks_and_is_not_looked_at(
 ) -> None:
     """GPT-2 has no CLS; of a cache of pooled rows each layer has one row."""
     tokens: list[str] = []
+    labeled = CorpusConfig(
+        source=str(acl_imdb), split="train", max_samples=10, label_names=("neg", "pos")
+    )
     for mode in ("mean", "cls"):
-        asked: dict[str, Any] = {"attention": mode, "attention_layers": "all", "unlabeled": None}
+        asked: dict[str, Any] = {"attention": mode, "attention_layers": "all"}
+        asked |= {"labeled": labeled, "unlabeled": None}
         cache = cache_reviews(tmp_path / mode, tiny_gpt2, acl_imdb, **asked)
         config = student_config(cache, tmp_path / f"{mode}-run", num_layers=2, **ONE_STEP)
         reader = CacheReader(cache)
@@ -164,7 +169,7 @@ def test_what_cannot_be_compared_is_refused(
     refused(
         *("inspect", tiny_cache, "--sample", first_id(tiny_cache), "--run", run),
         *("--attention-image", picture),
-        saying="needs the teacher's attention maps",
+        saying="--attention-image needs attention maps, and the cache was made without",
     )
     start = train_student.run(
         student_config(mapped, tmp_path / "hf").model_copy(
