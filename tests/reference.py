@@ -18,6 +18,8 @@ def ssd_scan_loop(
 ) -> Tensor:
     """Mamba-2's recurrence, one position after the other, in float64; arguments as `ssd_scan`'s.
 
+    `A` may be [B, S, H] too, a rate of each position's own.
+
     Returns:
         [B, S, H, P] float64.
     """
@@ -25,13 +27,14 @@ def ssd_scan_loop(
     batch, length, heads, width = x.shape
     per_group = heads // B.shape[2]
     B, C = (tensor.repeat_interleave(per_group, dim=2) for tensor in (B, C))  # [B, S, H, N]
+    A = A.expand(batch, length, heads)
     state = x.new_zeros(batch, heads, width, B.shape[3])
     outputs = []
     for t in range(length):
         if seq_idx is not None and t > 0:
             kept = seq_idx[:, t] == seq_idx[:, t - 1]
             state = torch.where(kept[:, None, None, None], state, torch.zeros_like(state))
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        decay = torch.exp(dt[:, t] * A[:, t])[..., None, None]
         state = state * decay + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
         y = (state * C[:, t, :, None, :]).sum(-1)
         outputs.append(y if D is None else y + D.double()[:, None] * x[:, t])
