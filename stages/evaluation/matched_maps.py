@@ -188,6 +188,11 @@ def _config(
 
 def _require_same_tokens(run: Path, record: RunRecord, reader: CacheReader) -> None:
     """Refuse a run whose student reads the cached ids as other tokens."""
+    if record.settings.get("alignment", {}).get("map_sha256"):
+        raise UserError(
+            f"{run} reads the text with its own tokenizer, and the teacher's maps are of other "
+            "positions: give a run that reads the cached tokens"
+        )
     if record.settings["cache_fingerprint"] == reader.manifest.fingerprint:
         return  # as its own join found, or was told to let pass
     config = JoinConfig(student_tokenizer=str(run.resolve()))

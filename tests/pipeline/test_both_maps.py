@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
+from teacher_cache.stages.training.run_folder import read_run
 from tests.command_line import done, refused
 from tests.tiny_models import write_tiny_bert, write_tiny_language_model
 from tests.tiny_runs import cache_language, cache_reviews, student_config
@@ -186,6 +189,17 @@ def test_what_cannot_be_compared_is_refused(
     reader = CacheReader(cache_reviews(tmp_path / "c", teacher, acl_imdb, **asked))
     with pytest.raises(UserError, match=rf"{re.escape(str(run))} reads other tokens than .* holds"):
         InsideOfRun.of(run, reader)
+
+
+def test_a_run_that_reads_the_text_with_its_own_tokenizer_is_refused(
+    mapped: Path, run: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    record = read_run(other)
+    aligned = {"alignment": {"kind": "spans", "map_sha256": "0" * 64}}
+    replace(record, settings=record.settings | aligned).write(other)
+    with pytest.raises(UserError, match=r"other reads the text with its own tokenizer"):
+        InsideOfRun.of(other, CacheReader(mapped))
 
 
 def test_a_run_of_another_cache_of_the_same_tokens_is_taken(
