@@ -42,10 +42,8 @@ def draw_both(
 
     codec_of(reader.manifest)  # refuses a cache without maps
     maps = InsideOfRun.of(run, reader).matched_maps(sample)
-    ids = [
-        maps.appended_id if source < 0 else int(sample["input_ids"][source])
-        for source in maps.sources
-    ]
+    appended = -1 if maps.appended_id is None else maps.appended_id  # none has no such source
+    ids = [appended if source < 0 else int(sample["input_ids"][source]) for source in maps.sources]
     tokens = readable_tokens(tokenizer, ids)
     draw_maps(both_maps(maps, tokens), tokens, path, most_columns=PAIRS)
 
@@ -69,7 +67,7 @@ def both_maps(maps: MatchedMaps, tokens: Sequence[str]) -> list[NamedMap]:
             )
             for side in ("teacher", "student")
         ]
-    row_labels = [tokens[row] for row in maps.rows]
+    row_labels = [tokens[int(row)] for row in maps.rows]
     return [
         NamedMap(
             title=f"{side}, layer {getattr(one.pair, side)}",

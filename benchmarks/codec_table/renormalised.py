@@ -19,6 +19,7 @@ from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import Ragged
 from teacher_cache.cache.splits import LABELED
 from teacher_cache.cache.writer import CacheWriter
 
@@ -43,6 +44,7 @@ def renormalised_cache(cache: Path, out: Path) -> Path:
         for split, shard_idx in todo:
             fields = reader.shard(shard_idx)
             tails = fields[TAIL_R]
+            assert isinstance(tails, Ragged), "a field of positions"
             fields[TAIL_R] = replace(tails, values=np.full_like(tails.values, -np.inf))
             writer.commit(split, shard_idx, fields, num_truncated=0, environment={})
         if not writer.manifest.complete:

@@ -36,7 +36,8 @@ def smollm2_folder(folder: Path) -> Path:
         fetch(NAME), gguf_file=SMOLLM2_FILE
     )
     # The loaded one remembers that it was quantised, and would not save.
-    plain: Any = LlamaForCausalLM(loaded.config)
+    config: Any = loaded.config
+    plain: Any = LlamaForCausalLM(config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)

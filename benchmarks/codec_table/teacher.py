@@ -59,7 +59,7 @@ def train(folder: Path, scale: Scale, say: Say) -> Path:
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token)),
             **scale.teacher,
         )
     )

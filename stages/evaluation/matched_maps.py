@@ -174,15 +174,11 @@ def _config(
         names += ["attention_channels"] if student.arch == "mamba" else []
     if settings.get("hidden_weight") and hidden:
         names.append("hidden_layer_map")
-    return TrainStudentConfig(
-        cache=reader.cache,
-        arch=student.arch,
-        num_layers=student.num_layers,
-        bidirectional=student.bidirectional,
-        pooling=student.pooling,
-        attention_weight=1.0,
-        hidden_weight=float(hidden),
-        **{name: settings[name] for name in names},
+    shape = ("arch", "num_layers", "bidirectional", "pooling")
+    return TrainStudentConfig.model_validate(
+        {name: getattr(student, name) for name in shape}
+        | {"cache": reader.cache, "attention_weight": 1.0, "hidden_weight": float(hidden)}
+        | {name: settings[name] for name in names}
     )
 
 

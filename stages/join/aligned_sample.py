@@ -10,7 +10,7 @@ can break. So both sides' next tokens must spell the text exactly, or both be th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -157,12 +157,10 @@ def _predicted_bytes(piece: Piece) -> int:
 def _moved(part: AlignedSample, *, by_tokens: int, by_chunks: int) -> AlignedSample:
     """A piece's part as one of a sample: the teacher's positions and the chunks go on counting."""
     positions, chunk_index = part.teacher_positions, part.chunk_index
-    return AlignedSample(
-        **vars(part)
-        | {
-            "teacher_positions": np.where(positions < 0, positions, positions + by_tokens),
-            "chunk_index": np.where(chunk_index < 0, chunk_index, chunk_index + by_chunks),
-        }
+    return replace(
+        part,
+        teacher_positions=np.where(positions < 0, positions, positions + by_tokens),
+        chunk_index=np.where(chunk_index < 0, chunk_index, chunk_index + by_chunks),
     )
 
 

@@ -79,7 +79,7 @@ class AlignedStudents:
             return AlignedCollator(pad_id, codec)
         return PackedCollator(pad_id, codec, layers)
 
-    def require_same_positions(self, cache: Path) -> None:
+    def require_same_positions(self, cache: Path | None) -> None:
         """Refuse to match the teacher's layers at positions that the student does not have.
 
         Raises:

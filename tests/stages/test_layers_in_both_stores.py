@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -154,7 +154,8 @@ def test_damage_to_a_map_is_named_and_its_shard_alone_is_made_again(
 
 
 def test_another_format_keeps_them(caches: dict[str, Path], tmp_path: Path) -> None:
-    for source, target in (("arrow", "zarr"), ("zarr", "arrow")):
+    pairs: tuple[tuple[str, Literal["arrow", "zarr"]], ...] = (("arrow", "zarr"), ("zarr", "arrow"))
+    for source, target in pairs:
         out = tmp_path / target
         convert.run(ConvertConfig(cache=caches[source], out=out, format=target, device="cpu"))
         assert_equal_fields(caches[source], out, LAYERS)

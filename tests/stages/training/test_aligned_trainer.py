@@ -131,7 +131,8 @@ def aligned_data(
     samples: list[Sample], aligner: Callable[[Sample], AlignedSample], *, is_spans: bool = False
 ) -> BothKinds:
     reader: Any = Cached(samples)
-    made: Any = partial(AlignedSamples, aligner=aligner, is_spans=is_spans)
+    any_aligner: Any = aligner
+    made: Any = partial(AlignedSamples, aligner=any_aligner, is_spans=is_spans)
     return BothKinds(
         made(reader, np.arange(NUM_LABELED), labeled=True),
         made(reader, np.arange(NUM_LABELED, len(samples)), labeled=False),
