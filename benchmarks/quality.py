@@ -30,8 +30,9 @@ from benchmarks.distillation.jobs import run_jobs
 from benchmarks.distillation.preparation import Prepared, prepare
 from benchmarks.distillation.quality_goals import goals
 from benchmarks.distillation.results import Result, figures, results
-from benchmarks.distillation.rows import BLOCKS, FULL, TINY, USUAL_BLOCKS, Row, Settings
+from benchmarks.distillation.rows import BLOCKS, USUAL_BLOCKS, Row, Settings
 from benchmarks.distillation.run import Run, choose_rows, choose_seeds
+from benchmarks.distillation.scale import FULL, TINY
 from benchmarks.distillation.tables import trial_grid
 from benchmarks.distillation.teachers import Sureness
 from teacher_cache.pipeline.reporting import quiet_libraries, reported

@@ -12,7 +12,8 @@ from benchmarks.distillation.folders import Folders
 from benchmarks.distillation.jobs import Job
 from benchmarks.distillation.preparation import Prepared
 from benchmarks.distillation.results import Answers, majority_logits
-from benchmarks.distillation.rows import Row, Scale, Settings
+from benchmarks.distillation.rows import Row, Settings
+from benchmarks.distillation.scale import Scale
 from benchmarks.distillation.training import student_config
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.reviews import LABEL_NAMES

@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks.distillation.rows import Block, Scale
+from benchmarks.distillation.rows import Block
+from benchmarks.distillation.scale import Scale
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.data.reviews import (

@@ -21,7 +21,8 @@ from benchmarks.distillation.corpora import (
 from benchmarks.distillation.folders import Folders
 from benchmarks.distillation.leakage import Overlap
 from benchmarks.distillation.predictions import HeldOut
-from benchmarks.distillation.rows import Block, Row, Scale
+from benchmarks.distillation.rows import Block, Row
+from benchmarks.distillation.scale import Scale
 from benchmarks.distillation.training import (
     BASE_MODEL,
     cache_config,

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from benchmarks.distillation import tuning
 from benchmarks.distillation.folders import Folders
-from benchmarks.distillation.rows import BLOCKS, FULL, ROWS, USUAL_BLOCKS, Row, Scale, Settings
+from benchmarks.distillation.rows import BLOCKS, ROWS, USUAL_BLOCKS, Row, Settings
+from benchmarks.distillation.scale import FULL, Scale
 from teacher_cache.cache.errors import did_you_mean
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from benchmarks.distillation.corpora import CORPUS_OF, Name, Stage, block_of, corpus_config
 from benchmarks.distillation.folders import Folders
-from benchmarks.distillation.rows import Row, Scale, Settings
+from benchmarks.distillation.rows import Row, Settings
+from benchmarks.distillation.scale import Scale
 from teacher_cache.pipeline.settings import validate
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.packages import fetch

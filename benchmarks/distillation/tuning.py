@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.distillation.rows import ROWS, Row, Scale, Settings
+from benchmarks.distillation.rows import ROWS, Row, Settings
+from benchmarks.distillation.scale import Scale
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 

@@ -14,7 +14,8 @@ import pytest
 import typer
 
 from benchmarks import quality
-from benchmarks.distillation.rows import ROWS, TINY
+from benchmarks.distillation.rows import ROWS
+from benchmarks.distillation.scale import TINY
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.distillation.corpora import MovieCorpus, corpus_config, read_corpora
 from benchmarks.distillation.leakage import check
 from benchmarks.distillation.predictions import HeldOut
-from benchmarks.distillation.rows import FULL, TINY
+from benchmarks.distillation.scale import FULL, TINY
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.reviews import LABEL_NAMES, Row, read_reviews, read_rows
 

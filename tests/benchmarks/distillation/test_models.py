@@ -11,7 +11,7 @@ import pytest
 from benchmarks.distillation import cost, predictions
 from benchmarks.distillation.corpora import corpus_config, read_corpora
 from benchmarks.distillation.predictions import HeldOut
-from benchmarks.distillation.rows import TINY
+from benchmarks.distillation.scale import TINY
 from benchmarks.distillation.tfidf import fit
 from teacher_cache.stages.data.reviews import LABEL_NAMES
 

@@ -9,8 +9,9 @@ import pytest
 import typer
 
 from benchmarks.distillation.folders import Folders
-from benchmarks.distillation.rows import BLOCKS, FULL, ROWS, STUDENT, TINY, Scale
+from benchmarks.distillation.rows import BLOCKS, ROWS, STUDENT
 from benchmarks.distillation.run import choose_rows, choose_seeds
+from benchmarks.distillation.scale import FULL, TINY, Scale
 from benchmarks.distillation.training import cache_config, student_config, teacher_config
 from teacher_cache.stages.training.config import ArchitectureConfig
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.distillation import tuning
-from benchmarks.distillation.rows import FULL, ROWS, Row, Scale
+from benchmarks.distillation.rows import ROWS, Row
+from benchmarks.distillation.scale import FULL, Scale
 from teacher_cache.cache.errors import UserError
 
 ROW = Row(
