@@ -10,8 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.label_mapping import is_generic
 from teacher_cache.stages.evaluation.classifier import (
     Classifier,
@@ -19,15 +18,14 @@ from teacher_cache.stages.evaluation.classifier import (
     load_teacher_classifier,
 )
 from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.evaluation.documents import documents_with_text
 from teacher_cache.stages.evaluation.latency import measure_latency
 from teacher_cache.stages.evaluation.model import TEACHER
 from teacher_cache.stages.evaluation.runs import (
-    cached_length,
     require_distinct_names,
-    teacher_of,
+    teacher_beside,
     tokenization_marks,
 )
-from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
 
 MAJORITY = "majority"
@@ -97,10 +95,11 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     say = on_step or (lambda _: None)
     require_distinct_names(config.runs, [MAJORITY, TEACHER])
     students = [load_student(folder, config) for folder in config.runs]
-    teacher = _teacher(config)
+    asked = teacher_beside(config.runs, config)
+    teacher = None if asked is None else load_teacher_classifier(asked)
     classifiers = [*([teacher] if teacher else []), *students]
     corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
-    documents = _documents(corpus)
+    documents = documents_with_text(corpus)
     labels = np.array([document.label for document in documents], np.int64)
     teacher_logits = None
     rows = [_majority(labels)]
@@ -123,32 +122,6 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     return EvaluateResult(
         num_documents=len(labels), rows=tuple(timed), marks=tokenization_marks(config.runs)
     )
-
-
-def _teacher(config: EvaluateConfig) -> Classifier | None:
-    if config.teacher == "none":
-        return None
-    return load_teacher_classifier(
-        TeacherConfig(
-            teacher=config.teacher or teacher_of(config.runs),
-            # As the students' cache saw it; another teacher reads what it can.
-            max_length=cached_length(config.runs) if config.teacher is None else None,
-            device=config.device,
-            dtype=config.dtype,
-            batch_tokens=config.batch_tokens,
-        )
-    )
-
-
-def _documents(corpus: Corpus) -> list[Document]:
-    """The documents that are not empty."""
-    documents = [one for one in corpus.documents(0, len(corpus)) if one.text.strip()]
-    if not documents:
-        raise UserError(
-            f"the {len(corpus)} documents of {corpus.config.source} are all empty: check "
-            "--text-column"
-        )
-    return documents
 
 
 def _require_same_classes(classifier: Classifier, student: Classifier) -> None:

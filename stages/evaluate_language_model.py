@@ -15,13 +15,12 @@ from pydantic import Field
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.device import resolve_device
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
+from teacher_cache.stages.evaluation.documents import documents_with_text
 from teacher_cache.stages.evaluation.generation import continuation, prompt_ids
 from teacher_cache.stages.evaluation.language_model import (
     LanguageModel,
-    TeacherModel,
     load_student_language_model,
     load_teacher_language_model,
 )
@@ -37,14 +36,12 @@ from teacher_cache.stages.evaluation.model import TEACHER
 from teacher_cache.stages.evaluation.packed_text import PackedRow, packed_rows
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.runs import (
-    cached_length,
     held_out_of,
     require_distinct_names,
-    teacher_of,
+    teacher_beside,
     tokenization_marks,
 )
 from teacher_cache.stages.evaluation.scores import score
-from teacher_cache.stages.teacher.config import TeacherConfig
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 32
@@ -145,11 +142,12 @@ def _on_text(
     say: Callable[[str], None],
 ) -> _Found:
     """Pack the text for each model; the teacher beside those that read the very same samples."""
-    documents = _documents(corpus)
+    documents = documents_with_text(load_corpus(corpus))
     packed = [packed_rows(documents, one.tokenizer, max_length=one.max_length) for one in students]
     for student, rows in zip(students, packed, strict=True):
         require_positions(student.name, rows)
-    teacher = _teacher(config)
+    asked = teacher_beside(config.runs, config)
+    teacher = None if asked is None else load_teacher_language_model(asked)
     marks: dict[str, str] = {}
     rows_by_name: dict[str, LanguageModelEvaluation] = {}
     beside: list[int] = []
@@ -236,31 +234,6 @@ def _on_cache(
         num_documents=sum(len(row.lengths) for row in reference.rows),
         marks=marks,
     )
-
-
-def _teacher(config: EvaluateLanguageModelConfig) -> TeacherModel | None:
-    if config.teacher == "none":
-        return None
-    return load_teacher_language_model(
-        TeacherConfig(
-            teacher=config.teacher or teacher_of(config.runs),
-            # As the students' cache saw it; another teacher reads what it can.
-            max_length=cached_length(config.runs) if config.teacher is None else None,
-            device=config.device,
-            dtype=config.dtype,
-            batch_tokens=config.batch_tokens,
-        )
-    )
-
-
-def _documents(config: CorpusConfig) -> list[Document]:
-    corpus = load_corpus(config)
-    documents = [one for one in corpus.documents(0, len(corpus)) if one.text.strip()]
-    if not documents:
-        raise UserError(
-            f"the {len(corpus)} documents of {config.source} are all empty: check --text-column"
-        )
-    return documents
 
 
 def _listed(models: Sequence[LanguageModel]) -> str:

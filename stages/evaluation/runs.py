@@ -10,7 +10,8 @@ import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.teacher.config import TaskName, TeacherConfig
 from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.run_folder import RunRecord, read_run
 
@@ -60,7 +61,7 @@ def require_distinct_names(runs: Sequence[Path], reserved: Sequence[str]) -> Non
         )
 
 
-def teacher_of(runs: Sequence[Path]) -> str:
+def _teacher_of(runs: Sequence[Path]) -> str:
     """Where the teacher lies that all these runs learned from.
 
     Raises:
@@ -75,9 +76,27 @@ def teacher_of(runs: Sequence[Path]) -> str:
     return names.pop()
 
 
-def cached_length(runs: Sequence[Path]) -> int:
+def _cached_length(runs: Sequence[Path]) -> int:
     """Tokens of the longest sample as the runs' teacher saw it."""
     return max(read_run(folder).about["teacher_max_length"] for folder in runs)
+
+
+def teacher_beside(runs: Sequence[Path], options: EvaluateOptions) -> TeacherConfig | None:
+    """The teacher that these runs are compared with; None where none is wanted.
+
+    Raises:
+        UserError: if they have several and none is named.
+    """
+    if options.teacher == "none":
+        return None
+    return TeacherConfig(
+        teacher=options.teacher or _teacher_of(runs),
+        # As the students' cache saw it; another teacher reads what it can.
+        max_length=_cached_length(runs) if options.teacher is None else None,
+        device=options.device,
+        dtype=options.dtype,
+        batch_tokens=options.batch_tokens,
+    )
 
 
 def tokenization_marks(runs: Sequence[Path]) -> dict[str, str]:
