@@ -15,30 +15,6 @@ from torch import Tensor
 from teacher_cache.stages.losses.teacher_distribution import widened
 
 
-def fit_logits(logits: Tensor, used_ids: Tensor, *, num_rows: int) -> Tensor:
-    """Cut or extend logits to another number of rows; exact where equal ids mean the same.
-
-    `VocabularyRelation.require_same_ids` comes first. What the teacher has no token for is
-    excluded: a logit of 0 would give it mass.
-
-    Args:
-        logits: [..., R_t] of the teacher.
-        used_ids: [U] int64, the ids that its tokenizer uses, all below `num_rows`.
-        num_rows: rows R_s wanted.
-
-    Returns:
-        [..., R_s] logits, -inf where the teacher has no token.
-
-    Raises:
-        ValueError: if a used id has no row on either side.
-    """
-    lowest = min(num_rows, logits.shape[-1])
-    if used_ids.numel() and not (int(used_ids.min()) >= 0 and int(used_ids.max()) < lowest):
-        raise ValueError(f"used ids go beyond the {lowest} rows that both sides have")
-    fitted = logits.new_full((*logits.shape[:-1], num_rows), -torch.inf)
-    return fitted.index_copy(-1, used_ids, logits.index_select(-1, used_ids))
-
-
 def project_logits(logits: Tensor, student_ids: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
     """Map a full distribution; what capture does before its top-k, so without a gradient.
 

@@ -13,8 +13,6 @@ characters, only a token of that name that the other tokenizer was given too.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import re
@@ -22,7 +20,6 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teacher_cache.cache.errors import UserError
@@ -118,26 +115,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
         single_bytes=frozenset(single_bytes - added.keys()),
         caveat=_WORDPIECE_CAVEAT if spelling is _wordpiece_bytes else None,
     )
-
-
-def read_tiktoken(path: Path) -> TokenBytes:
-    """A table of ranks in tiktoken's format: base64 of the bytes, a space, the id, line by line.
-
-    Special tokens are not part of such a file.
-
-    Raises:
-        UserError: if a line is otherwise.
-    """
-    ranks: dict[int, bytes] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            encoded, rank = line.split()
-            ranks[int(rank)] = base64.b64decode(encoded, validate=True)
-        except (ValueError, binascii.Error) as error:
-            raise UserError(
-                f"line {number} of {path} is not base64 and a rank ({error}): give a tiktoken file"
-            ) from error
-    return TokenBytes(content=tuple(ranks.get(idx) for idx in range(max(ranks, default=-1) + 1)))
 
 
 def byte_level_alphabet() -> Mapping[str, int]:

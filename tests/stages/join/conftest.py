@@ -14,7 +14,8 @@ from teacher_cache.stages.join.teacher_folder import (
     read_tokenization,
     write_tokenization,
 )
-from teacher_cache.stages.join.token_bytes import TokenBytes, read_tiktoken, token_bytes
+from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
+from tests.tiktoken_file import read_tiktoken
 from tests.tiny_tokenizers import tiny_sentencepiece
 
 MAX_LENGTH = 32

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from teacher_cache.stages.join.mapped_teacher import (
     coverage,
-    fit_logits,
     map_head,
     project_logits,
     scatter_logsumexp,
@@ -133,23 +132,6 @@ def test_coverage_is_the_mean_mass_that_maps() -> None:
     mask = torch.tensor([True, True, False])
     assert float(coverage(log_probs, mask)) == pytest.approx((0.3 + 0.75) / 2)
     assert unmatched.exp().tolist() == pytest.approx([0.7, 0.25, 1.0])
-
-
-def test_extending_excludes_and_cutting_is_exact() -> None:
-    logits = torch.tensor([[1.0, 2.0, 50.0, 3.0]], requires_grad=True)
-    used = torch.tensor([0, 1, 3])
-    extended = fit_logits(logits, used, num_rows=6)
-    assert extended.tolist() == [[1.0, 2.0, -torch.inf, 3.0, -torch.inf, -torch.inf]]
-    # The unused row's 50 and the new rows have no part in the probabilities.
-    expected = torch.tensor([[1.0, 2.0, 3.0]]).softmax(dim=-1)
-    assert torch.equal(extended.softmax(dim=-1)[:, used], expected)
-    torch.log_softmax(extended, dim=-1)[0, 0].backward()
-    assert logits.grad is not None and torch.isfinite(logits.grad).all()
-    assert logits.grad[0, 2] == 0
-    cut = fit_logits(logits.detach(), torch.tensor([0, 1]), num_rows=2)
-    assert cut.tolist() == [[1.0, 2.0]]
-    with pytest.raises(ValueError, match="beyond the 3 rows"):
-        fit_logits(logits, used, num_rows=3)
 
 
 def test_gradients_of_the_scatter_are_right_and_finite() -> None:
