@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from teacher_cache.stages.student.linear_head import LinearHead
 from teacher_cache.stages.student.scans.unpacking import lay_end_to_end, plan_rows
+from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
 
 
 @dataclass
@@ -48,14 +49,7 @@ class PackedLanguageModel(nn.Module):
         super().__init__()
         self.student = student
         self._packs = packs
-        first: dict[int, str] = {}
-        self._ties = {  # every other name of a parameter, and its first
-            name: first[id(one)]
-            for name, one in self.named_parameters(remove_duplicate=False)
-            if first.setdefault(id(one), name) != name
-        }
-        self.register_state_dict_post_hook(_leave_out_ties)
-        self.register_load_state_dict_pre_hook(_put_ties_back)
+        hold_tied_weights_once(self)
 
     @property
     def output_head(self) -> LinearHead:
@@ -125,18 +119,3 @@ def places(seq_idx: Tensor) -> Tensor:
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     starts = torch.where(begins, position, 0).cummax(dim=1).values
     return position - starts
-
-
-def _leave_out_ties(
-    module: PackedLanguageModel, state: dict[str, Any], prefix: str, _: Any
-) -> None:
-    """Keep a weight of several names under its first: the files of checkpoints take it once."""
-    for name in module._ties:
-        del state[prefix + name]
-
-
-def _put_ties_back(
-    module: PackedLanguageModel, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    for name, first in module._ties.items():
-        state[prefix + name] = state[prefix + first]

@@ -13,6 +13,7 @@ from teacher_cache.stages.join.learned_projection import LearnedProjection
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.linear_head import LinearHead
 from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
+from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
 
 PROJECTION_FILE = "projection.safetensors"
 
@@ -34,14 +35,7 @@ class StudentWithProjection(nn.Module):
         super().__init__()
         self.student = student
         self.projection = projection
-        first: dict[int, str] = {}
-        self._ties = {  # every other name of a parameter, and its first
-            name: first[id(one)]
-            for name, one in self.named_parameters(remove_duplicate=False)
-            if first.setdefault(id(one), name) != name
-        }
-        self.register_state_dict_post_hook(_leave_out_ties)
-        self.register_load_state_dict_pre_hook(_put_ties_back)
+        hold_tied_weights_once(self)
 
     @property
     def output_head(self) -> LinearHead:
@@ -55,20 +49,6 @@ class StudentWithProjection(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         """The student's."""
         return self.student.get_input_embeddings()
-
-
-def _leave_out_ties(
-    module: StudentWithProjection, state: dict[str, Any], prefix: str, _: Any
-) -> None:
-    for name in module._ties:
-        state.pop(prefix + name, None)  # the student may have left it out itself
-
-
-def _put_ties_back(
-    module: StudentWithProjection, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    for name, first in module._ties.items():
-        state[prefix + name] = state[prefix + first]
 
 
 def write_projection(folder: Path, projection: LearnedProjection) -> None:

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from teacher_cache.stages.student.linear_head import LinearHead
+from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
 from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
 
 
@@ -50,15 +50,7 @@ class ProjectedLayers(nn.Module):
                     for layer, width in widths.items()
                 }
             )
-
-        self._tied = _tied_weights(student)
-        self.register_state_dict_post_hook(_leave_out_tied)
-        self.register_load_state_dict_pre_hook(_fill_in_tied)
-
-    @property
-    def tied(self) -> dict[str, str]:
-        """Weights of the student that are another's, by this module's names."""
-        return {f"student.{one}": f"student.{other}" for one, other in self._tied.items()}
+        hold_tied_weights_once(self)
 
     def forward(self, **inputs: Any) -> Any:
         """The student's outputs, with `projected_hidden`: [B, S', D] by layer, float32 or wider.
@@ -88,18 +80,3 @@ class ProjectedLayers(nn.Module):
     def num_next_tokens(self, attention_mask: torch.Tensor) -> int:
         """As the student counts them."""
         return cast(Any, self.student).num_next_tokens(attention_mask)
-
-
-def _tied_weights(student: nn.Module) -> dict[str, str]:
-    return dict(student.all_tied_weights_keys) if isinstance(student, PreTrainedModel) else {}
-
-
-def _leave_out_tied(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Checkpoints hold each weight once: safetensors refuses two names for one."""
-    for name in module.tied:
-        state_dict.pop(prefix + name, None)
-
-
-def _fill_in_tied(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, source in module.tied.items():
-        state_dict.setdefault(prefix + name, state_dict[prefix + source])
