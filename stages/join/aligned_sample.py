@@ -17,7 +17,7 @@ import numpy as np
 
 from teacher_cache.cache.schema import NEXT_LOG_PROB
 from teacher_cache.stages.join.chunks import align_spans
-from teacher_cache.stages.join.reading import Piece, Reader
+from teacher_cache.stages.join.rereading import Piece, Reader
 
 NO_POSITION = -1
 

@@ -30,7 +30,7 @@ from teacher_cache.stages.teacher.aligned_support import (
     files_of,
     states_support,
 )
-from teacher_cache.stages.teacher.alignment import Alignment, aligned
+from teacher_cache.stages.teacher.capture_alignment import CaptureAlignment, aligned
 from teacher_cache.stages.teacher.capture_positions import (
     arrays_of,
     reduce_positions,
@@ -74,7 +74,7 @@ class LanguageModeling:
     corpora: Mapping[str, Corpus]
     max_length: int
     batch_tokens: int
-    alignment: Alignment
+    alignment: CaptureAlignment
     codec: AnyCodec
     head: LanguageModelHead | None
     layers: LayerPlan

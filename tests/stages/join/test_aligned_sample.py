@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.aligned_sample import AlignedSample, SampleAligner
-from teacher_cache.stages.join.reading import Reader
+from teacher_cache.stages.join.rereading import Reader
 from tests.stages.join.test_byte_bounds import HARD_TEXTS
-from tests.stages.join.test_reading import can_spell, readers  # noqa: F401  (a fixture)
+from tests.stages.join.test_rereading import can_spell, readers  # noqa: F401  (a fixture)
 
 
 def cached(sample: PackedSample, seed: int = 0) -> dict[str, Any]:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment:
+class CaptureAlignment:
     """Over whose ids a cache is.
 
     Attributes:
@@ -42,7 +42,9 @@ class Alignment:
     about: dict[str, Any]
 
 
-def aligned(config: ShardConfig, teacher: LanguageModelTeacher, support: Support) -> Alignment:
+def aligned(
+    config: ShardConfig, teacher: LanguageModelTeacher, support: Support
+) -> CaptureAlignment:
     """Bring the teacher's support to the ids that the options ask for.
 
     Where a student's tokenizer is named, the log says how its ids relate to the teacher's.
@@ -58,7 +60,7 @@ def aligned(config: ShardConfig, teacher: LanguageModelTeacher, support: Support
         CheckFailed: if `truncate` is asked for where equal ids mean different strings.
     """
     if config.student_tokenizer is None:
-        return Alignment(support=support, about={})
+        return CaptureAlignment(support=support, about={})
     student = token_bytes(
         load_tokenizer(
             config.student_tokenizer,
@@ -81,10 +83,12 @@ def aligned(config: ShardConfig, teacher: LanguageModelTeacher, support: Support
     }
     align = config.align or NO_ALIGNMENT
     if align == NO_ALIGNMENT:
-        return Alignment(support=support, about=about)
+        return CaptureAlignment(support=support, about=about)
     if align == "truncate":
         relation.require_same_ids("--align truncate", ways_out=WAYS_OUT)
-        return Alignment(support=CutSupport.by(_same_ids(own, student, support)), about=about)
+        return CaptureAlignment(
+            support=CutSupport.by(_same_ids(own, student, support)), about=about
+        )
     mapped = MappedSupport(teacher=support, vocabulary_map=exact_map(own, student))
     num_teacher = support.size - len(support.unused)
     num_mapped = int((mapped.student_ids >= 0).sum())
@@ -97,7 +101,7 @@ def aligned(config: ShardConfig, teacher: LanguageModelTeacher, support: Support
     )
     _check_top_k(config, mapped, num_student=relation.num_student)
     about["vocabularies"] |= {"num_mapped": num_mapped, "num_reached": mapped.num_reached}
-    return Alignment(support=mapped, about=about)
+    return CaptureAlignment(support=mapped, about=about)
 
 
 def _of_support(own: TokenBytes, support: Support) -> list[bytes | None]:
