@@ -70,7 +70,7 @@ class Models:
             found = [self.teacher_prediction(row)]
         else:
             held_out = self._prepared.held_out[row.block]
-            runs = [self._run(row, trial, seed) for seed in seeds]
+            runs = [self.run(row, trial, seed) for seed in seeds]
             found = [predictions.of_student(run, held_out) for run in runs]
         return Answers(
             row=row,
@@ -94,7 +94,7 @@ class Models:
 
     def load_student(self, row: Row, trial: Settings, seed: int) -> Classifier:
         """One trained student, ready to classify."""
-        return load_student(self._run(row, trial, seed), DeviceConfig())
+        return load_student(self.run(row, trial, seed), DeviceConfig())
 
     def _tfidf_answers(self, row: Row, trial: Settings, taught_by: np.ndarray) -> Answers:
         texts = [one.text for one in self._prepared.held_out[row.block].documents]
@@ -110,7 +110,8 @@ class Models:
             settings=trial,
         )
 
-    def _run(self, row: Row, trial: Settings, seed: int) -> Path:
+    def run(self, row: Row, trial: Settings, seed: int) -> Path:
+        """Folder of one trained student."""
         out = self._config(row, trial, seed).out
         assert out is not None
         return out

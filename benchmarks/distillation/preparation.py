@@ -139,7 +139,8 @@ def _check(
     for name, texts in held_out.items():
         num = sum(len(part) for part in parts.values())
         console.print(f"✓ none of {len(texts):,} texts of {name} is among {num:,} to learn from")
-    views = [one for name in cached for one in _view_overlaps(name, held_out, scale, folders)]
+    with_views = [name for name in cached if scale.views[block_of(name)]]
+    views = [one for name in with_views for one in _view_overlaps(name, held_out, scale, folders)]
     for one in views:
         console.print(
             f"{one.part}: {one.num_normalised} of {one.num_texts:,} read like a text of "

@@ -60,6 +60,6 @@ def goals(found: Sequence[Result], cost: Cost | None, *, standard: bool) -> list
 
 
 def _gain(result: Result | None) -> float | None:
-    if result is None or result.to_labels_only is None:
+    if result is None or result.to_baseline is None:
         return None
-    return 100 * result.to_labels_only.value
+    return 100 * result.to_baseline.value

@@ -58,7 +58,7 @@ class Result:
         num_outside: outside the token embedding.
         settings: that the trial chosen by tuning added.
         to_teacher: accuracy minus the teacher's.
-        to_labels_only: accuracy minus that of the strongest labels-only student.
+        to_baseline: accuracy minus that of the block's strongest baseline, where there is one.
         of_teacher: accuracy over the teacher's.
     """
 
@@ -73,7 +73,7 @@ class Result:
     num_outside: int | None
     settings: Mapping[str, object] | None
     to_teacher: Interval
-    to_labels_only: Interval | None
+    to_baseline: Interval | None
     of_teacher: Interval
 
 
@@ -100,13 +100,13 @@ def results(
         num_resamples: of the bootstrap.
     """
     bootstrap = MovieBootstrap(movie_idx, num_resamples)
-    baseline = _strongest_labels_only(answers, labels)
+    baseline = _strongest_baseline(answers, labels)
     return [_result(one, baseline, labels, bootstrap) for one in answers]
 
 
-def _strongest_labels_only(answers: Sequence[Answers], labels: np.ndarray) -> np.ndarray | None:
-    """[S, N] of the labels-only row that is the best on these very reviews."""
-    found = [one.correct(labels) for one in answers if one.row.is_labels_only]
+def _strongest_baseline(answers: Sequence[Answers], labels: np.ndarray) -> np.ndarray | None:
+    """[S, N] of the baseline that is the best on these very reviews."""
+    found = [one.correct(labels) for one in answers if one.row.is_baseline]
     return max(found, key=lambda correct: correct.mean(), default=None)
 
 
@@ -131,6 +131,6 @@ def _result(
         num_outside=answers.num_outside,
         settings=answers.settings,
         to_teacher=bootstrap.difference(correct, teacher),
-        to_labels_only=None if baseline is None else bootstrap.difference(correct, baseline),
+        to_baseline=None if baseline is None else bootstrap.difference(correct, baseline),
         of_teacher=bootstrap.ratio(correct, teacher),
     )

@@ -42,6 +42,8 @@ STUDENT: Settings = {
     "eval_fraction": 0,
 }
 NUM_STEPS: dict[Block, int] = {"main": 1200, "scarce": 800, "long": 9600}
+# Of `CacheTeacherConfig`: what is kept beside the logits.
+CAPTURED: Settings = {"hidden": "pooled"}
 # Perturbed copies of each document in the caches; the scarce block has as many documents as the
 # main one, and fewer steps to learn from them.
 NUM_VIEWS: dict[Block, int] = {"main": 6, "scarce": 2, "long": 6}
@@ -94,8 +96,7 @@ class Row:
         teacher: whose logits a student is taught with: the block's own, or one fine-tuned on all
             labels.
         times_steps: optimizer steps, as a multiple of those of its block's other students.
-        is_labels_only: whether it is a student that learns from labels alone; the best of these
-            is what distillation has to beat.
+        is_baseline: whether the best of its block's such rows is what the others have to beat.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Row:
     tuned_as: str | None = None
     teacher: Literal["own", "full"] = "own"
     times_steps: float = 1
-    is_labels_only: bool = False
+    is_baseline: bool = False
 
     @property
     def key(self) -> str:
@@ -121,14 +122,14 @@ LABELS_ROWS: tuple[Row, ...] = (
         title="student, labels only",
         block="main",
         overrides=LABELS_ONLY | STOPPED_EARLY,
-        is_labels_only=True,
+        is_baseline=True,
     ),
     Row(
         name="labels-embeddings",
         title="student, labels only, teacher's embeddings",
         block="main",
         overrides=LABELS_ONLY | FROM_TEACHER | STOPPED_EARLY,
-        is_labels_only=True,
+        is_baseline=True,
     ),
 )
 SHORT_LABELS_ROWS: tuple[Row, ...] = tuple(

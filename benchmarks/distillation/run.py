@@ -1,7 +1,8 @@
-"""What a run of the quality benchmark was asked for."""
+"""What a run of a benchmark's command was asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,35 @@ from rich.console import Console
 
 from benchmarks.distillation import tuning
 from benchmarks.distillation.folders import Folders
-from benchmarks.distillation.rows import BLOCKS, ROWS, USUAL_BLOCKS, Row, Settings
-from benchmarks.distillation.scale import FULL, Scale
+from benchmarks.distillation.rows import BLOCKS, Block, Row, Settings
+from benchmarks.distillation.scale import Scale
 from teacher_cache.cache.errors import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What one command of the benchmarks trains and compares.
+
+    Attributes:
+        name: of the command and of its files of results.
+        rows: of all blocks.
+        usual_blocks: what a run takes that is not told otherwise.
+        baseline: what the rows that are baselines learn from.
+        full: scale of a run whose figures mean something.
+        tiny: scale of one that only tries the machine.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    usual_blocks: tuple[Block, ...]
+    baseline: str
+    full: Scale
+    tiny: Scale
+
+    @property
+    def command(self) -> str:
+        """What a user types."""
+        return f"python -m benchmarks.{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +47,7 @@ class Run:
     """Rows, seeds, scale and places; the options' help says more.
 
     Attributes:
+        table: that it is a run of.
         rows: to tune or to judge.
         seeds: of each row's students.
         scale: how much of everything.
@@ -31,6 +59,7 @@ class Run:
         console: for progress and tables.
     """
 
+    table: Table
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     scale: Scale
@@ -42,27 +71,31 @@ class Run:
     console: Console
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those of its rows, in the order of reading."""
+        return tuple(block for block in BLOCKS if any(row.block == block for row in self.rows))
+
+    @property
     def is_whole(self) -> bool:
         """Whether every row of some blocks and every seed is asked for."""
-        blocks = {row.block for row in self.rows}
-        whole = tuple(row for row in ROWS if row.block in blocks)
+        whole = tuple(row for row in self.table.rows if row.block in self.blocks)
         return self.rows == whole and self.seeds == self.scale.seeds
 
     @property
     def results_name(self) -> str:
         """What its files of results are called, without their endings."""
-        blocks = [block for block in BLOCKS if any(row.block == block for row in self.rows)]
-        return "quality" if tuple(blocks) == USUAL_BLOCKS else "-".join(("quality", *blocks))
+        is_usual = self.blocks == self.table.usual_blocks
+        return self.table.name if is_usual else "-".join((self.table.name, *self.blocks))
 
     @property
     def is_standard(self) -> bool:
         """Whether the goals were set for a run like this."""
-        return self.is_whole and self.scale == FULL
+        return self.is_whole and self.scale == self.table.full
 
     @property
     def tuning_file(self) -> Path:
         """Where the choice of trials is kept."""
-        return self.results / tuning.FILE_NAME
+        return self.results / f"{self.table.name}-tuning.json"
 
     def say(self, line: str) -> None:
         """One line of progress."""
@@ -77,25 +110,38 @@ class Run:
         if self.untuned:
             self.say("untuned: the first trial of each row")
             return {row.key: row.trials[0] if row.trials else {} for row in self.rows}
-        found = {row.key: tuning.chosen(self.tuning_file, row, self.scale) for row in self.rows}
+        found = {row.key: self._chosen(row) for row in self.rows}
         self.say(f"each row's settings as {self.tuning_file} chose them by the validation movies")
         return found
 
+    def _chosen(self, row: Row) -> Settings:
+        table = self.table
+        return tuning.chosen(
+            self.tuning_file, row, self.scale, rows=table.rows, command=table.command
+        )
 
-def choose_rows(names: str, blocks: str) -> tuple[Row, ...]:
+
+def choose_rows(rows: Sequence[Row], names: str, blocks: str) -> tuple[Row, ...]:
     """The rows of these names in these blocks, both separated by commas; all rows for no name.
+
+    Args:
+        rows: to choose from.
+        names: of rows; a name may be in several blocks.
+        blocks: of `BLOCKS` that the rows have.
 
     Raises:
         BadParameter: for a name that there is not.
     """
     wanted_blocks, wanted = _words(blocks), _words(names)
-    known = {row.name for row in ROWS if row.block in wanted_blocks}
-    for option, given, there in (("blocks", wanted_blocks, BLOCKS), ("rows", wanted, known)):
+    there = {row.block for row in rows}
+    known = {row.name for row in rows if row.block in wanted_blocks}
+    for option, given, names_there in (("blocks", wanted_blocks, there), ("rows", wanted, known)):
         for one in given:
-            if one not in there:
-                raise typer.BadParameter(f"--{option} names {one!r}: {did_you_mean(one, there)}")
+            if one not in names_there:
+                hint = did_you_mean(one, names_there)
+                raise typer.BadParameter(f"--{option} names {one!r}: {hint}")
     return tuple(
-        row for row in ROWS if row.block in wanted_blocks and (not wanted or row.name in wanted)
+        row for row in rows if row.block in wanted_blocks and (not wanted or row.name in wanted)
     )
 
 

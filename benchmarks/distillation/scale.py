@@ -1,4 +1,4 @@
-"""How much of everything a run of the quality benchmark takes: all of it, or enough to try it."""
+"""How much of everything a run of a benchmark of reviews takes: all of it, or enough to try it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.distillation.rows import (
     BLOCKS,
+    CAPTURED,
     MAX_LENGTH,
     NUM_STEPS,
     NUM_VIEWS,
@@ -27,6 +28,7 @@ class Scale:
         num_validation_movies: the next.
         num_training_movies: of those behind them; None for all.
         num_scarce: labels of the label-scarce block.
+        captured: `CacheTeacherConfig`'s settings of what is kept beside the logits.
         views: perturbed copies of each document in the caches, by block.
         seeds: of the students of each row.
         num_resamples: of the bootstrap.
@@ -44,6 +46,7 @@ class Scale:
     num_validation_movies: int = 50
     num_training_movies: int | None = None
     num_scarce: int = 1000
+    captured: Settings = field(default_factory=lambda: CAPTURED)
     views: dict[Block, int] = field(default_factory=lambda: NUM_VIEWS)
     seeds: tuple[int, ...] = (0, 1, 2)
     num_resamples: int = 10_000

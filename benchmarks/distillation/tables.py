@@ -1,7 +1,8 @@
-"""The quality benchmark's results as grids of words, printed by rich or written as markdown."""
+"""Results of the benchmarks of reviews as grids of words, printed by rich or as markdown."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from benchmarks.distillation.bootstrap import Interval
 from benchmarks.distillation.cost import Cost
+from benchmarks.distillation.inside import Inside
 from benchmarks.distillation.leakage import Overlap
 from benchmarks.distillation.results import Result
 from benchmarks.distillation.teachers import Sureness
@@ -77,22 +79,38 @@ def quality_grid(title: str, found: Sequence[Result]) -> Grid:
     )
 
 
-def comparison_grid(title: str, found: Sequence[Result]) -> Grid:
-    """Each row's accuracy beside that of the teacher and of the labels alone."""
+def comparison_grid(title: str, found: Sequence[Result], baseline: str) -> Grid:
+    """Each row's accuracy beside that of the teacher and of the block's strongest baseline."""
     return Grid(
         title=title,
-        headings=("model", "points above teacher", "points above labels only", "% of teacher's"),
+        headings=("model", "points above teacher", f"points above {baseline}", "% of teacher's"),
         lines=tuple(
             (
                 one.title,
                 _interval(one.to_teacher, "+.1f"),
-                NONE if one.to_labels_only is None else _interval(one.to_labels_only, "+.1f"),
+                NONE if one.to_baseline is None else _interval(one.to_baseline, "+.1f"),
                 _interval(one.of_teacher, ".1f"),
             )
             for one in found
         ),
         note="Accuracy, with 95 % intervals of a paired bootstrap over the test movies. The "
-        "teacher is the one that taught the row; labels only is the best such row of its block.",
+        f"teacher is the one that taught the row; {baseline} is the best such row of its block.",
+    )
+
+
+def inside_grid(title: str, found: Sequence[Inside]) -> Grid:
+    """How far each row's students are inside from their teacher: means over seeds."""
+    first = found[0]
+    return Grid(
+        title=title,
+        headings=("model", "KL of a map's row", "1 - cosine of a state"),
+        lines=(
+            ("any row spread evenly", _nats(first.even_kl), NONE),
+            *((one.title, _of_seeds(one.map_kl), _of_seeds(one.hidden)) for one in found),
+        ),
+        note=f"On {first.num_reviews:,} test reviews, mean over the matched layers, and each seed "
+        "in brackets. KL: from the teacher's row to the student's, nats. State: through a ridge "
+        "regression fitted on half of these reviews, judged on the other half.",
     )
 
 
@@ -200,6 +218,11 @@ def _accuracy(result: Result) -> str:
 def _interval(interval: Interval, form: str) -> str:
     value, low, high = (100 * one for one in (interval.value, interval.low, interval.high))
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _of_seeds(values: Sequence[float]) -> str:
+    mean = _nats(statistics.fmean(values))
+    return mean if len(values) < 2 else f"{mean} ({', '.join(map(_nats, values))})"
 
 
 def _percent(value: float | None) -> str:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.distillation.corpora import CORPUS_OF, Name, Stage, block_of, corpus_config
+from benchmarks.distillation.corpora import (
+    CORPUS_OF,
+    MovieCorpus,
+    Name,
+    Stage,
+    block_of,
+    corpus_config,
+)
 from benchmarks.distillation.folders import Folders
 from benchmarks.distillation.rows import Row, Settings
 from benchmarks.distillation.scale import Scale
@@ -43,7 +50,7 @@ def cache_config(corpus: Name, teacher: Path, folders: Folders, scale: Scale) ->
     """Settings of the one cache that all rows of a corpus and a teacher are trained from."""
     made_of = {
         "max_length": scale.max_length,
-        "hidden": "pooled",
+        **scale.captured,
         "views": scale.views[block_of(corpus)],
     }
     values = {
@@ -53,6 +60,26 @@ def cache_config(corpus: Name, teacher: Path, folders: Folders, scale: Scale) ->
         "labeled": corpus_config(folders.corpus(corpus), "train"),
         "unlabeled": corpus_config(folders.corpus(corpus), "unlabeled"),
         "out": folders.cache(corpus, teacher, made_of),
+    }
+    return validate(CacheTeacherConfig, values, where="the recipe's cache")
+
+
+def judging_cache_config(
+    corpus: MovieCorpus, teacher: Path, folders: Folders, scale: Scale
+) -> CacheTeacherConfig:
+    """Settings of a cache of the reviews that judge; no student is trained from it.
+
+    Raises:
+        UserError: if the recipe's settings are not those of a cache.
+    """
+    made_of = {"max_length": scale.max_length, **scale.captured}
+    name = f"{corpus.name}-{corpus.held_out_split}"
+    values = {
+        **made_of,
+        "name": name,
+        "teacher": str(teacher),
+        "labeled": corpus_config(folders.corpus(corpus.name), corpus.held_out_split),
+        "out": folders.cache(name, teacher, made_of),
     }
     return validate(CacheTeacherConfig, values, where="the recipe's cache")
 

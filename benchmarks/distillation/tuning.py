@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.distillation.rows import ROWS, Row, Settings
+from benchmarks.distillation.rows import Row, Settings
 from benchmarks.distillation.scale import Scale
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
-
-FILE_NAME = "quality-tuning.json"
 
 
 def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -63,16 +61,23 @@ def record(
     write_bytes_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def chosen(file: Path, row: Row, scale: Scale) -> Settings:
+def chosen(file: Path, row: Row, scale: Scale, *, rows: Sequence[Row], command: str) -> Settings:
     """What tuning chose for a row, or for the one whose choice it takes; or its only trial.
+
+    Args:
+        file: as `record` writes it.
+        row: whose choice is wanted.
+        scale: at which it was to be tuned.
+        rows: the table's, among which is the one whose choice it takes.
+        command: that tunes, for a message.
 
     Raises:
         UserError: if the row was not tuned, or its recipe or trials were others then.
     """
     if len(row.trials) < 2:
         return row.trials[0] if row.trials else {}
-    row = next((one for one in ROWS if one.key == row.tuned_as), row)
-    again = f"run `python -m benchmarks.quality --tune --rows {row.name}` first, or give --untuned"
+    row = next((one for one in rows if one.key == row.tuned_as), row)
+    again = f"run `{command} --tune --rows {row.name}` first, or give --untuned"
     tuned = _read(file)["rows"].get(row.key) if file.is_file() else None
     if tuned is None:
         raise UserError(
@@ -83,7 +88,7 @@ def chosen(file: Path, row: Row, scale: Scale) -> Settings:
     if trials != [dict(trial) for trial in row.trials] or tuned["recipe"] != recipe(row, scale):
         raise UserError(
             f"{file} chose for the row {row.key} among other trials or with another recipe than "
-            f"rows.py has now: {again}"
+            f"there is now: {again}"
         )
     return tuned["chosen"]
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import typer
+from typer.testing import CliRunner
 
 from benchmarks import quality
 from benchmarks.distillation.rows import ROWS, USUAL_BLOCKS
@@ -141,5 +141,5 @@ def test_the_whole_benchmark_tiny(folders: Folders) -> None:
 
 
 def test_a_tiny_run_leaves_the_kept_results_alone() -> None:
-    with pytest.raises(typer.BadParameter, match="--tiny measures nothing to keep"):
-        quality.main(tiny=True)
+    found = CliRunner().invoke(quality.app, ["--tiny"])
+    assert found.exit_code == 2 and "--tiny measures nothing to keep" in found.output

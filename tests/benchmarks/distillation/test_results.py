@@ -31,7 +31,7 @@ def answers(name: str, *num_right: int, teacher: int = 80, **fields) -> Answers:
     block: Block = fields.pop("block", "main")
     kind = fields.pop("kind", "student")
     only = name.startswith("labels")
-    row = Row(name=name, title=f"the {name}", block=block, kind=kind, is_labels_only=only)
+    row = Row(name=name, title=f"the {name}", block=block, kind=kind, is_baseline=only)
     return Answers(
         row=row,
         seeds=tuple(range(len(num_right))),
@@ -72,12 +72,12 @@ def test_differences_are_to_the_teacher_and_to_the_stronger_labels_only() -> Non
     found = {one.key: one for one in of()}
     best = found["main/all"]
     assert best.to_teacher.value == pytest.approx(-0.01)
-    assert best.to_labels_only is not None
-    assert best.to_labels_only.value == pytest.approx(0.79 - 0.72)
+    assert best.to_baseline is not None
+    assert best.to_baseline.value == pytest.approx(0.79 - 0.72)
     assert best.of_teacher.value == pytest.approx(0.79 / 0.80)
     assert best.to_teacher.low <= best.to_teacher.value <= best.to_teacher.high
     alone = results([answers("all", 79)], LABELS, MOVIES, num_resamples=10)
-    assert alone[0].to_labels_only is None
+    assert alone[0].to_baseline is None
 
 
 def test_majority_is_of_what_was_learned_from() -> None:
@@ -121,11 +121,14 @@ def findings() -> Findings:
     rows = [*of(), *of("scarce")]
     spent = cost(12.0, 1.5)
     return Findings(
+        command="python -m benchmarks.quality --blocks main,scarce",
         machine={"cores": 2, "mambapy": None},
         settings={"trials": "as the validation movies chose them"},
         titles={"main": "all labels", "scarce": "few labels"},
+        baseline="labels only",
         results=rows,
         sureness=[sureness("teacher of full, its labels", logits(90), LABELS)],
+        inside=[],
         cost=spent,
         overlaps=[],
         goals=goals(rows, spent, standard=True),

@@ -49,7 +49,7 @@ def test_names_are_unique_in_their_block() -> None:
     assert set(Counter(row.key for row in ROWS).values()) == {1}
     for block in BLOCKS:
         rows = [row for row in ROWS if row.block == block]
-        assert sum(row.is_labels_only for row in rows) == (4 if block == "main" else 2)
+        assert sum(row.is_baseline for row in rows) == (4 if block == "main" else 2)
         assert {"teacher", "views" if block == "long" else "all"} <= {row.name for row in rows}
 
 
@@ -68,11 +68,11 @@ def test_a_run_is_called_by_its_settings(tmp_path: Path) -> None:
 
 
 def test_rows_are_chosen_by_name() -> None:
-    assert choose_rows("", ",".join(BLOCKS)) == ROWS
-    assert [row.key for row in choose_rows("all, logits", "main,scarce")] == [
+    assert choose_rows(ROWS, "", ",".join(BLOCKS)) == ROWS
+    assert [row.key for row in choose_rows(ROWS, "all, logits", "main,scarce")] == [
         *("main/logits", "main/all", "scarce/logits", "scarce/all")
     ]
-    assert {row.block for row in choose_rows("", "scarce")} == {"scarce"}
+    assert {row.block for row in choose_rows(ROWS, "", "scarce")} == {"scarce"}
     assert choose_seeds("2, 0,2") == (2, 0) and choose_seeds("") == ()
 
 
@@ -86,7 +86,7 @@ def test_rows_are_chosen_by_name() -> None:
 )
 def test_a_name_that_there_is_not(names: str, blocks: str, saying: str) -> None:
     with pytest.raises(typer.BadParameter, match=saying):
-        choose_rows(names, blocks)
+        choose_rows(ROWS, names, blocks)
 
 
 def test_a_seed_that_is_no_number() -> None:

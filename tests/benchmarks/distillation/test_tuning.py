@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.distillation import tuning
-from benchmarks.distillation.rows import ROWS, Row
+from benchmarks.distillation.rows import ROWS, Row, Settings
 from benchmarks.distillation.scale import FULL, Scale
 from teacher_cache.cache.errors import UserError
 
@@ -24,6 +24,10 @@ def tuned(row: Row, chosen: int, scale: Scale = FULL) -> dict[str, dict[str, Any
     return {row.key: {"recipe": recipe, "trials": trials, "chosen": trials[chosen]["settings"]}}
 
 
+def chosen(file: Path, row: Row, scale: Scale = FULL) -> Settings:
+    return tuning.chosen(file, row, scale, rows=ROWS, command="python -m benchmarks.quality")
+
+
 def test_the_most_accurate_trial_then_the_likeliest() -> None:
     trials = [
         {"accuracy": 0.7, "nll": 0.5},
@@ -37,7 +41,7 @@ def test_the_most_accurate_trial_then_the_likeliest() -> None:
 def test_the_choice_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "results" / "tuning.json"
     tuning.record(file, tuned(ROW, 1), {"cores": 2}, seed=0)
-    assert tuning.chosen(file, ROW, FULL) == {"lr": 0.2}
+    assert chosen(file, ROW) == {"lr": 0.2}
 
 
 def test_rows_are_tuned_in_parts(tmp_path: Path) -> None:
@@ -45,14 +49,14 @@ def test_rows_are_tuned_in_parts(tmp_path: Path) -> None:
     tuning.record(file, tuned(ROW, 0), {}, seed=0)
     tuning.record(file, tuned(other, 1), {}, seed=0)
     tuning.record(file, tuned(other, 2), {}, seed=0)
-    assert tuning.chosen(file, ROW, FULL) == {"lr": 0.1}
-    assert tuning.chosen(file, other, FULL) == {"lr": 0.3}
+    assert chosen(file, ROW) == {"lr": 0.1}
+    assert chosen(file, other) == {"lr": 0.3}
     assert len(json.loads(file.read_text())["rows"]) == 2
 
 
 def test_nothing_to_choose_needs_no_file(tmp_path: Path) -> None:
-    assert tuning.chosen(tmp_path / "none", replace(ROW, trials=()), FULL) == {}
-    assert tuning.chosen(tmp_path / "none", replace(ROW, trials=({"lr": 1},)), FULL) == {"lr": 1}
+    assert chosen(tmp_path / "none", replace(ROW, trials=())) == {}
+    assert chosen(tmp_path / "none", replace(ROW, trials=({"lr": 1},))) == {"lr": 1}
 
 
 @pytest.mark.parametrize(
@@ -68,32 +72,35 @@ def test_nothing_to_choose_needs_no_file(tmp_path: Path) -> None:
 def test_another_recipe_is_tuned_again(tmp_path: Path, row: Row, scale: Scale) -> None:
     file = tmp_path / "tuning.json"
     tuning.record(file, tuned(ROW, 1), {}, seed=0)
-    with pytest.raises(UserError, match=r"with another recipe than .* --tune --rows logits` first"):
-        tuning.chosen(file, row, scale)
+    with pytest.raises(
+        UserError,
+        match=r"another recipe than .*`python -m benchmarks\.quality --tune --rows logits` first",
+    ):
+        chosen(file, row, scale)
 
 
 def test_a_scarce_row_takes_the_choice_of_the_main_one(tmp_path: Path) -> None:
     file, scarce = tmp_path / "tuning.json", next(row for row in ROWS if row.key == "scarce/all")
     main = next(row for row in ROWS if row.key == "main/all")
     tuning.record(file, tuned(main, 1), {}, seed=0)
-    assert tuning.chosen(file, scarce, FULL) == main.trials[1]
+    assert chosen(file, scarce) == main.trials[1]
 
 
 def test_views_count_where_they_take_part(tmp_path: Path) -> None:
     file, more = tmp_path / "tuning.json", replace(FULL, tuning_views=FULL.tuning_views + 1)
     row = replace(ROW, name="views", overrides={"unlabeled_alpha": 0.3})
     tuning.record(file, tuned(ROW, 1) | tuned(row, 1), {}, seed=0)
-    assert tuning.chosen(file, ROW, more) == {"lr": 0.2}
+    assert chosen(file, ROW, more) == {"lr": 0.2}
     with pytest.raises(UserError, match="with another recipe"):
-        tuning.chosen(file, row, more)
+        chosen(file, row, more)
 
 
 def test_a_row_that_was_not_tuned(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no choice for the row main/logits, which has 3 trials"):
-        tuning.chosen(tmp_path / "tuning.json", ROW, FULL)
+        chosen(tmp_path / "tuning.json", ROW)
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "tuning.json").write_text("{}")
     with pytest.raises(UserError, match=r"is damaged .* remove it and tune again"):
-        tuning.chosen(tmp_path / "tuning.json", ROW, FULL)
+        chosen(tmp_path / "tuning.json", ROW)
