@@ -1,11 +1,11 @@
 """What a teacher of another tokenizer gives a small Mamba, by each way of aligning the two.
 
-    python -m benchmarks.alignment --teacher DIR    # SmolLM2-135M-Instruct as transformers saves it
+    python -m benchmarks.alignment
 
-The teacher's distributions over chapters of Austen are cached once. Students with GPT-2's tokenizer
-learn from the cache alone: on the text only, and with the teacher, all for as many steps, with the
-same seeds and so the same weights at first and the same batches. They are judged by their mean
-cross-entropy on held-out samples of the same chapters. What was trained is found again.
+The distributions of SmolLM2 over chapters of Austen are cached once. Students with GPT-2's
+tokenizer learn from the cache alone: on the text only, and with the teacher, all for as many steps,
+with the same seeds and so the same weights at first and the same batches. They are judged by their
+mean cross-entropy on held-out samples of the same chapters. What was trained is found again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import machine
+from benchmarks.smollm2 import smollm2_folder
 from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomically
 from teacher_cache.pipeline.reporting import quiet_libraries, reported
 from teacher_cache.stages import cache_teacher, train_student
@@ -50,12 +51,12 @@ app = typer.Typer(add_completion=False)
 console = Console()
 
 
-def cached(teacher: str, work: Path) -> Path:
+def cached(teacher: Path, work: Path) -> Path:
     """The cache, made if it is not there."""
     config = CacheTeacherConfig(
         task="lm",
         name=AUSTEN,
-        teacher=teacher,
+        teacher=str(teacher),
         device="cpu",
         max_length=MAX_LENGTH,
         batch_tokens=1024,
@@ -119,7 +120,9 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 @app.command()
 def main(
-    teacher: Annotated[str, typer.Option(help="Folder of SmolLM2-135M-Instruct.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of SmolLM2. Default: the packaged one, converted.")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Where caches and runs go.")] = WORK,
     seeds: Annotated[int, typer.Option(help="How many.")] = 2,
 ) -> None:
@@ -127,7 +130,8 @@ def main(
     with reported():
         quiet_libraries()
         described = machine.describe(torch.device("cpu"))
-        cache = cached(teacher, work)
+        instead = "give --teacher and its folder"
+        cache = cached(teacher or smollm2_folder(work / "smollm2", instead=instead), work)
         tokenizer = gpt2_tokenizer(work / "gpt2-tokenizer")
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ROWS}
         for seed in range(seeds):

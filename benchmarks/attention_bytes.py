@@ -1,9 +1,9 @@
 """Bytes and losses of cached attention maps, on real teachers and real text.
 
-    python -m benchmarks.attention_bytes --encoder DIR --decoder DIR --json FILE
+    python -m benchmarks.attention_bytes --json FILE
 
-`--encoder` is a folder of a bidirectional transformer, which reads movie reviews (MiniLM's lies in
-`assets/minilm`), `--decoder` one of a causal language model, which reads Austen's chapters.
+A bidirectional transformer (MiniLM) reads movie reviews, a causal language model (SmolLM2) Austen's
+chapters; `--encoder` and `--decoder` are folders of others.
 Every text runs alone; each of its maps is stored in every mode and read again.
 """
 
@@ -25,9 +25,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks import machine
 from benchmarks.goal import Goal, goal_table
+from benchmarks.smollm2 import smollm2_folder
 from teacher_cache.cache.codecs.attention import AttentionCodec, row_kl
+from teacher_cache.pipeline.reporting import reported
 from teacher_cache.stages.data import austen, reviews
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.packages import fetch
 from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.layer_plan import LayerPlan
@@ -35,6 +38,7 @@ from teacher_cache.stages.teacher.layer_tap import LayerTap, packed_in_rows
 from teacher_cache.stages.teacher.load import EAGER, Teacher
 
 Mode = Literal["cls", "mean", "full"]
+WORK = Path("runs/attention-bytes")
 FEWEST_HEADS = 10  # from which the goal of the mean over heads holds
 KL_GOAL = 1e-3
 SMALLER_GOAL = 20.0
@@ -189,9 +193,15 @@ def goals(rows: list[Row]) -> list[Goal]:
 
 
 def main(
-    encoder: Annotated[Path | None, typer.Option(help="Folder of a bidirectional model.")] = None,
-    decoder: Annotated[Path | None, typer.Option(help="Folder of a causal model.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Texts a teacher reads.")] = 64,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a bidirectional model. Default: MiniLM, packaged."),
+    ] = None,
+    decoder: Annotated[
+        Path | None, typer.Option(help="Folder of a causal model. Default: SmolLM2, converted.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Where SmolLM2 goes.")] = WORK,
+    samples: Annotated[int, typer.Option(min=1, help="Texts a teacher reads.")] = 24,
     max_length: Annotated[int, typer.Option(min=2, help="Longest text in tokens.")] = 256,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
 ) -> None:
@@ -200,10 +210,12 @@ def main(
     if not console.is_terminal:
         console = Console(width=120)
     described = machine.describe(torch.device("cpu"))
-    rows: list[Row] = []
-    for folder, source in ((encoder, reviews.NAME), (decoder, austen.NAME)):
-        if folder is not None:
-            rows += measure(folder, source, samples, max_length)
+    with reported():
+        instead = "give --decoder and a causal model's folder"
+        decoder = decoder or smollm2_folder(work / "smollm2", instead=instead)
+        encoder = encoder or fetch("minilm")
+    rows = measure(encoder, reviews.NAME, samples, max_length)
+    rows += measure(decoder, austen.NAME, samples, max_length)
     console.print(bytes_table(rows))
     for row in rows:
         for name, kl in row.other_kl.items():

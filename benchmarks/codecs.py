@@ -43,9 +43,9 @@ from benchmarks.codec_table.rows import (
     Scale,
     SmolLM2Scale,
 )
-from benchmarks.codec_table.smollm2 import smollm2_folder
 from benchmarks.distillation.folders import Folders
 from benchmarks.distillation.run import choose_seeds
+from benchmarks.smollm2 import smollm2_folder
 from teacher_cache.cache.errors import did_you_mean
 from teacher_cache.pipeline.reporting import quiet_libraries, reported
 from teacher_cache.stages import train_student
@@ -161,7 +161,8 @@ def _kept(run: Run, prepared: Prepared) -> dict[str, Kept]:
 
 def _kept_of_smollm2(run: Run, scale: SmolLM2Scale) -> dict[str, Kept]:
     """The same of SmolLM2, by a student that has read one chapter many times."""
-    folder = smollm2_folder(run.folders.work / "teachers" / "smollm2")
+    at = run.folders.work / "teachers" / "smollm2"
+    folder = smollm2_folder(at, instead="leave it out with --no-smollm2")
     run.say("cache of SmolLM2")
     chapter = teacher.novels("train", 1)
     cache = cached(dict(NONE.codec), folder, chapter, run.folders, run.console)

