@@ -212,6 +212,37 @@ def predict(*, run: Path, text: str, **given: Any) -> None:
         commands.predict(options, run, text)
 
 
+@_command("report")
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html in the run's folder.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the run's cache lies now. Default: as the run says.")
+    ] = None,
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Id of a sample whose attention maps are drawn, if the cache holds maps; may be "
+            "given several times. Default: the first."
+        ),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Show these figures too: `pipe evaluate --json` wrote them.")
+    ] = None,
+) -> None:
+    """Write a run's curves, figures, cache and attention maps as one HTML page."""
+    with reported():
+        from teacher_cache.pipeline.report.report import REPORT_NAME, ReportOptions, write_report
+
+        quiet_libraries()
+        options = ReportOptions(run=run, cache=cache, samples=sample or (), evaluation=evaluation)
+        page = out or run / REPORT_NAME
+        write_report(options, page)
+        console.print(f"✓ report {page}", style="green", soft_wrap=True)
+
+
 @_command("run")
 def run(
     config: Annotated[

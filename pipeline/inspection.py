@@ -13,8 +13,9 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify as verify_cache
 from teacher_cache.pipeline.language_tables import is_language_model, kept_table
 from teacher_cache.pipeline.layer_tables import layer_fields, layer_table
+from teacher_cache.pipeline.pictures.figures import write_figure
 from teacher_cache.pipeline.reporting import console, working
-from teacher_cache.pipeline.sample_view import draw_attention, print_sample
+from teacher_cache.pipeline.sample_view import attention_panels, print_sample
 from teacher_cache.pipeline.tables import manifest_table, settings_table
 
 NUM_IDS_SHOWN = 3
@@ -44,7 +45,8 @@ def inspect(
             raise UserError(
                 "--attention-image draws one sample: give its id with --sample, and no --json"
             )
-        draw_attention(cache, sample, attention_image, run=run)
+        panels = attention_panels(cache, sample, run=run)
+        write_figure(panels.figure(), attention_image, option="--attention-image")
         console.print(f"✓ attention maps drawn: {attention_image}", style="green", soft_wrap=True)
         return
     if as_json:

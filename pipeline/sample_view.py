@@ -12,9 +12,9 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
-from teacher_cache.pipeline.attention_image import draw_maps, readable_tokens, teacher_maps
-from teacher_cache.pipeline.both_maps import draw_both
 from teacher_cache.pipeline.language_tables import is_language_model
+from teacher_cache.pipeline.pictures.attention_maps import Panels, readable_tokens, teacher_maps
+from teacher_cache.pipeline.pictures.both_maps import both_sides
 from teacher_cache.pipeline.position_view import print_distributions
 from teacher_cache.stages.tokenizers import load_tokenizer
 
@@ -41,28 +41,26 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     )
 
 
-def draw_attention(cache: Path, sample_id: str, path: Path, *, run: Path | None = None) -> None:
-    """Draw the cached attention maps of a sample, its tokens on the axes.
+def attention_panels(cache: Path, sample_id: str, *, run: Path | None = None) -> Panels:
+    """The cached attention maps of a sample.
 
     Args:
         cache: its folder.
         sample_id: or its beginning.
-        path: of the picture.
-        run: a student's, whose mixing matrices are drawn beside the maps; or none.
+        run: a student's, whose mixing matrices stand beside the maps; or none.
 
     Raises:
-        UserError: if no split has exactly one sample of that id, the cache holds no maps, the run
-            cannot be compared with them, or the picture cannot be drawn or written.
+        UserError: if no split has exactly one sample of that id, the cache holds no maps, or the
+            run cannot be compared with them.
     """
     split, sample_idx = _find(cache, sample_id)
     reader = CacheReader(cache, split)
     sample = reader.sample(sample_idx)
     tokenizer = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="CACHE")
     if run is not None:
-        draw_both(reader, sample, tokenizer, run, path)
-        return
+        return both_sides(reader, sample, tokenizer, run)
     tokens = readable_tokens(tokenizer, sample["input_ids"].tolist())
-    draw_maps(teacher_maps(reader.manifest, sample, tokens), tokens, path)
+    return Panels(maps=teacher_maps(reader.manifest, sample, tokens), tokens=tokens)
 
 
 def _print_classes(console: Console, manifest: Manifest, sample: Mapping[str, np.ndarray]) -> None:

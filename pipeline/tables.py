@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -60,6 +60,26 @@ def cost_table(
             size = (f"{row.num_parameters / 1e6:.1f} M", f"{row.megabytes:.1f}")
             cells = [_ms(row, length) for length in lengths]
             table.add_row((names or {}).get(row.name, row.name), *size, *cells)
+    return table
+
+
+def evaluation_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """Models of either task, a row each; a figure that no model has gets no column.
+
+    Args:
+        rows: figures by name, nested or not, each with the model's `name`.
+        title: of the table.
+    """
+    leaves = [dict(_leaves(row)) for row in rows]
+    columns = dict.fromkeys(
+        name for row in leaves for name, value in row.items() if isinstance(value, int | float)
+    )
+    table = Table("model", title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in leaves:
+        cells = (row.get(name) for name in columns)
+        table.add_row(row["name"], *(NONE if one is None else f"{one:,.4g}" for one in cells))
     return table
 
 

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.attention_image import (
+from teacher_cache.pipeline.pictures.attention_maps import (
     NamedMap,
-    draw_maps,
+    Panels,
     readable_tokens,
     teacher_maps,
 )
+from teacher_cache.pipeline.pictures.figures import new_figure, rendered
 from tests.command_line import done, refused
 from tests.tiny_models import write_tiny_language_model
 from tests.tiny_runs import cache_reviews
@@ -54,8 +55,7 @@ def packed(
     return folder / "cache"
 
 
-def size_of(png: Path) -> tuple[int, int]:
-    data = png.read_bytes()
+def size_of(data: bytes) -> tuple[int, int]:
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
     return width, height
@@ -119,7 +119,7 @@ def test_a_samples_maps_are_drawn(
     assert "drawn" in done(
         "inspect", cache, "--sample", first_id(cache), "--attention-image", picture
     )
-    width, height = size_of(picture)
+    width, height = size_of(picture.read_bytes())
     assert width > 500 and height > 400
 
 
@@ -152,11 +152,10 @@ def test_rows_of_the_pooled_position_share_a_panel(
     (one,) = teacher_maps(reader.manifest, sample, tokens)
     assert one.values.shape == (2, len(tokens)) and one.row_labels == ["layer 0", "layer 1"]
     assert one.title == "teacher, what [CLS] looks at"
-    draw_maps([one], tokens, tmp_path / "out.svg")
-    assert b"<svg" in (tmp_path / "out.svg").read_bytes()
+    assert b"<svg" in rendered(Panels(maps=[one], tokens=tokens).figure(), "svg")
 
 
-def test_maps_of_any_origin_stand_side_by_side(tmp_path: Path) -> None:
+def test_maps_of_any_origin_stand_side_by_side() -> None:
     tokens = [f"token{i}" for i in range(90)]
     values = np.tril(np.ones((90, 90)))
     maps = [
@@ -164,9 +163,8 @@ def test_maps_of_any_origin_stand_side_by_side(tmp_path: Path) -> None:
                  row_labels=tokens)
         for i, title in enumerate(("teacher", "student", "other", "fourth"))
     ]  # fmt: skip
-    draw_maps(maps[:1], tokens, tmp_path / "one.png")
-    draw_maps(maps, tokens, tmp_path / "four.png")
-    (one_wide, one_high), (wide, high) = (size_of(tmp_path / f"{n}.png") for n in ("one", "four"))
+    drawn = [Panels(maps=part, tokens=tokens).figure() for part in (maps[:1], maps)]
+    (one_wide, one_high), (wide, high) = (size_of(rendered(one, "png")) for one in drawn)
     assert wide > 2 * one_wide and high > 1.5 * one_high
 
 
@@ -186,5 +184,5 @@ def test_what_cannot_be_drawn_is_refused(
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'teacher-cache\[report\]'"):
-        draw_maps([], [], picture)
+        new_figure(1.0, 1.0)
     assert not picture.exists()

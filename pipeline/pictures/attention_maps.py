@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from teacher_cache.cache.codecs.attention import AttentionCodec, attention_field, attention_from
-from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest
+from teacher_cache.pipeline.pictures.figures import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 MOST_LABELS = 72  # of an axis; of a longer sample every second, third, ... token is named
@@ -105,38 +103,38 @@ def readable_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> l
     return [text.replace(" ", "\N{OPEN BOX}").replace("\n", "\\n") or "''" for text in texts]
 
 
-def draw_maps(
-    maps: Sequence[NamedMap],
-    tokens: Sequence[str],
-    path: Path,
-    *,
-    most_columns: int = MOST_COLUMNS,
-) -> None:
-    """Draw maps over the same tokens and write the picture; all have one colour scale.
+@dataclass(frozen=True, kw_only=True)
+class Panels:
+    """Maps over the same tokens, in reading order.
 
-    Args:
-        maps: in reading order, at least one.
+    Attributes:
+        maps: at least one.
         tokens: S of them, looked at.
-        path: its ending says the format: png, pdf, svg, ...
         most_columns: panels in a row of the picture.
-
-    Raises:
-        UserError: if matplotlib is missing, knows no such format, or the file cannot be written.
     """
-    try:
-        from matplotlib.colors import PowerNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "--attention-image draws with matplotlib, which is not installed: "
-            "`pip install 'teacher-cache[report]'`"
-        ) from error
+
+    maps: Sequence[NamedMap]
+    tokens: Sequence[str]
+    most_columns: int = MOST_COLUMNS
+
+    def figure(self) -> Figure:
+        """The picture; all maps have one colour scale.
+
+        Raises:
+            UserError: if matplotlib is missing.
+        """
+        return _figure(self.maps, self.tokens, self.most_columns)
+
+
+def _figure(maps: Sequence[NamedMap], tokens: Sequence[str], most_columns: int) -> Figure:
     columns = min(most_columns, len(maps))
     rows = math.ceil(len(maps) / columns)
     side = INCHES_A_LABEL * min(MOST_LABELS, max(len(tokens), 12))
     share = max(LEAST_HEIGHT, *(len(one.values) / len(tokens) for one in maps))
     size = (columns * (side + MARGIN_INCHES) + 1.0, rows * (side * share + MARGIN_INCHES))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
+    from matplotlib.colors import PowerNorm
+
     # Few large shares and many small ones: the root shows both.
     norm = PowerNorm(0.5, vmin=0.0, vmax=float(max(np.nanmax(one.values) for one in maps)))
     grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
@@ -159,7 +157,7 @@ def draw_maps(
     bar = figure.colorbar(image, ax=list(grid), shrink=0.8, pad=0.01)
     bar.set_label("share of the row (root scale)", fontsize=FONT_POINTS + 1)
     bar.ax.tick_params(labelsize=FONT_POINTS)
-    write_bytes_atomically(path, _rendered(figure, path))
+    return figure
 
 
 def _reach(codec: AttentionCodec, lengths: Sequence[int]) -> np.ndarray:
@@ -180,18 +178,3 @@ def _name(axis: Any, labels: Sequence[str], *, rotation: int) -> None:
     axis.set_ticks(places, [labels[i] for i in places], fontsize=FONT_POINTS, rotation=rotation)
     for text in axis.get_ticklabels():
         text.set_parse_math(False)  # a dollar is a token like any other
-
-
-def _rendered(figure: Any, path: Path) -> bytes:
-    kind = path.suffix.removeprefix(".").lower() or "none"
-    known = figure.canvas.get_supported_filetypes()
-    if kind not in known:
-        raise UserError(
-            f"--attention-image {path} has the ending {kind!r}, expected one of "
-            f"{', '.join(sorted(known))}"
-        )
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # of scripts that the font lacks
-        figure.savefig(buffer, format=kind, dpi=150)
-    return buffer.getvalue()

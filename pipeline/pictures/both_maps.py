@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.attention_image import NamedMap, codec_of, draw_maps, readable_tokens
+from teacher_cache.pipeline.pictures.attention_maps import (
+    NamedMap,
+    Panels,
+    codec_of,
+    readable_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,24 +24,19 @@ if TYPE_CHECKING:
 PAIRS = 2  # columns: the teacher's panel and the student's
 
 
-def draw_both(
-    reader: CacheReader,
-    sample: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    run: Path,
-    path: Path,
-) -> None:
-    """Draw each matched layer's two maps of a sample, the tokens in the student's order.
+def both_sides(
+    reader: CacheReader, sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase, run: Path
+) -> Panels:
+    """Each matched layer's two maps of a sample, the tokens in the student's order.
 
     Args:
         reader: of the cache.
         sample: as it gives it.
         tokenizer: of the cache.
         run: a finished student's.
-        path: of the picture.
 
     Raises:
-        UserError: as `InsideOfRun.of` and `draw_maps`.
+        UserError: as `InsideOfRun.of`.
     """
     from teacher_cache.stages.evaluation.matched_maps import InsideOfRun  # imports torch
 
@@ -45,7 +45,7 @@ def draw_both(
     appended = -1 if maps.appended_id is None else maps.appended_id  # none has no such source
     ids = [appended if source < 0 else int(sample["input_ids"][source]) for source in maps.sources]
     tokens = readable_tokens(tokenizer, ids)
-    draw_maps(both_maps(maps, tokens), tokens, path, most_columns=PAIRS)
+    return Panels(maps=both_maps(maps, tokens), tokens=tokens, most_columns=PAIRS)
 
 
 def both_maps(maps: MatchedMaps, tokens: Sequence[str]) -> list[NamedMap]:

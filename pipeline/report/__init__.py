@@ -1,0 +1,1 @@
+"""`pipe report`: a run as one HTML page that needs no other file."""
