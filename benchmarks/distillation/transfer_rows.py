@@ -27,7 +27,6 @@ FULL = replace(
     QUALITY,
     captured=CAPTURED,
     views=dict.fromkeys(QUALITY.views, 0),
-    num_steps=dict.fromkeys(QUALITY.num_steps, 500),
     tuning_steps=250,
     tuning_views=0,
 )

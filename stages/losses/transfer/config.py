@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,25 +13,39 @@ from teacher_cache.stages.config import StageConfig, comma_separated
 AttentionLoss = Literal["kl", "frobenius", "cosine"]
 
 
+LAST_STATES = -1
+"""In the place of a teacher's layer: its last states, behind the final norm (`--hidden last`)."""
+
+
 def layer_pairs(value: Any) -> Any:
     """`0:1,3:5` as pairs of layers; others as they are."""
+    return _pairs(value, {}, "0:1,3:5")
+
+
+def state_pairs(value: Any) -> Any:
+    """`0:1,3:last` as pairs of layers; others as they are."""
+    return _pairs(value, {"last": LAST_STATES}, "0:1,3:last")
+
+
+def _pairs(value: Any, names: Mapping[str, int], example: str) -> Any:
     if not isinstance(value, str):
         return value
     pairs: list[tuple[int, int]] = []
     for part in comma_separated(value):
-        student, _, teacher = part.partition(":")
-        if not (student.strip().isdigit() and teacher.strip().isdigit()):
+        student, _, teacher = (word.strip() for word in part.partition(":"))
+        if not (student.isdigit() and (teacher.isdigit() or teacher in names)):
             raise PydanticCustomError(
                 "no_pairs",
                 "expected pairs of layers, a student's and a teacher's, counted from 0, as in "
-                "0:1,3:5; found {part}",
-                {"part": part},
+                "{example}; found {part}",
+                {"part": part, "example": example},
             )
-        pairs.append((int(student), int(teacher)))
+        pairs.append((int(student), names[teacher] if teacher in names else int(teacher)))
     return tuple(pairs)
 
 
 LayerPairs = Annotated[tuple[tuple[int, int], ...], BeforeValidator(layer_pairs)]
+StatePairs = Annotated[tuple[tuple[int, int], ...], BeforeValidator(state_pairs)]
 Shares = Annotated[tuple[float, ...], BeforeValidator(comma_separated)]
 
 
@@ -65,14 +80,14 @@ class TransferConfig(StageConfig):
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="weight of matching the teacher's hidden states (layers cached with --hidden) "
-        "through a learned projection for each layer: 1 - cosine, both kinds of sample; 0 turns it "
-        "off",
+        description="weight of matching the teacher's hidden states (of layers, or the last, cached "
+        "with --hidden) through a learned projection for each layer: 1 - cosine, both kinds of "
+        "sample; 0 turns it off",
     )
-    hidden_layer_map: LayerPairs = Field(
+    hidden_layer_map: StatePairs = Field(
         default=(),
         description="which layer's output of the student matches which cached one, as "
-        "--attention-layer-map",
+        "--attention-layer-map; last are the teacher's last states: 0:1,3:last",
     )
     transfer_schedule: Literal["together", "staged"] = Field(
         default="together",

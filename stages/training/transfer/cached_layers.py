@@ -17,6 +17,7 @@ from teacher_cache.cache.codecs.attention import (
 from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.losses.transfer.config import LAST_STATES
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.ranks import num_processes
@@ -142,14 +143,19 @@ def _hidden(config: TrainStudentConfig, reader: CacheReader) -> HiddenTransfer:
         for spec in reader.manifest.schema
         if (match := re.fullmatch(rf"{HIDDEN}_(\d+)", spec.name))
     }
+    cached = sorted(found)
+    # Not those of the codec `hidden`, which are its distributions.
+    if "last" in reader.manifest.settings.get("hidden", "").split(","):
+        found[LAST_STATES] = next(one for one in reader.manifest.schema if one.name == HIDDEN)
+        cached.append(LAST_STATES)
     if not found:
         raise UserError(
             f"--hidden-weight {config.hidden_weight:g} needs hidden states of the teacher's "
             f"layers, and {reader.cache} holds none: make a cache with `pipe cache-teacher "
-            "--hidden` and the numbers of layers, 0,1 say, or leave the option out"
+            "--hidden` and the numbers of layers or last, 0,1,last say, or leave the option out"
         )
     pairs = layer_pairs(
-        sorted(found), config.num_layers, config.hidden_layer_map, option="--hidden-layer-map"
+        cached, config.num_layers, config.hidden_layer_map, option="--hidden-layer-map"
     )
     specs = [found[pair.teacher] for pair in pairs]
     return HiddenTransfer(

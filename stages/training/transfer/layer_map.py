@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.losses.transfer.config import LAST_STATES
 
 
 class LayerPair(NamedTuple):
-    """A layer of the student and the cached one that it matches, both counted from 0."""
+    """A layer of the student and the cached one that it matches, both counted from 0.
+
+    The teacher's may be `LAST_STATES`.
+    """
 
     student: int
     teacher: int
@@ -29,7 +33,8 @@ def layer_pairs(
     that rounds to 0 lies below the first cached one and matches none.
 
     Args:
-        cached: the teacher's layers in the cache, counted from 0, ascending; at least one.
+        cached: the teacher's layers in the cache, counted from 0, ascending, then `LAST_STATES` if
+            it holds them; at least one.
         num_layers: n of the student.
         given: pairs of a student's and a teacher's layer, counted from 0; none for the default.
         option: that gives them, for a message.
@@ -48,10 +53,10 @@ def layer_pairs(
                 f"{num_layers}, 0 to {num_layers - 1}: name one of these"
             )
         if teacher not in cached:
+            there = ", ".join(map(_name, cached))
             raise UserError(
-                f"{option} {_shown(given)} names layer {teacher} of the teacher, and the cache "
-                f"holds {', '.join(map(str, cached))}: name one of these, or make a cache with "
-                "that layer"
+                f"{option} {_shown(given)} names layer {_name(teacher)} of the teacher, and the "
+                f"cache holds {there}: name one of these, or make a cache with that layer"
             )
     if len({student for student, _ in given}) < len(given):
         raise UserError(
@@ -61,4 +66,8 @@ def layer_pairs(
 
 
 def _shown(pairs: Sequence[tuple[int, int]]) -> str:
-    return ",".join(f"{student}:{teacher}" for student, teacher in pairs)
+    return ",".join(f"{student}:{_name(teacher)}" for student, teacher in pairs)
+
+
+def _name(layer: int) -> str:
+    return "last" if layer == LAST_STATES else str(layer)

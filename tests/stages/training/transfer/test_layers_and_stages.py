@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.losses.transfer.config import TransferConfig
+from teacher_cache.stages.losses.transfer.config import LAST_STATES, TransferConfig
 from teacher_cache.stages.training.transfer.layer_map import layer_pairs
 from teacher_cache.stages.training.transfer.schedule import ALL, Schedule
 
@@ -20,6 +21,8 @@ from teacher_cache.stages.training.transfer.schedule import ALL, Schedule
         ([11], 4, [(2, 11), (3, 11)]),
         ([11], 1, [(0, 11)]),
         (range(2), 1, [(0, 1)]),
+        ([0, 5, LAST_STATES], 3, [(0, 0), (1, 5), (2, LAST_STATES)]),
+        ([LAST_STATES], 2, [(1, LAST_STATES)]),
     ],
 )
 def test_by_proportion(cached, num_layers, expected) -> None:
@@ -28,6 +31,19 @@ def test_by_proportion(cached, num_layers, expected) -> None:
 
 def test_as_given() -> None:
     assert layer_pairs([0, 5], 4, [(3, 0), (1, 5)], option="--x") == ((3, 0), (1, 5))
+    config = TransferConfig.model_validate({"hidden_weight": 1, "hidden_layer_map": "3:0, 1:last"})
+    given = config.hidden_layer_map
+    found = layer_pairs([0, 5, LAST_STATES], 4, given, option="--x")
+    assert found == ((3, 0), (1, LAST_STATES))
+    with pytest.raises(UserError, match=r"--x 3:0,1:last names layer last .* cache holds 0, 5:"):
+        layer_pairs([0, 5], 4, given, option="--x")
+    with pytest.raises(UserError, match=r"names layer 7 of the teacher, .* holds 0, last:"):
+        layer_pairs([0, LAST_STATES], 4, [(0, 7)], option="--x")
+
+
+def test_a_map_has_no_last_states() -> None:
+    with pytest.raises(ValidationError, match="as in 0:1,3:5; found 0:last"):
+        TransferConfig.model_validate({"attention_weight": 1, "attention_layer_map": "0:last"})
 
 
 @pytest.mark.parametrize(

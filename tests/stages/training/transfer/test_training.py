@@ -16,6 +16,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.transfer.config import LAST_STATES
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.student.position_map import PositionMap
@@ -42,7 +43,7 @@ from tests.stages.training.test_projected_student import (
     Order,
 )
 from tests.stages.training.transfer.test_teacher_maps import slow
-from tests.tiny_runs import read_tokenizers_once, student_config
+from tests.tiny_runs import cache_reviews, read_tokenizers_once, student_config
 from tests.tiny_students import small_student
 
 MATCHED: dict[str, Any] = {"attention_weight": 0.7, "hidden_weight": 0.4, "num_layers": 2}
@@ -308,6 +309,31 @@ def train_student_start(cache: Path, out: Path, options: dict[str, Any]) -> Any:
     readers = train_student.open_splits(cache, 0.3)
     task = train_student.ClassificationStudents(config, readers)
     return task.start(train_student.join(cache, config, longest_sample=24)).model
+
+
+def test_last_states_are_matched_as_the_layer_that_they_are(
+    tiny_bert: Path, acl_imdb: Path, tmp_path: Path
+) -> None:
+    """BERT has no norm behind its last layer, so both caches hold the same states."""
+    last, numbered = (
+        cache_reviews(tmp_path / hidden, tiny_bert, acl_imdb, hidden=hidden)
+        for hidden in ("last", "1")
+    )
+    maps = {last: ((0, LAST_STATES),), numbered: ((0, 1),)}
+    weights = [
+        train_student.run(
+            student_config(
+                cache, tmp_path / f"run-{i}", hidden_weight=0.5, hidden_layer_map=layer_map
+            )
+        ).run
+        / "model.safetensors"
+        for i, (cache, layer_map) in enumerate(maps.items())
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    by_proportion = layers_of(last, hidden_weight=0.5, num_layers=2).hidden
+    assert by_proportion is not None
+    assert (by_proportion.pairs, by_proportion.fields) == (((1, LAST_STATES),), ("hidden",))
+    assert by_proportion.widths == (WIDTH,)
 
 
 def test_weights_of_0_are_off(
