@@ -4,7 +4,7 @@
     python -m benchmarks.transfer           # the rows as tuned, judged by the test movies
 
 The same student learns from the logits alone, with the hidden states of two layers, with their
-attention maps, and with both: from all labels and their teacher, and from a tenth of them and a
+attention maps, and with both, at once or in stages: from all labels and their teacher, and from a tenth of them and a
 teacher of that tenth. The test reviews judge its accuracy, and how far it is inside from its
 teacher. Interrupted, it goes on; what is trained: `distillation/transfer_rows.py`.
 """
@@ -69,7 +69,7 @@ def goals(inside: Sequence[Inside], *, standard: bool) -> Iterator[Goal]:
     by_key = {one.key: one for one in inside}
     for block in dict.fromkeys(one.block for one in inside):
         alone = by_key.get(f"{block}/logits")
-        for row in ("attention", "both"):
+        for row in ("attention", "both", "staged"):
             matched = by_key.get(f"{block}/{row}")
             what = f"{block}: KL of a map's row, {row} over logits alone, worst seed"
             worst = _worst(alone.map_kl, matched.map_kl) if alone and matched else None

@@ -1,4 +1,4 @@
-"""What `benchmarks.transfer` trains: one student, by four ways of learning from its teacher."""
+"""What `benchmarks.transfer` trains: one student, by five ways of learning from its teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ BLOCKS: tuple[Block, ...] = ("main", "scarce")
 LAYERS = "2,5"
 CAPTURED: Settings = {"hidden": LAYERS, "attention": "mean", "attention_layers": LAYERS}
 LEARNING_RATE = 2e-3  # that tuning chose for every distilled row of the quality benchmark
-WEIGHTS = (0.1, 1.0)
 
 FULL = replace(
     QUALITY,
@@ -40,20 +39,23 @@ TINY = replace(
 NUM_REVIEWS = 512  # whose maps and states are compared
 
 
-def _trials(*weights: str) -> tuple[Settings, ...]:
-    return tuple({"lr": LEARNING_RATE, **dict.fromkeys(weights, size)} for size in WEIGHTS)
+def _row(name: str, title: str, *trials: Settings) -> Row:
+    at_one_rate = tuple({"lr": LEARNING_RATE} | trial for trial in trials)
+    return Row(name=name, title=title, block="main", overrides=LOGITS, trials=at_one_rate)
 
 
-def _row(name: str, title: str, trials: tuple[Settings, ...]) -> Row:
-    return Row(name=name, title=title, block="main", overrides=LOGITS, trials=trials)
-
-
-LOGITS_ROW = replace(_row("logits", "student, logits alone", LEARNING_RATES), is_baseline=True)
+BOTH: Settings = {"attention_weight": 1.0, "hidden_weight": 1.0}
 MAIN_ROWS: tuple[Row, ...] = (
-    LOGITS_ROW,
-    _row("hidden", "+ hidden states", _trials("hidden_weight")),
-    _row("attention", "+ attention maps", _trials("attention_weight")),
-    _row("both", "+ both", _trials("attention_weight", "hidden_weight")),
+    replace(_row("logits", "student, logits alone"), trials=LEARNING_RATES, is_baseline=True),
+    _row("hidden", "+ hidden states", {"hidden_weight": 0.1}, {"hidden_weight": 1.0}),
+    _row("attention", "+ attention maps", {"attention_weight": 0.01}, {"attention_weight": 0.1}),
+    _row("both", "+ both", BOTH | {"attention_weight": 0.01}, BOTH | {"attention_weight": 0.1}),
+    _row(
+        "staged",
+        "+ both, in stages",
+        BOTH | {"transfer_schedule": "staged", "transfer_shares": (0.1, 0.1)},
+        BOTH | {"transfer_schedule": "staged", "transfer_shares": (0.2, 0.2)},
+    ),
 )
 # The teacher of the second block learns from the same tenth of the labels as its students do.
 ROWS: tuple[Row, ...] = (

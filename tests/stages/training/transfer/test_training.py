@@ -330,7 +330,7 @@ def test_last_states_are_matched_as_the_layer_that_they_are(
         for i, (cache, layer_map) in enumerate(maps.items())
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    by_proportion = layers_of(last, hidden_weight=0.5, num_layers=2).hidden
+    by_proportion = layers_of(last, attention_weight=0.0).hidden
     assert by_proportion is not None
     assert (by_proportion.pairs, by_proportion.fields) == (((1, LAST_STATES),), ("hidden",))
     assert by_proportion.widths == (WIDTH,)
