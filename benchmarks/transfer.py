@@ -4,9 +4,9 @@
     python -m benchmarks.transfer           # the rows as tuned, judged by the test movies
 
 The same student learns from the logits alone, with the hidden states of two layers, with their
-attention maps, and with both, at once or in stages: from all labels and their teacher, and from a tenth of them and a
-teacher of that tenth. The test reviews judge its accuracy, and how far it is inside from its
-teacher. Interrupted, it goes on; what is trained: `distillation/transfer_rows.py`.
+attention maps, and with both, at once or in stages: from all labels and their teacher, and from a
+tenth of them and a teacher of that tenth. The test reviews judge its accuracy, and how far it is
+inside from its teacher. Interrupted, it goes on; what is trained: `distillation/transfer_rows.py`.
 """
 
 from __future__ import annotations

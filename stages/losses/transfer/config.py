@@ -80,9 +80,9 @@ class TransferConfig(StageConfig):
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="weight of matching the teacher's hidden states (of layers, or the last; cached "
-        "by --hidden) through a learned projection for each layer: 1 - cosine, both kinds of "
-        "sample; 0 turns it off",
+        description="weight of matching the teacher's hidden states (of layers, or the last, as "
+        "cached with --hidden) through a learned projection for each layer: 1 - cosine, both kinds "
+        "of sample; 0 turns it off",
     )
     hidden_layer_map: StatePairs = Field(
         default=(),
