@@ -5,6 +5,8 @@
 PYTHON ?=
 export PYTHON
 VENV_PYTHON := .venv/bin/python
+# A file of tests a core, each with one thread: the models are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -18,10 +20,10 @@ demo: setup ## fine-tune a teacher, cache it, distil students, print the table
 	.venv/bin/pipe run --config demo
 
 test: setup assets ## the default tests
-	$(VENV_PYTHON) -m pytest
+	$(PYTEST)
 
 test-slow: setup assets ## the tests that take minutes
-	$(VENV_PYTHON) -m pytest -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 
 test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results keeps what they print
 	@mkdir -p benchmarks/results

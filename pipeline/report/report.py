@@ -89,7 +89,11 @@ def sections(options: ReportOptions, record: RunRecord) -> Iterator[Section]:
 
 def _ended(result: dict[str, Any]) -> dict[str, Any]:
     """What is short of a run's result: steps, seconds and the like."""
-    return {name: value for name, value in result.items() if not isinstance(value, dict | list)}
+    return {
+        name: value
+        for name, value in result.items()
+        if value is not None and not isinstance(value, dict | list)
+    }
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ COMMANDS: dict[str, type[BaseModel] | None] = {
     "verify": None,
     "evaluate": options.EvaluateCommandOptions,
     "predict": options.PredictOptions,
+    "report": None,
     "run": None,
 }
 FIELDS = [
