@@ -53,8 +53,8 @@ MAIN_ROWS: tuple[Row, ...] = (
     _row(
         "staged",
         "+ both, in stages",
-        BOTH | {"transfer_schedule": "staged", "transfer_shares": (0.1, 0.1)},
-        BOTH | {"transfer_schedule": "staged", "transfer_shares": (0.2, 0.2)},
+        BOTH | {"transfer_schedule": "staged", "transfer_shares": "0.1,0.1"},
+        BOTH | {"transfer_schedule": "staged", "transfer_shares": "0.2,0.2"},
     ),
 )
 # The teacher of the second block learns from the same tenth of the labels as its students do.
