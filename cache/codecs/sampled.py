@@ -184,7 +184,7 @@ class SampledCodec:
         )
         below = self.draw_temperature * (drawn + from_lse)  # z - z_max
         log_probs = xp.where(filled, below / temperature - to_lse, -xp.inf)
-        head, tail = _with_ghost(log_probs, sizes == self.support_size)
+        head, tail = with_ghost(log_probs, sizes == self.support_size)
         return Decoded(
             ids=masked_ids(ids, filled),
             log_probs=cast(head, "float32"),
@@ -206,8 +206,16 @@ class SampledCodec:
             )
 
 
-def _with_ghost(log_probs: Array, is_whole: Array) -> tuple[Array, Array]:
-    """Log-probs of head and ghost that sum to 1; rounding may take a head's own sum above 1."""
+def with_ghost(log_probs: Array, is_whole: Array) -> tuple[Array, Array]:
+    """Log-probs of head and ghost that sum to 1; rounding may take a head's own sum above 1.
+
+    The ghost has at least `LEAST_TAIL`, less than float16's log-probs can tell: without any, a
+    student that gives the rest some mass would be infinitely far in the reverse KL.
+
+    Args:
+        log_probs: [..., D] nats, -inf in empty slots.
+        is_whole: [...] bool, whether the head is all that there is, and has no ghost.
+    """
     xp = namespace(log_probs)
     head = xp.exp(log_probs).sum(-1)
     left = xp.where(head < 1 - LEAST_TAIL, 1 - head, LEAST_TAIL)

@@ -7,7 +7,7 @@ in tokens of its own (`aligned_sample`), and the teacher's ids are mapped by the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,13 +70,8 @@ class Alignment:
         """Where each of the teacher's ids goes; the two ends of text are one."""
         if self.captured is not None:
             return self.captured
-        found = exact_map(*self.tables)
         ends = self.teacher.eos_token_id, self.student.eos_token_id
-        if not all(isinstance(end, int) for end in ends) or int(found.student_ids[ends[0]]) >= 0:
-            return found
-        ids = found.student_ids.copy()
-        ids[ends[0]] = ends[1]
-        return replace(found, student_ids=ids)
+        return exact_map(*self.tables, ends=ends)
 
     @cached_property
     def head_ids(self) -> np.ndarray | None:

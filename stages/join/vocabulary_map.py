@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,11 +76,20 @@ class VocabularyMap:
             )
 
 
-def exact_map(teacher: TokenBytes, student: TokenBytes) -> VocabularyMap:
+def exact_map(
+    teacher: TokenBytes, student: TokenBytes, *, ends: tuple[Any, Any] = (None, None)
+) -> VocabularyMap:
     """Map every teacher id to the student id of the same bytes and kind.
 
     Where several student ids write the same bytes, the one that the tokenizer prefers is taken: no
     `<0xNN>` token, then the lowest. Several teacher ids may map to one student id.
+
+    Args:
+        teacher: its table.
+        student: its table.
+        ends: `eos_token_id` of both tokenizers. The two ends of text are one outcome, whatever
+            they are called and whatever else the student calls what the teacher's is: it is the
+            one that stands behind the student's documents, and that its labels name.
     """
     id_of: dict[bytes, int] = {}
     order = sorted(range(len(student)), key=lambda idx: (idx in student.single_bytes, idx))
@@ -88,6 +98,9 @@ def exact_map(teacher: TokenBytes, student: TokenBytes) -> VocabularyMap:
         if key is not None:
             id_of.setdefault(key, token_id)
     ids = [-1 if key is None else id_of.get(key, -1) for key in teacher.keys]
+    teacher_end, student_end = ends
+    if isinstance(teacher_end, int) and isinstance(student_end, int):
+        ids[teacher_end] = student_end
     return VocabularyMap(
         student_ids=np.array(ids, dtype=np.int64),
         num_student_ids=len(student),

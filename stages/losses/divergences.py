@@ -137,6 +137,23 @@ def divergence(
         )
     if ids is None:
         log_q = dense_log_probs(student_logits, teacher.temperature, support)
-    else:
-        log_q = head_log_probs(student_logits, ids, teacher.temperature, support)
-    return measure(teacher.outcome_log_probs, log_q)
+        return measure(teacher.outcome_log_probs, log_q)
+    log_q = head_log_probs(student_logits, ids, teacher.temperature, support)
+    return measure(_of_possible(teacher.outcome_log_probs, log_q), log_q)
+
+
+def _of_possible(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The teacher given that its ghost is no outcome where it stands for none of the student's.
+
+    So it is where the head holds every id of the student's, and the teacher gives mass to others:
+    as a missing id is excluded from a whole distribution. Left in, it would cost the student
+    infinitely much, whatever it learned. A teacher of nothing but the ghost keeps it.
+
+    Args:
+        log_p: [..., K+1] the teacher's, the ghost last.
+        log_q: [..., K+1] the student's.
+    """
+    head = log_p[..., :-1].logsumexp(dim=-1, keepdim=True)
+    is_excluded = (log_q.detach()[..., -1:] == -torch.inf) & (head != -torch.inf)
+    ghost = log_p[..., -1:].masked_fill(is_excluded, -torch.inf)
+    return torch.cat([log_p[..., :-1] - torch.where(is_excluded, head, 0.0), ghost], dim=-1)

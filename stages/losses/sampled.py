@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teacher_cache.cache.codecs.sampled import with_ghost
 from teacher_cache.stages.losses.student_outcomes import head_log_probs
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution, widened
 
@@ -55,6 +56,7 @@ class SampledTargets:
         proposal_log_probs: [..., D] the same of the distribution that was drawn from, at any
             temperature; `log_probs` itself where that is the teacher's at `temperature`.
         temperature: at which teacher and student are compared.
+        support_size: outcomes that could be drawn.
 
     Raises:
         ValueError: if the shapes disagree or `temperature` is not positive.
@@ -65,6 +67,7 @@ class SampledTargets:
     log_probs: Tensor
     proposal_log_probs: Tensor
     temperature: float
+    support_size: int
 
     def __post_init__(self) -> None:
         """Broadcasting would hide a wrong shape."""
@@ -97,6 +100,7 @@ class SampledTargets:
             ),
             proposal_log_probs=self.proposal_log_probs,
             temperature=temperature,
+            support_size=self.support_size,
         )
 
     def at_positions(self, where: Any) -> SampledTargets:
@@ -107,6 +111,7 @@ class SampledTargets:
             log_probs=self.log_probs[where],
             proposal_log_probs=self.proposal_log_probs[where],
             temperature=self.temperature,
+            support_size=self.support_size,
         )
 
     def weights(self) -> Tensor:
@@ -134,18 +139,14 @@ class SampledTargets:
         """The distinct drawn ids as a head with their exact probabilities, the rest as its ghost.
 
         What divergences other than forward KL are taken on: they are not linear in the teacher's
-        probabilities, so the counts would bias them. The tail is what the head's probabilities
-        leave of 1, so it is known to their rounding only (about 5e-4 where they are stored in
-        float16); a head that rounding brings above 1 is scaled back to 1, with no tail.
+        probabilities, so the counts would bias them. As the codec decodes them: the tail is what
+        the head's probabilities leave of 1, known to their rounding only and never below it, but
+        for a head of all that there is.
         """
-        head = self.log_probs.logsumexp(dim=-1)  # [...]
-        has_tail = head < 0
-        left = torch.where(has_tail, head, -1.0)  # log(-expm1(0)) would give its gradient inf
+        is_whole = (self.ids >= 0).sum(dim=-1) == self.support_size
+        head, tail = with_ghost(self.log_probs, is_whole)
         return TeacherDistribution(
-            log_probs=self.log_probs - head.clamp(min=0).unsqueeze(-1),
-            temperature=self.temperature,
-            head_ids=self.ids,
-            tail_log_prob=torch.where(has_tail, left.expm1().neg().log(), -torch.inf),
+            log_probs=head, temperature=self.temperature, head_ids=self.ids, tail_log_prob=tail
         )
 
     def _ratios(self) -> Tensor:

@@ -61,13 +61,12 @@ def aligned(
     """
     if config.student_tokenizer is None:
         return CaptureAlignment(support=support, about={})
-    student = token_bytes(
-        load_tokenizer(
-            config.student_tokenizer,
-            option="--student-tokenizer",
-            trust_remote_code=config.trust_remote_code,
-        )
+    student_tokenizer = load_tokenizer(
+        config.student_tokenizer,
+        option="--student-tokenizer",
+        trust_remote_code=config.trust_remote_code,
     )
+    student = token_bytes(student_tokenizer)
     own = token_bytes(teacher.tokenizer)
     relation = relate(
         _of_support(own, support),
@@ -89,7 +88,8 @@ def aligned(
         return CaptureAlignment(
             support=CutSupport.by(_same_ids(own, student, support)), about=about
         )
-    mapped = MappedSupport(teacher=support, vocabulary_map=exact_map(own, student))
+    ends = teacher.tokenizer.eos_token_id, student_tokenizer.eos_token_id
+    mapped = MappedSupport(teacher=support, vocabulary_map=exact_map(own, student, ends=ends))
     num_teacher = support.size - len(support.unused)
     num_mapped = int((mapped.student_ids >= 0).sum())
     logger.info(

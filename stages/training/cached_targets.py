@@ -82,6 +82,7 @@ def sampled_targets(
         log_probs=log_probs,
         proposal_log_probs=log_probs,
         temperature=codec.draw_temperature,
+        support_size=codec.support_size,
     )
     if temperature == codec.draw_temperature:
         return drawn

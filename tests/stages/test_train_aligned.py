@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import SampledCodec
@@ -199,6 +200,12 @@ def test_a_longer_table_is_padded_and_cut(
         train_student.run(config(long, tmp_path / "cut", gpt2, max_steps=2))
     cut = config(long, tmp_path / "cut", gpt2, align="truncate", max_steps=2)
     assert train_student.run(cut).record.settings["alignment"]["kind"] == "truncate"
+    whole = made(tmp_path / "whole", DenseCodec(support_size=50258), longer)
+    cut = config(whole, tmp_path / "whole-cut", gpt2, align="truncate", max_steps=2)
+    # All of the student's ids are in the head, so nothing is left that a ghost could stand for.
+    assert all(
+        0 < line["kd"] < 10 for line in result_log(train_student.run(cut).run) if "kd" in line
+    )
 
 
 def test_check_says_what_an_alignment_reaches(cache: Path, gpt2: Path) -> None:

@@ -33,6 +33,21 @@ def test_every_mapped_pair_means_the_same(
     assert found.student_ids[0] == 50_256  # <|endoftext|>, both sides' own
 
 
+def test_the_two_ends_of_text_are_one_outcome(
+    smollm2_table: TokenBytes, gpt2_table: TokenBytes
+) -> None:
+    """Also where the student has a token called like the teacher's end, and ends by another."""
+    exact = exact_map(gpt2_table, smollm2_table).student_ids
+    assert exact[50_256] == 0  # <|endoftext|> of both; SmolLM2's documents end by <|im_end|>
+    joined = exact_map(gpt2_table, smollm2_table, ends=(50_256, 2))
+    assert joined.student_ids[50_256] == 2
+    assert np.array_equal(joined.student_ids[:50_256], exact[:50_256])
+    back = exact_map(smollm2_table, gpt2_table, ends=(2, 50_256)).student_ids
+    assert back[[0, 2]].tolist() == [50_256, 50_256]
+    for ends in ((None, 2), (50_256, None)):
+        assert np.array_equal(exact_map(gpt2_table, smollm2_table, ends=ends).student_ids, exact)
+
+
 def test_added_tokens_gaps_and_single_bytes() -> None:
     teacher = TokenBytes(content=(b"a", None, b"x", b"a", b"<s>"), added=frozenset({4}))
     student = TokenBytes(

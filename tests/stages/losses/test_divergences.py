@@ -235,6 +235,7 @@ def test_what_is_infinite_is_inf_and_not_nan() -> None:
     student, teacher = make_logits(4)
     allowed = student.clone()
     student[:, 1] = -math.inf
+    teacher[:, 1] = teacher.amax(dim=1)  # in the head
     for teacher_of in (partial(dense, temperature=2.0), partial(top_k, k=3, temperature=2.0)):
         # The student excludes what the teacher does not: forward KL is inf, its gradient is not.
         values, gradient = found(student, teacher_of(teacher))
@@ -248,6 +249,46 @@ def test_what_is_infinite_is_inf_and_not_nan() -> None:
     assert (divergence(allowed, dense(teacher, 2.0), reverse_kl) == math.inf).all()
     tail_of_nothing = top_k(teacher, 3, 2.0)
     assert (divergence(allowed, tail_of_nothing, reverse_kl) == math.inf).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_ghost_of_none_of_the_students_outcomes_is_excluded(name: DivergenceName) -> None:
+    """As a missing id is: what is left is the divergence over the ids that the student has."""
+    student, teacher = make_logits(4)
+    num = student.shape[1]
+    wide = torch.cat([teacher, teacher[:, :2] + 1], dim=1)  # two ids that the student lacks
+    log_probs = torch.log_softmax(wide / 2.0, dim=1)
+    order = torch.arange(num).flip(0)
+    mapped = TeacherDistribution(
+        log_probs=log_probs[:, order],
+        temperature=2.0,
+        head_ids=order.expand(student.shape),
+        tail_log_prob=log_probs[:, num:].logsumexp(dim=1),
+    )
+    measure = measure_of(name)
+    expected, expected_gradient = found(student, dense(teacher, 2.0), measure)
+    values, gradient = found(student, mapped, measure)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    # An id of the student's that the head lacks makes it an outcome again.
+    padded = torch.cat([student, student[:, :1]], dim=1)
+    values, _ = found(padded, mapped, measure)
+    assert (values - expected).abs().min() > 1e-3
+    only_support = torch.arange(num + 1) < num
+    values = divergence(padded, mapped, measure, support=only_support)
+    torch.testing.assert_close(values, expected)
+
+
+def test_a_teacher_of_nothing_but_an_excluded_ghost_is_infinitely_far() -> None:
+    student, _ = make_logits(2)
+    mapped = TeacherDistribution(
+        log_probs=torch.full_like(student, -math.inf),
+        temperature=1.0,
+        head_ids=torch.arange(2).expand(student.shape),
+        tail_log_prob=torch.zeros_like(student[:, 0]),
+    )
+    values, gradient = found(student, mapped)
+    assert (values == math.inf).all() and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

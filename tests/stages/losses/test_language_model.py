@@ -77,6 +77,7 @@ def targets_of(step: Step, config: ObjectiveConfig, kind: str) -> Targets:
         log_probs=log_probs,
         proposal_log_probs=log_probs - 0.1,
         temperature=config.temperature,
+        support_size=step.teacher.shape[-1],
     )
 
 

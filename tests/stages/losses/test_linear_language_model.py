@@ -49,6 +49,7 @@ def make_inputs(
             log_probs=sparse.log_probs,
             proposal_log_probs=sparse.log_probs,
             temperature=config.temperature,
+            support_size=vocab,
         )
     others = {
         "targets": targets,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.losses.divergences import divergence, reverse_kl
+from teacher_cache.cache.codecs.sampled import LEAST_TAIL
+from teacher_cache.stages.losses.divergences import Measure, divergence, kl, reverse_kl
 from teacher_cache.stages.losses.sampled import SampledTargets, log_probs_at, sampled_kl
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 
@@ -38,6 +39,7 @@ def draw(
         log_probs=log_probs.masked_fill(~drawn, -math.inf),
         proposal_log_probs=proposal.masked_fill(~drawn, -math.inf),
         temperature=temperature,
+        support_size=logits.shape[1],
     )
 
 
@@ -185,8 +187,12 @@ def test_drawn_ids_are_a_head_with_exact_probabilities() -> None:
     assert (divergence(student, coarse, reverse_kl) < divergence(student, full, reverse_kl)).all()
 
 
+@pytest.mark.parametrize("measure", [kl, reverse_kl])
 @pytest.mark.parametrize("head", [[1.0], [0.7, 0.3], [0.7002, 0.3001]])
-def test_a_head_that_rounding_brings_to_1_or_above_has_no_tail(head: list[float]) -> None:
+def test_a_head_that_rounding_brings_to_1_or_above_keeps_the_least_tail(
+    head: list[float], measure: Measure
+) -> None:
+    """Without one, a student that gives the rest some mass would be infinitely far in reverse."""
     log_probs = torch.tensor([head]).log()
     targets = SampledTargets(
         ids=torch.arange(len(head))[None],
@@ -194,13 +200,17 @@ def test_a_head_that_rounding_brings_to_1_or_above_has_no_tail(head: list[float]
         log_probs=log_probs,
         proposal_log_probs=log_probs,
         temperature=1.0,
+        support_size=4,
     )
     coarse = targets.coarse()
     outcomes = coarse.outcome_log_probs.exp()
     torch.testing.assert_close(outcomes.sum(-1), torch.ones(1))
-    torch.testing.assert_close(outcomes[0, :-1], torch.tensor(head) / sum(head))
-    values, gradient = gradients(torch.randn(1, 4), lambda z: divergence(z, coarse))
+    total = sum(head) + LEAST_TAIL
+    torch.testing.assert_close(outcomes[0], torch.tensor([*head, LEAST_TAIL]) / total)
+    values, gradient = gradients(torch.randn(1, 4), lambda z: divergence(z, coarse, measure))
     assert values.isfinite().all() and gradient.isfinite().all()
+    whole = replace(targets, support_size=len(head)).coarse()
+    assert whole.tail_log_prob is not None and whole.tail_log_prob.isneginf().all()
 
 
 def test_excluded_outcomes_and_empty_positions_give_no_nan() -> None:
