@@ -14,6 +14,7 @@ from torch import Tensor
 from teacher_cache.stages.losses.confidence import weights_of_top1
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.divergences import chosen_measure, divergence
+from teacher_cache.stages.losses.mapped_draws import MappedDraws, mapped_draws_kl
 from teacher_cache.stages.losses.objective import (
     DistillationTerms,
     smoothed_cross_entropy,
@@ -23,7 +24,7 @@ from teacher_cache.stages.losses.sampled import SampledTargets, sampled_kl
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 
-Targets = TeacherDistribution | SampledTargets
+Targets = TeacherDistribution | SampledTargets | MappedDraws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,8 @@ def language_model_objective(
     agreement, effective_draws = None, None
     if isinstance(targets, SampledTargets):
         effective_draws = targets.effective_draws().sum() / num
+    elif isinstance(targets, MappedDraws):
+        effective_draws = targets.effective_draws.sum() / num
     else:
         agreement = (taught.argmax(dim=-1) == targets.top_ids()).sum() / num
     return LanguageModelTerms(
@@ -124,6 +127,10 @@ def _divergences(
         if config.divergence == "kl":
             return sampled_kl(student_logits, targets, support=support)
         targets = targets.coarse()
+    elif isinstance(targets, MappedDraws):
+        if config.divergence == "kl":
+            return mapped_draws_kl(student_logits, targets, support=support)
+        targets = targets.head
     return divergence(student_logits, targets, chosen_measure(config), support=support)
 
 

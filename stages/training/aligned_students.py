@@ -29,6 +29,7 @@ from teacher_cache.stages.training.aligned_trainer import (
 )
 from teacher_cache.stages.training.batches import CachedSamples
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
+from teacher_cache.stages.training.mapped_targets import FixedMap
 from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
 from teacher_cache.stages.training.projection_start import (
     ProjectionStart,
@@ -92,10 +93,21 @@ class AlignedStudents:
                 "--hidden-weight"
             )
 
-    def student_ids(self) -> Tensor | None:
-        """[V_t] int64, the student's id for each of the teacher's; None where they are the same."""
-        ids = self.alignment.head_ids
-        return None if ids is None else torch.from_numpy(ids[: self.support_size].copy())
+    def fixed_map(self, vocab_size: int) -> FixedMap | None:
+        """From the cached ids to the V of the student's; None where they are the same.
+
+        Args:
+            vocab_size: V, rows of the student's head.
+        """
+        alignment = self.alignment
+        if alignment.head_ids is None:
+            return None
+        student_ids = alignment.head_ids[: self.support_size]
+        captured = alignment.captured
+        of_teacher = student_ids if captured is None else captured.student_ids
+        reached = torch.zeros(vocab_size, dtype=torch.bool)
+        reached[of_teacher[of_teacher >= 0]] = True
+        return FixedMap(student_ids=torch.from_numpy(student_ids.copy()), reached=reached)
 
     def support(self, vocab_size: int) -> Tensor:
         """[V] bool, the ids of the student's tokenizer."""

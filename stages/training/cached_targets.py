@@ -11,11 +11,18 @@ from torch import Tensor
 from teacher_cache.cache.codecs.ids import unpack_ids
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.ragged_heads import is_filled, masked_ids
-from teacher_cache.cache.codecs.sampled import COUNTS, IDS, LOG_PROBS, LSE, SIZES, SampledCodec
+from teacher_cache.cache.codecs.sampled import (
+    COUNTS,
+    IDS,
+    LOG_PROBS,
+    LSE,
+    SIZES,
+    UNMATCHED,
+    SampledCodec,
+)
 from teacher_cache.cache.codecs.temperatures import require_within
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.losses.language_model import Targets
 from teacher_cache.stages.losses.sampled import SampledTargets
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 
@@ -36,7 +43,7 @@ class CachedTargets:
     temperature: float
     num_outcomes: int
 
-    def at_positions(self, where: slice) -> Targets:
+    def at_positions(self, where: slice) -> TeacherDistribution | SampledTargets:
         """The teacher at a run of positions.
 
         Raises:
@@ -60,6 +67,34 @@ class CachedTargets:
             tail_log_prob=decoded.tail_log_prob,
             temperature=self.temperature,
         )
+
+    def unmatched_at(self, where: slice) -> Unmatched | None:
+        """What of a drawn teacher has no id in the cache; None where all has one."""
+        codec = self.codec
+        if not isinstance(codec, SampledCodec) or not codec.has_unmatched:
+            return None
+        log_prob, drawn_log_prob = (
+            self.stored[UNMATCHED][where][..., codec.temperatures.index(one)].float()
+            for one in (self.temperature, codec.draw_temperature)
+        )
+        return Unmatched(
+            log_prob=log_prob, drawn_log_prob=drawn_log_prob, num_draws=codec.num_draws
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmatched:
+    """The mass of a teacher that had no id when it was cached, at some positions.
+
+    Attributes:
+        log_prob: [...] nats, at the temperature that is compared at.
+        drawn_log_prob: [...] nats, at that of the draws.
+        num_draws: N of each position, those that met it included.
+    """
+
+    log_prob: Tensor
+    drawn_log_prob: Tensor
+    num_draws: int
 
 
 def sampled_targets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Ragged
@@ -38,6 +40,8 @@ from teacher_cache.stages.training.start import StartingStudent, filler_id, take
 from teacher_cache.stages.training.student_with_projection import StudentWithProjection
 from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
 from teacher_cache.stages.training.transfer.projected_layers import with_projected_layers
+
+logger = logging.getLogger(__name__)
 
 # Each with the value at which it does nothing; None where it always does something.
 CLASSIFIERS_OPTIONS: dict[str, Any] = {
@@ -91,7 +95,21 @@ class LanguageModelStudents:
             self._aligned.require_same_positions(self._config.cache)
         if joined.alignment.kind == "truncate":
             require_known_ids(joined.alignment, max(map(_largest_id, self._readers)))
+        self._say_if_coarse(joined.alignment)
         return ordered_data(self._config, self._readers, self._aligned.samples)
+
+    def _say_if_coarse(self, alignment: Alignment) -> None:
+        if not isinstance(self._codec, SampledCodec):
+            return
+        by = "--align projection" if alignment.kind == "projection" else None
+        if self._config.divergence != "kl":
+            by = f"--divergence {self._config.divergence}"
+        if by is not None:
+            logger.info(
+                "the teacher is coarse: %s takes the drawn ids with their exact probabilities, and "
+                "one outcome for all others; the counts serve the forward KL alone",
+                by,
+            )
 
     def start(self, joined: Joined) -> StartingStudent:
         """A Mamba with fresh weights, or a pre-trained causal language model."""
@@ -157,7 +175,8 @@ class LanguageModelStudents:
         """On the positions that count."""
         aligned, start, trained = self._aligned, self._projection_start, self._trained
         vocab_size = len(trained.output_head.weight)
-        keeps_ids = aligned.student_ids() is None and not aligned.alignment.rereads
+        fixed_map = aligned.fixed_map(vocab_size)
+        keeps_ids = fixed_map is None and not aligned.alignment.rereads
         transfer = None
         if self._layers is not None:
             transfer = self._layers.transfer(position_map=PositionMap(), num_steps=data.num_steps)
@@ -171,7 +190,7 @@ class LanguageModelStudents:
             transfer=transfer,
             codec=_on_device(self._codec, args.device),
             support=_mask(self._support, vocab_size) if keeps_ids else aligned.support(vocab_size),
-            student_ids=aligned.student_ids(),
+            fixed_map=fixed_map,
             held_out_temperature=1.0 if serves(self._codec, 1.0) else self._config.temperature,
             batches=data.batches,
             train_dataset=data.training,

@@ -24,7 +24,7 @@ from teacher_cache.stages.losses.sampled import MIN_EFFECTIVE_DRAWS
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.student.linear_head import LinearHead
 from teacher_cache.stages.training.cached_targets import CachedTargets
-from teacher_cache.stages.training.mapped_targets import MappedTargets
+from teacher_cache.stages.training.mapped_targets import FixedMap, MappedTargets
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.packed_batches import at
 
@@ -55,8 +55,7 @@ class LanguageModelTrainer(ObjectiveTrainer):
         codec: of the cache; one of hidden states with its head, on this training's device.
         support: [V] bool, the ids over which teacher and student are compared; None: all.
         held_out_temperature: at which held-out positions are compared: 1 where the cache serves it.
-        student_ids: [V_t] int64, the student's id for each of the teacher's, -1 for none; None
-            where they are the same.
+        fixed_map: from the cached ids to the student's; None where they are the same.
         **kwargs: of `ObjectiveTrainer`.
 
     Attributes:
@@ -74,14 +73,14 @@ class LanguageModelTrainer(ObjectiveTrainer):
         codec: AnyCodec,
         support: Tensor | None,
         held_out_temperature: float,
-        student_ids: Tensor | None = None,
+        fixed_map: FixedMap | None = None,
         **kwargs: Any,
     ):
         super().__init__(compute_metrics=self._metrics, **kwargs)
         # Forward KL and plain cross-entropy, whatever is trained on.
         self.plain = ObjectiveConfig(temperature=held_out_temperature)
         self.codec = codec
-        self._student_ids = None if student_ids is None else student_ids.to(self.args.device)
+        self._fixed_map = None if fixed_map is None else fixed_map.to(self.args.device)
         self._support = None if support is None else support.to(self.args.device)
         self._has_warned = False
 
@@ -243,14 +242,14 @@ class LanguageModelTrainer(ObjectiveTrainer):
         self, stored: dict[str, Tensor], objective: ObjectiveConfig, *, num_outcomes: int
     ) -> TargetsByPosition:
         """What an objective compares the student with."""
-        ids = self._student_ids
+        fixed = self._fixed_map
         cached = CachedTargets(
             codec=self.codec,
             stored=stored,
             temperature=objective.temperature,
-            num_outcomes=num_outcomes if ids is None else len(ids),
+            num_outcomes=num_outcomes if fixed is None else len(fixed.student_ids),
         )
-        return cached if ids is None else MappedTargets(cached=cached, student_ids=ids)
+        return cached if fixed is None else MappedTargets(cached=cached, fixed=fixed)
 
     def of_learned_targets(self) -> dict[str, Any]:
         """Arguments of the objective for targets that are learned themselves."""

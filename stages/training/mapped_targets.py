@@ -9,9 +9,27 @@ from torch import Tensor
 
 from teacher_cache.stages.join.learned_projection import LearnedProjection
 from teacher_cache.stages.join.mapped_teacher import map_head
+from teacher_cache.stages.losses.mapped_draws import MappedDraws
 from teacher_cache.stages.losses.sampled import SampledTargets
 from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
-from teacher_cache.stages.training.cached_targets import CachedTargets
+from teacher_cache.stages.training.cached_targets import CachedTargets, Unmatched
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedMap:
+    """Where the cached ids go.
+
+    Attributes:
+        student_ids: int64 [V_t], the student's id of each cached one, -1 for none.
+        reached: [V] bool, the student's ids that any of the teacher's maps to.
+    """
+
+    student_ids: Tensor
+    reached: Tensor
+
+    def to(self, device: torch.device) -> FixedMap:
+        """On a device."""
+        return FixedMap(student_ids=self.student_ids.to(device), reached=self.reached.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +37,71 @@ class MappedTargets:
     """By a fixed map: what maps to no id of the student's joins the ghost, and so does the tail.
 
     Attributes:
-        cached: of the teacher's ids; draws count as a head with its exact probabilities, since
-            merged ids' draws would no longer be draws.
-        student_ids: [V_t] int64, -1 for none.
+        cached: of the teacher's ids, or of the student's where they were mapped at capture.
+        fixed: where those go.
     """
 
     cached: CachedTargets
-    student_ids: Tensor
+    fixed: FixedMap
 
-    def at_positions(self, where: slice) -> TeacherDistribution:
+    def at_positions(self, where: slice) -> TeacherDistribution | MappedDraws:
         """The teacher at a run of positions, always with a ghost."""
-        head = head_of(self.cached, where, num_ids=len(self.student_ids))
+        found = self.cached.at_positions(where)
+        head = head_of(found, num_ids=len(self.fixed.student_ids))
         assert head.head_ids is not None and head.tail_log_prob is not None, "it is a head"
         ids, log_probs, tail = map_head(
-            head.head_ids, head.log_probs, head.tail_log_prob, self.student_ids
+            head.head_ids, head.log_probs, head.tail_log_prob, self.fixed.student_ids
         )
-        return TeacherDistribution(
+        mapped = TeacherDistribution(
             log_probs=log_probs,
             head_ids=ids,
             tail_log_prob=tail,
             temperature=head.temperature,
         )
+        if not isinstance(found, SampledTargets):
+            return mapped
+        return mapped_draws(found, self.fixed, mapped, self.cached.unmatched_at(where))
+
+
+def mapped_draws(
+    found: SampledTargets,
+    fixed: FixedMap,
+    head: TeacherDistribution,
+    unmatched: Unmatched | None,
+) -> MappedDraws:
+    """Draws as the student's ids; those without one count for the ghost.
+
+    Args:
+        found: [..., D] of the cached ids.
+        fixed: where those go.
+        head: of the distinct drawn ids, mapped.
+        unmatched: what of the teacher had no id when it was cached; None where all had one.
+    """
+    weights, student_ids = found.weights(), fixed.student_ids
+    log_ghost = weights.new_full(weights.shape[:-1], -torch.inf)
+    if unmatched is not None:  # then the draws with an id are not all
+        num_with_id = found.counts.sum(dim=-1)
+        weights = weights * (num_with_id / unmatched.num_draws).unsqueeze(-1)
+        num_without = unmatched.num_draws - num_with_id
+        ratio = unmatched.log_prob - unmatched.drawn_log_prob
+        log_ghost = (num_without / unmatched.num_draws).to(weights.dtype).log() + ratio
+    ids, log_weights, log_ghost = map_head(found.ids, weights.log(), log_ghost, student_ids)
+    has_id = torch.cat([student_ids, student_ids.new_full((1,), -1)])[found.ids] >= 0
+    counts = has_id & (weights != 0)
+    ghost_weight = log_ghost.exp()
+    # The ghost's own probability is known where it was stored, else as its draws say.
+    of_ghost = log_ghost if unmatched is None else unmatched.log_prob
+    information = weights * torch.where(counts, found.log_probs, 0.0)
+    return MappedDraws(
+        ids=ids,
+        weights=log_weights.exp(),
+        ghost_weight=ghost_weight,
+        information=torch.where(counts, information, 0.0).sum(dim=-1),
+        ghost_information=ghost_weight * torch.where(ghost_weight != 0, of_ghost, 0.0),
+        reached=fixed.reached,
+        effective_draws=found.effective_draws(),
+        head=head,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +120,8 @@ class ProjectedTargets:
 
     def at_positions(self, where: slice) -> TeacherDistribution:
         """The teacher at a run of positions, always with a ghost."""
-        head = head_of(self.cached, where, num_ids=len(self.projection.student_ids))
+        found = self.cached.at_positions(where)
+        head = head_of(found, num_ids=len(self.projection.student_ids))
         assert head.head_ids is not None and head.tail_log_prob is not None, "it is a head"
         ids, log_probs, tail = self.projection(
             head.head_ids, head.log_probs, head.tail_log_prob, learned_share=self.learned_share
@@ -71,15 +134,13 @@ class ProjectedTargets:
         )
 
 
-def head_of(cached: CachedTargets, where: slice, *, num_ids: int) -> TeacherDistribution:
-    """A run of positions as a head and its ghost, whatever the codec.
+def head_of(found: TeacherDistribution | SampledTargets, *, num_ids: int) -> TeacherDistribution:
+    """Positions as a head and its ghost, whatever the codec.
 
     Args:
-        cached: of the teacher's ids.
-        where: the positions.
+        found: over the cached ids.
         num_ids: of the teacher's support; a whole distribution is a head of so many.
     """
-    found = cached.at_positions(where)
     if isinstance(found, SampledTargets):
         return found.coarse()
     if found.head_ids is not None:

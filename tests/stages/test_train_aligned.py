@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -136,12 +137,26 @@ def test_a_projection_begins_with_what_two_tables_find_alike(
 
 
 def test_drawn_targets_are_mapped_too(
-    smollm2_tokenizer: PreTrainedTokenizerBase, gpt2: Path, tmp_path: Path
+    smollm2_tokenizer: PreTrainedTokenizerBase,
+    gpt2: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """By their counts for the forward KL; for all else as a head, and that is said."""
+    caplog.set_level(logging.INFO)
     codec = SampledCodec(support_size=len(smollm2_tokenizer), num_draws=8)
     cache = made(tmp_path / "cache", codec, smollm2_tokenizer)
     run = train_student.run(config(cache, tmp_path / "run", gpt2, align="map", max_steps=2)).run
-    assert all("agreement" in line for line in result_log(run) if "loss" in line)
+    steps = [line for line in result_log(run) if "loss" in line]
+    assert steps and all(1 < line["effective_draws"] <= 8 for line in steps)
+    assert "coarse" not in caplog.text
+    for changes in ({"align": "map", "divergence": "jsd"}, {"align": "projection"}):
+        caplog.clear()
+        out = tmp_path / changes["align"]
+        train_student.run(config(cache, out, gpt2, max_steps=1, **changes))
+        assert (
+            f"coarse: --{'divergence jsd' if 'divergence' in changes else 'align'}" in caplog.text
+        )
 
 
 def test_a_student_of_a_begin_of_sequence(
