@@ -22,7 +22,7 @@ from teacher_cache.cache.errors import TeacherCacheError, UserError
 from teacher_cache.stages.training.ranks import is_main, num_processes
 
 EXIT_INTERRUPTED = 130
-RESUMING = ("finetune-teacher", "cache-teacher", "train-student", "run")
+RESUMING = ("finetune-teacher", "cache-teacher", "convert", "train-student", "run")
 # How long a process that torchrun started beside the main one keeps an error to itself.
 GRACE_S = 30.0
 

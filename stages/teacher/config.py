@@ -112,7 +112,7 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         default="none",
         description="Attention maps to cache: none; cls, the pooled position's row, mean over "
         "heads, of classifiers; mean, all rows, mean over heads; or full, every head by itself. "
-        "They take 4 to 60 times as much as the logits.",
+        "All but cls grow with the square of the length; --dry-run says what they take.",
     )
     attention_layers: Annotated[str, BeforeValidator(comma_joined)] | None = Field(
         default=None,
