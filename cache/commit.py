@@ -26,6 +26,7 @@ _REASONS = {
     errno.EACCES: ("permission was denied", "choose an --out that you may write to"),
     errno.EPERM: ("permission was denied", "choose an --out that you may write to"),
     errno.EEXIST: ("a file stands where a folder must be", "choose another --out"),
+    errno.ENOENT: ("nothing can be made there", "choose another path"),
     errno.ENOTDIR: ("a file stands where a folder must be", "choose another --out"),
 }
 
@@ -81,8 +82,12 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, whole and durable, creating its folder.
 
     Raises:
-        UserError: for a full disk, a read-only file system or a missing permission.
+        UserError: for a full disk, a read-only file system, a missing permission, or where a folder
+            or a device stands: a rename would put a file in its place.
     """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"cannot write {path}: it is {kind}; give the path of a file")
     make_folder(path.parent)
     temporary = path.with_name(temporary_name(path.name))
     with explained(path):

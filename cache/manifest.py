@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.cache.commit import write_json_atomically
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import CheckFailed, UserError
+from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.schema import FORMAT, FORMAT_VERSION, FieldSpec, Schema
 from teacher_cache.cache.stores.named import DEFAULT_STORE, store_named
 
 MANIFEST_NAME = "manifest.json"
+CHECKSUM = "sha256"  # of all else in it
 TEACHER_FOLDER = "teacher"
 
 
@@ -91,7 +93,7 @@ class Manifest:
         if self.store == DEFAULT_STORE:  # as it was before there were others
             del value["store"]
         value["schema"] = [spec.to_json() for spec in self.schema]
-        write_json_atomically(cache / MANIFEST_NAME, value)
+        write_json_atomically(cache / MANIFEST_NAME, value | {CHECKSUM: fingerprint(value)})
 
 
 def utc_now() -> str:
@@ -108,7 +110,8 @@ def read_manifest(cache: Path) -> Manifest:
 
     Raises:
         NotACacheError: if there is none, or it is not ours.
-        UserError: if it is damaged, or its format is newer than this reader.
+        CheckFailed: if it is not what was written, by its own checksum; older releases wrote none.
+        UserError: if it is no JSON, or its format is newer than this reader.
     """
     path = cache / MANIFEST_NAME
     if not path.is_file():
@@ -133,6 +136,8 @@ def read_manifest(cache: Path) -> Manifest:
             f"{path} has format version {version!r}, this release reads {FORMAT} up to version "
             f"{FORMAT_VERSION}: upgrade teacher-cache, or make the cache again"
         )
+    _check(path, value | {"format": FORMAT, "format_version": version})
+    value.pop(CHECKSUM, None)
     try:
         value["schema"] = tuple(FieldSpec.from_json(spec) for spec in value["schema"])
         value["splits"] = {name: SplitSummary(**split) for name, split in value["splits"].items()}
@@ -143,3 +148,12 @@ def read_manifest(cache: Path) -> Manifest:
             f"{path} lacks or adds fields ({error}): restore it, or run stage one again with "
             "--overwrite"
         ) from error
+
+
+def _check(path: Path, value: dict[str, Any]) -> None:
+    recorded = value.pop(CHECKSUM, None)
+    if recorded is not None and recorded != fingerprint(value):
+        raise CheckFailed(
+            f"{path} differs from its own checksum: restore it, or run stage one again with "
+            "--overwrite"
+        )

@@ -22,7 +22,7 @@ from teacher_cache.cache.commit import (
     temporary_name,
     write_bytes_atomically,
 )
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.fingerprint import hash_files, refuse_changed_settings
 from teacher_cache.cache.index import segment_path, write_segment
 from teacher_cache.cache.lock import LOCK_NAME, writer_lock
@@ -239,7 +239,7 @@ class CacheWriter:
             read_manifest(self.cache)
         except NotACacheError:
             raise
-        except UserError as error:
+        except (UserError, CheckFailed) as error:
             logger.warning("%s (starting it again)", error)
         with explained(self.cache):
             for folder in [path for path in self.cache.iterdir() if path.is_dir()]:

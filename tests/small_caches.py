@@ -12,7 +12,7 @@ import numpy as np
 from teacher_cache.cache import resume, sidecar, writer
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.fingerprint import fingerprint
-from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, SplitSummary
+from teacher_cache.cache.manifest import CHECKSUM, MANIFEST_NAME, Manifest, SplitSummary
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.schema import NO_LABEL, Fields, Ragged, classification_schema
 from teacher_cache.cache.stores.named import DEFAULT_STORE
@@ -137,7 +137,7 @@ def contents(cache: Path) -> dict[str, bytes]:
         if path.is_file()
     }
     manifest = json.loads(files.pop(MANIFEST_NAME))
-    manifest["created_at"] = manifest["completed_at"] = None
+    manifest["created_at"] = manifest["completed_at"] = manifest[CHECKSUM] = None
     return files | {MANIFEST_NAME: json.dumps(manifest).encode()}
 
 
@@ -150,3 +150,10 @@ def set_shards_per_folder(set_constant: Callable[[Any, str, Any], Any], number: 
     """
     for module in (sidecar, writer, resume):
         set_constant(module, "SHARDS_PER_FOLDER", number)
+
+
+def read_unchecked(cache: Path) -> dict[str, Any]:
+    """A manifest's JSON without its checksum, as an older release wrote it: to be changed."""
+    value = json.loads((cache / MANIFEST_NAME).read_text())
+    value.pop(CHECKSUM, None)
+    return value

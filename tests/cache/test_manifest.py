@@ -16,7 +16,7 @@ from teacher_cache.cache.manifest import (
     utc_now,
 )
 from teacher_cache.cache.schema import FORMAT_VERSION
-from tests.small_caches import make_manifest, make_plans
+from tests.small_caches import make_manifest, make_plans, read_unchecked
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def manifest() -> Manifest:
 
 
 def _change(cache: Path, **change: Any) -> None:
-    path = cache / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (cache / MANIFEST_NAME).write_text(json.dumps(read_unchecked(cache) | change))
 
 
 def test_survives_the_disk(tmp_path: Path, manifest: Manifest) -> None:
@@ -124,9 +123,8 @@ def test_fields_that_are_not_ours(
 @pytest.mark.parametrize("name", ["settings", "splits", "schema", "created_at"])
 def test_a_field_that_is_gone(tmp_path: Path, manifest: Manifest, name: str) -> None:
     manifest.write(tmp_path)
-    path = tmp_path / MANIFEST_NAME
-    value = json.loads(path.read_text())
+    value = read_unchecked(tmp_path)
     del value[name]
-    path.write_text(json.dumps(value))
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(value))
     with pytest.raises(UserError, match="lacks or adds fields"):
         read_manifest(tmp_path)

@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.verify import verify
 from tests.small_caches import (
     ONE_FILE,
     contents,
+    read_unchecked,
     set_shards_per_folder,
     shard_file,
     write_cache,
@@ -38,6 +40,11 @@ def _flip(path: Path) -> None:
 
 def _edit(path: Path, **change: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def _edit_manifest(cache: Path, **change: Any) -> None:
+    """As an older release could have written it, which gave it no checksum."""
+    (cache / MANIFEST_NAME).write_text(json.dumps(read_unchecked(cache) | change))
 
 
 def test_a_sound_cache_has_no_problem(cache: Path) -> None:
@@ -103,7 +110,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "is missing or differs from its SHA-256",
     ),
     "settings": (
-        lambda cache: _edit(cache / MANIFEST_NAME, settings={"max_length": 9}),
+        lambda cache: _edit_manifest(cache, settings={"max_length": 9}),
         MANIFEST_NAME,
         "the settings do not have the fingerprint",
     ),
@@ -165,6 +172,29 @@ def test_a_shard_that_the_index_lacks(cache: Path) -> None:
 def test_no_cache_and_newer_formats_are_the_users(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no cache"):
         verify(tmp_path / "teacher")
-    _edit(cache / MANIFEST_NAME, format_version=99)
+    _edit_manifest(cache, format_version=99)
     with pytest.raises(UserError, match="upgrade teacher-cache"):
+        verify(cache)
+
+
+def test_any_flipped_bit_of_the_manifest_is_found(cache: Path) -> None:
+    path = cache / MANIFEST_NAME
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place, bit in zip(
+        rng.choice(len(data), 300, replace=False), rng.integers(0, 8, 300), strict=True
+    ):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << bit
+        path.write_bytes(flipped)
+        with pytest.raises((UserError, CheckFailed)):
+            verify(cache)
+    path.write_bytes(data)
+    assert verify(cache).problems == ()
+
+
+@pytest.mark.parametrize("change", [{"schema": []}, {"splits": {}}, {"about": {"id2label": {}}}])
+def test_a_changed_manifest_is_named(cache: Path, change: dict[str, Any]) -> None:
+    _edit(cache / MANIFEST_NAME, **change)
+    with pytest.raises(CheckFailed, match=r"manifest.json differs from its own checksum: restore"):
         verify(cache)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.cache.manifest import MANIFEST_NAME
+from teacher_cache.cache.manifest import CHECKSUM, MANIFEST_NAME
 from tests.command_line import TINY_STUDENT, done, refused
 from tests.integration.conftest import Copy, cache_command, contents
 
@@ -195,5 +195,5 @@ def _committed(cache: Path) -> dict[Path, bytes]:
     """A cache's bytes, without the times in its manifest."""
     found = {path: data for path, (_, data) in contents(cache).items()}
     manifest = json.loads(found.pop(Path(MANIFEST_NAME)))
-    del manifest["created_at"], manifest["completed_at"]
+    del manifest["created_at"], manifest["completed_at"], manifest[CHECKSUM]
     return found | {Path(MANIFEST_NAME): json.dumps(manifest).encode()}

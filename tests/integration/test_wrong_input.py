@@ -13,6 +13,7 @@ import torch
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from tests.command_line import TINY_STUDENT, done, pipe, refused
 from tests.integration.conftest import Copy, cache_command, contents
+from tests.small_caches import read_unchecked
 
 Args = tuple[str | Path, ...]
 
@@ -225,7 +226,7 @@ def test_a_newer_format_is_refused_by_every_reader(
     own: Copy, bert_cache: Path, acl_imdb: Path, tiny_bert: Path
 ) -> None:
     cache = own(bert_cache)
-    value = json.loads((cache / MANIFEST_NAME).read_text())
+    value = read_unchecked(cache)
     value["format_version"] = 99
     (cache / MANIFEST_NAME).write_text(json.dumps(value))
     for command in (

@@ -8,6 +8,7 @@ import pytest
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest
 from teacher_cache.pipeline.newest import newest_cache
+from tests.small_caches import read_unchecked
 
 
 def write_cache(folder: Path, *, completed_at: str | None) -> Path:
@@ -60,7 +61,7 @@ def test_without_a_complete_cache_the_way_to_one_is_named(tmp_path: Path, exists
 
 def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "newer", completed_at="2026-03-01T00:00:00.000000+00:00")
-    value = json.loads((folder / MANIFEST_NAME).read_text())
+    value = read_unchecked(folder)
     (folder / MANIFEST_NAME).write_text(json.dumps(value | {"format_version": 99}))
     with pytest.raises(UserError, match=r"newer.*version 99"):
         newest_cache(tmp_path)

@@ -23,6 +23,7 @@ from teacher_cache.stages.teacher.embedding_table import (
     read_embedding_table,
 )
 from teacher_cache.stages.teacher.stored_tables import StoredTable
+from tests.small_caches import read_unchecked
 from tests.tiny_runs import reviews_config
 
 
@@ -143,7 +144,7 @@ def test_a_bad_table_is_found_refused_and_written_again(
 def forget_table(cache: Path) -> None:
     """Make it a cache of a release that did not keep the table."""
     (cache / "teacher" / TABLE_FILE).unlink()
-    manifest = json.loads((cache / MANIFEST_NAME).read_text())
+    manifest = read_unchecked(cache)
     del manifest["teacher_files"][TABLE_FILE], manifest["about"]["embeddings"]
     (cache / MANIFEST_NAME).write_text(json.dumps(manifest))
 
@@ -166,7 +167,7 @@ def test_an_older_cache_gets_the_table_and_keeps_its_shards(
 
 def test_a_cache_of_a_teacher_without_a_table_says_so(own_cache: Path) -> None:
     forget_table(own_cache)
-    manifest = json.loads((own_cache / MANIFEST_NAME).read_text())
+    manifest = read_unchecked(own_cache)
     manifest["about"]["embeddings"] = None
     (own_cache / MANIFEST_NAME).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"the teacher of .* has none: leave the option out"):

@@ -29,6 +29,7 @@ from teacher_cache.stages.teacher.token_states import (
     read_token_states,
     token_states,
 )
+from tests.small_caches import read_unchecked
 from tests.tiny_runs import cache_reviews, reviews_config
 
 
@@ -109,7 +110,7 @@ def test_tokens_beyond_the_teachers_table_are_left_out(
 def forget_states(cache: Path) -> None:
     """Make it a cache of a release that did not keep them."""
     (cache / "teacher" / STATES_FILE).unlink()
-    manifest = json.loads((cache / MANIFEST_NAME).read_text())
+    manifest = read_unchecked(cache)
     del manifest["teacher_files"][STATES_FILE], manifest["about"]["token_states"]
     (cache / MANIFEST_NAME).write_text(json.dumps(manifest))
 
