@@ -94,8 +94,8 @@ def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
     if report.problems:
         counted = "a problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         raise CheckFailed(
-            f"{cache} has {counted}: run the `pipe cache-teacher` that made it again, it rebuilds "
-            "what is damaged and nothing else"
+            f"{cache} has {counted}: run the `pipe cache-teacher` or `pipe convert` that made it "
+            "again, it rebuilds what is damaged and nothing else"
         )
     checked = f"{report.num_shards:,} shards, {report.num_bytes / 1e6:,.2f} MB"
     console.print(f"✓ {cache} is sound: {checked}", style="green")

@@ -57,11 +57,12 @@ def both_maps(maps: MatchedMaps, tokens: Sequence[str]) -> list[NamedMap]:
         maps: of a sample.
         tokens: at the student's positions, as they are to be read.
     """
-    if len(maps.rows) == 1 and len(tokens) > 1:
-        looking = tokens[int(maps.rows[0])]
+    if maps.teacher_row is not None:
+        places = {"teacher": int(np.flatnonzero(maps.sources == maps.teacher_row)[0])}
+        places["student"] = int(maps.rows[0])
         return [
             NamedMap(
-                title=f"{side}, what {looking} looks at",
+                title=f"{side}, what {tokens[places[side]]} looks at",
                 values=np.concatenate([getattr(one, side) for one in maps.layers]),
                 row_labels=[f"layer {getattr(one.pair, side)}" for one in maps.layers],
             )

@@ -17,7 +17,9 @@ DOTS_AN_INCH = 150
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches; no window, no global state.
+    """An empty figure, in inches, whose square panels leave room for what is written around them.
+
+    No window, no global state.
 
     Raises:
         UserError: if matplotlib is missing.
@@ -29,7 +31,7 @@ def new_figure(width: float, height: float) -> Figure:
             "pictures are drawn with matplotlib, which is not installed: "
             "`pip install 'teacher-cache[report]'`"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="compressed")
 
 
 def rendered(figure: Figure, kind: str) -> bytes:

@@ -73,9 +73,9 @@ def sections(options: ReportOptions, record: RunRecord) -> Iterator[Section]:
         table = evaluation_table(rows, "samples of the cache that were held out of training")
         yield Section(title="Held out", tables=[table])
     if options.evaluation is not None:
+        rows = _rows(options.evaluation, options.run)
         yield Section(
-            title="Evaluation",
-            tables=[evaluation_table(_rows(options.evaluation), "as pipe evaluate measured")],
+            title="Evaluation", tables=[evaluation_table(rows, "as pipe evaluate measured")]
         )
     panels = curves_of(result.get("log", ()))
     if panels:
@@ -84,6 +84,11 @@ def sections(options: ReportOptions, record: RunRecord) -> Iterator[Section]:
         yield Section(title="Curves", pictures=[Picture(caption=caption, kind="svg", data=picture)])
     if "cache_fingerprint" in record.settings:
         yield from _cache_sections(options, record)
+    elif options.cache is not None or options.samples:
+        raise UserError(
+            f"{options.run} is the run of a teacher, which was trained from no cache: leave out "
+            "--cache and --sample"
+        )
     yield Section(title="Settings", tables=[settings_table(record.settings, "")])
 
 
@@ -96,16 +101,20 @@ def _ended(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Of the file that `pipe evaluate` wrote; one a model."""
+def _rows(path: Path, run: Path) -> list[dict[str, Any]]:
+    """Of the file that `pipe evaluate` wrote; one a model, the run among them."""
     expected = "give one that `pipe evaluate RUN --json FILE` wrote"
     try:
         rows = json.loads(path.read_text())["rows"]
         named = [dict(row) for row in rows if "name" in row]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--evaluation {path} cannot be read ({error!r}): {expected}") from error
-    if not named:
-        raise UserError(f"--evaluation {path} names no model: {expected}")
+    names = [str(row["name"]) for row in named]
+    if not {run.name, run.resolve().name} & set(names):
+        raise UserError(
+            f"--evaluation {path} has the figures of {', '.join(names) or 'no model'}, and none of "
+            f"{run}: {expected}"
+        )
     return named
 
 
@@ -114,7 +123,7 @@ def _cache_sections(options: ReportOptions, record: RunRecord) -> Iterator[Secti
     try:
         manifest = read_manifest(cache)
     except UserError as reason:
-        if options.cache is not None:
+        if options.cache is not None or options.samples:
             raise
         note = f"Left out, with the attention maps: {reason}. --cache names where it lies now."
         yield Section(title="Cache", notes=[note])

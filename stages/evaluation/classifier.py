@@ -17,7 +17,7 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.evaluation.model import TEACHER, EvaluatedModel
-from teacher_cache.stages.evaluation.runs import finished_run, task_of
+from teacher_cache.stages.evaluation.runs import finished_student, task_of
 from teacher_cache.stages.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import class_names, load_teacher, on_device
@@ -59,7 +59,7 @@ def load_student(run: Path, config: DeviceConfig) -> Classifier:
         UserError: if the folder is no run, its training has not ended, its model is damaged or a
             language model.
     """
-    record = finished_run(run)
+    record = finished_student(run)
     if task_of([run]) == "lm":
         raise UserError(f"{run} is a language model: give a classifier's run")
     device = resolve_device(config)

@@ -16,7 +16,7 @@ from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.device import resolve_device, resolve_dtype
 from teacher_cache.stages.evaluation.model import TEACHER, EvaluatedModel
-from teacher_cache.stages.evaluation.runs import finished_run, task_of
+from teacher_cache.stages.evaluation.runs import finished_student, task_of
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.language_model import (
@@ -74,7 +74,7 @@ def load_student_language_model(run: Path, config: DeviceConfig) -> LanguageMode
         UserError: if the folder is no run, its training has not ended, its model is damaged or a
             classifier.
     """
-    record = finished_run(run)
+    record = finished_student(run)
     if task_of([run]) != "lm":
         raise UserError(f"{run} is a classifier: give a language model's run")
     device = resolve_device(config)

@@ -17,7 +17,7 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.evaluation.language_model import load_student_language_model
-from teacher_cache.stages.evaluation.runs import task_of
+from teacher_cache.stages.evaluation.runs import finished_student, task_of
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import TokenizationMismatch, join
 from teacher_cache.stages.losses.transfer.attention import normalised_rows
@@ -26,7 +26,7 @@ from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 from teacher_cache.stages.training.batches import Batch, layer_fields, stacked
 from teacher_cache.stages.training.config import TrainStudentConfig
-from teacher_cache.stages.training.run_folder import RunRecord, read_run
+from teacher_cache.stages.training.run_folder import RunRecord
 from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
 from teacher_cache.stages.training.transfer.layer_map import LayerPair
 
@@ -54,13 +54,15 @@ class MatchedMaps:
 
     Attributes:
         sources: [S'] which of the sample's positions each is; -1 for an appended token.
-        rows: [R] whose rows the maps hold.
+        rows: [R] whose rows the student's maps hold.
+        teacher_row: the sample's position whose row the teacher's hold, where that is one alone.
         appended_id: token that the student appends, or none.
         layers: of each matched layer.
     """
 
     sources: np.ndarray
     rows: np.ndarray
+    teacher_row: int | None
     appended_id: int | None
     layers: tuple[MatchedMap, ...]
 
@@ -93,6 +95,7 @@ class InsideOfRun:
             UserError: if it is no finished run, its student no Mamba or of another task, the
                 cache holds other tokens than it reads, or lacks maps or states.
         """
+        record = finished_student(run)
         is_language_model = task_of([run]) == "lm"
         task = "lm" if is_language_model else "classification"
         if reader.manifest.settings["task"] != task:
@@ -104,7 +107,6 @@ class InsideOfRun:
         model = load(run, DeviceConfig(device="cpu")).model
         if not isinstance(model.config, MambaStudentConfig):
             raise UserError(f"{run} is no Mamba student, and only these have mixing matrices")
-        record = read_run(run)
         _require_same_tokens(run, record, reader)
         layers = CachedLayers.of(_config(record, model.config, reader, hidden=hidden), reader)
         assert layers is not None, "a weight is not 0"
@@ -159,9 +161,16 @@ class InsideOfRun:
         return MatchedMaps(
             sources=sources[0].numpy(),
             rows=transfer.rows(sources)[0].numpy(),
+            teacher_row=self._pooled_at(len(sample["input_ids"])),
             appended_id=self.position_map.token_id,
             layers=tuple(found),
         )
+
+    def _pooled_at(self, num_tokens: int) -> int | None:
+        codec = self.layers.codec
+        if codec is None or codec.mode != "cls":
+            return None
+        return 0 if codec.pooled_at == "first" else num_tokens - 1
 
 
 def _config(

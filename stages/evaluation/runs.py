@@ -24,7 +24,22 @@ def finished_run(run: Path) -> RunRecord:
     """
     record = read_run(run)
     if not record.complete:
-        raise UserError(f"{run} is not finished: run its `pipe train-student` again, it resumes")
+        raise UserError(f"{run} is not finished: run the command that began it again, it resumes")
+    return record
+
+
+def finished_student(run: Path) -> RunRecord:
+    """The record of a student's run whose model is its result.
+
+    Raises:
+        UserError: as `finished_run`, or if it is a teacher's.
+    """
+    record = finished_run(run)
+    if "cache_fingerprint" not in record.settings:
+        raise UserError(
+            f"{run} is the run of a teacher (pipe finetune-teacher): give a student's, which "
+            "`pipe train-student` wrote"
+        )
     return record
 
 

@@ -72,6 +72,7 @@ class ClassificationStudents:
         """On logits, labels and what else the objective weighs."""
         transfer = None
         if self._layers is not None:
+            self._layers.say()
             position_map = PositionMap.from_dict(student.model.config.position_map)
             transfer = self._layers.transfer(position_map=position_map, num_steps=data.num_steps)
         return DistillationTrainer(

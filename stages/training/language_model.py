@@ -179,6 +179,7 @@ class LanguageModelStudents:
         keeps_ids = fixed_map is None and not aligned.alignment.rereads
         transfer = None
         if self._layers is not None:
+            self._layers.say()
             transfer = self._layers.transfer(position_map=PositionMap(), num_steps=data.num_steps)
         return aligned.trainer_type()(
             model=with_projected_layers(trained, self._layers)

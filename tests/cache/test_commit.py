@@ -20,6 +20,19 @@ REFUSALS = {
 }
 
 
+def test_nothing_is_written_in_a_folders_or_a_devices_place(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, kind in ((tmp_path, "a folder"), (pipe, "no regular file")):
+        with pytest.raises(UserError, match=f"cannot write {path}: it is {kind}; give the path"):
+            commit.write_bytes_atomically(path, b"data")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    commit.write_bytes_atomically(tmp_path / "link", b"old")
+    (tmp_path / "other").symlink_to(tmp_path / "link")
+    commit.write_bytes_atomically(tmp_path / "other", b"new")
+    assert (tmp_path / "other").read_bytes() == b"new"
+
+
 def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

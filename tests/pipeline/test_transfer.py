@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.training.run_folder import read_run
-from tests.command_line import TINY_STUDENT, done, refused
+from tests.command_line import TINY_STUDENT, done, pipe, refused
 from tests.tiny_models import write_tiny_language_model
 
 
@@ -26,18 +26,20 @@ def gpt2_cache(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, acl_im
     return out
 
 
-def trained(cache: Path, run: Path, *options: str) -> dict[str, Any]:
-    """Train a tiny student; the first line of its log."""
-    done(
+def trained(cache: Path, run: Path, *options: str, saying: str) -> dict[str, Any]:
+    """Train a tiny student, which layers were matched being said; the first line of its log."""
+    outcome = pipe(
         *("train-student", "--cache", cache, "--out", run, "--log-steps", "1"),
         *TINY_STUDENT,
         *options,
     )
+    assert outcome.code == 0 and saying in " ".join(outcome.stderr.split())
     return next(one for one in (read_run(run).result or {})["log"] if "loss" in one)
 
 
 def test_pooled_rows_of_a_causal_teacher(gpt2_cache: Path, tmp_path: Path) -> None:
-    line = trained(gpt2_cache, tmp_path / "run", "--attention-weight", "0.5")
+    saying = "attention maps matched, student's layer to teacher's: 0:1"
+    line = trained(gpt2_cache, tmp_path / "run", "--attention-weight", "0.5", saying=saying)
     assert line["attention"] > 0 and "hidden" not in line
     student = json.loads((tmp_path / "run" / "config.json").read_text())
     assert student["position_map"]["mode"] == "append"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from teacher_cache.stages.losses.transfer.config import LAST_STATES
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.ranks import num_processes
-from teacher_cache.stages.training.transfer.layer_map import layer_pairs
+from teacher_cache.stages.training.transfer.layer_map import layer_pairs, shown
 from teacher_cache.stages.training.transfer.schedule import Schedule
 from teacher_cache.stages.training.transfer.transfer import HiddenTransfer, MapTransfer, Transfer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,14 @@ class CachedLayers:
             return {}
         pairs = zip(self.hidden.pairs, self.hidden.widths, strict=True)
         return {pair.student: width for pair, width in pairs}
+
+    def say(self) -> None:
+        """Log which layers are matched; those by proportion stand nowhere else."""
+        for name, matched in (("attention maps", self.maps), ("hidden states", self.hidden)):
+            if matched is not None:
+                logger.info(
+                    "%s matched, student's layer to teacher's: %s", name, shown(matched.pairs)
+                )
 
     def transfer(self, *, position_map: PositionMap, num_steps: int) -> Transfer:
         """What the Trainer matches.

@@ -49,23 +49,24 @@ def layer_pairs(
     for student, teacher in given:
         if student >= num_layers:
             raise UserError(
-                f"{option} {_shown(given)} names layer {student} of the student, which has "
+                f"{option} {shown(given)} names layer {student} of the student, which has "
                 f"{num_layers}, 0 to {num_layers - 1}: name one of these"
             )
         if teacher not in cached:
             there = ", ".join(map(_name, cached))
             raise UserError(
-                f"{option} {_shown(given)} names layer {_name(teacher)} of the teacher, and the "
+                f"{option} {shown(given)} names layer {_name(teacher)} of the teacher, and the "
                 f"cache holds {there}: name one of these, or make a cache with that layer"
             )
     if len({student for student, _ in given}) < len(given):
         raise UserError(
-            f"{option} {_shown(given)} names a layer of the student twice: give each one partner"
+            f"{option} {shown(given)} names a layer of the student twice: give each one partner"
         )
     return tuple(LayerPair(*pair) for pair in given)
 
 
-def _shown(pairs: Sequence[tuple[int, int]]) -> str:
+def shown(pairs: Sequence[tuple[int, int]]) -> str:
+    """As the options write pairs: `0:1,3:last`."""
     return ",".join(f"{student}:{_name(teacher)}" for student, teacher in pairs)
 
 

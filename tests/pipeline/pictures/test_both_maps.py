@@ -137,7 +137,7 @@ def test_an_appended_token_looks_and_is_not_looked_at(
                 assert np.isnan(one.teacher[-1]).all()
                 np.testing.assert_allclose(np.nansum(one.teacher[:-1], axis=1), 1, rtol=1e-5)
     panels = both_maps(found, tokens)
-    assert titles(panels) == ["teacher, what t-1 looks at", "student, what t-1 looks at"]
+    assert titles(panels) == [f"teacher, what t{num - 1} looks at", "student, what t-1 looks at"]
     assert panels[0].values.shape == (2, num + 1)
     assert panels[0].row_labels == panels[1].row_labels == ["layer 0", "layer 1"]
 

@@ -96,6 +96,7 @@ def test_what_is_not_there_is_said(
     done("report", moved, "--out", page)
     found = parts(page)
     assert "--cache names where it lies now" in found["Cache"] and "Attention" not in found
+    refused("report", moved, "--out", page, "--sample", "00", saying="has no manifest.json")
     done("report", moved, "--out", page, "--cache", tmp_path / "elsewhere")
     assert pictures(parts(page)["Attention"]) == ["png"]
 
@@ -113,6 +114,24 @@ def test_a_student_without_matrices_leaves_the_teachers_maps(mapped: Path, tmp_p
     assert "Teacher&#39;s maps, sample" in found
 
 
+def test_a_teachers_run(run: Path, mapped: Path, acl_imdb: Path, tmp_path: Path) -> None:
+    """Reported without a cache; no student whose matrices could be drawn."""
+    record = json.loads((run / "run.json").read_text())
+    del record["settings"]["cache_fingerprint"], record["about"]["max_length"]
+    teacher = shutil.copytree(run, tmp_path / "teacher")
+    (teacher / "run.json").write_text(json.dumps(record))
+    done("report", teacher)
+    found = parts(teacher / "report.html")
+    assert "Curves" in found and "Cache" not in found and "Attention" not in found
+    for option in (("--cache", mapped), ("--sample", "00")):
+        refused("report", teacher, *option, saying="run of a teacher, .* leave out --cache")
+    first = CacheReader(mapped).sample(0)["sample_id"].tobytes().hex()
+    drawing = ("inspect", mapped, "--sample", first, "--attention-image", tmp_path / "x.png")
+    refused(*drawing, "--run", teacher, saying="is the run of a teacher .* give a student's")
+    evaluating = ("evaluate", teacher, "--data", acl_imdb, "--split", "test")
+    refused(*evaluating, saying="is the run of a teacher")
+
+
 def test_what_cannot_be_reported_is_refused(
     run: Path, mapped: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -125,8 +144,12 @@ def test_what_cannot_be_reported_is_refused(
     for text in ("{", "[]", '{"rows": 1}'):
         bad.write_text(text)
         refused("report", run, "--evaluation", bad, saying="cannot be read")
-    bad.write_text('{"rows": []}')
-    refused("report", run, "--evaluation", bad, saying="names no model")
+    for rows, words in (([], "no model"), ([{"name": "teacher"}, {"name": "b"}], "teacher, b")):
+        bad.write_text(json.dumps({"rows": rows}))
+        saying = f"has the figures of {words}, and none of {run}"
+        refused("report", run, "--evaluation", bad, saying=saying)
+    refused("report", run, "--out", tmp_path, saying="it is a folder; give the path of a file")
+    refused("report", run, "--out", "/dev/null", saying="it is no regular file")
     half = shutil.copytree(run, tmp_path / "half")
     record = json.loads((half / "run.json").read_text())
     (half / "run.json").write_text(json.dumps(record | {"complete": False}))
