@@ -118,7 +118,7 @@ def test_a_teachers_run(run: Path, mapped: Path, acl_imdb: Path, tmp_path: Path)
     """Reported without a cache; no student whose matrices could be drawn."""
     record = json.loads((run / "run.json").read_text())
     del record["settings"]["cache_fingerprint"], record["about"]["max_length"]
-    teacher = shutil.copytree(run, tmp_path / "teacher")
+    teacher = shutil.copytree(run, tmp_path / "fine-tuned")
     (teacher / "run.json").write_text(json.dumps(record))
     done("report", teacher)
     found = parts(teacher / "report.html")
