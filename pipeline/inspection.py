@@ -108,6 +108,8 @@ def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
 
 
 def _found(manifest: Manifest, worst: float) -> str:
+    layers = ", ".join(spec.name for spec in layer_fields(manifest))
+    besides = f"; {layers} within what their rounding allows" if layers else ""
     if is_language_model(manifest):
-        return f"distributions as cached: largest KL of a position {worst:.2g} nats"
-    return f"logits as cached: largest difference {worst:.2g}"
+        return f"distributions as cached: largest KL of a position {worst:.2g} nats{besides}"
+    return f"logits as cached: largest difference {worst:.2g}{besides}"

@@ -168,6 +168,13 @@ def test_maps_of_any_origin_stand_side_by_side() -> None:
     assert wide > 2 * one_wide and high > 1.5 * one_high
 
 
+def test_verify_says_which_layers_it_compared(mapped: Path) -> None:
+    printed = done("verify", mapped, "--deep", "2")
+    saying = "; attention_0, attention_1, hidden within what their rounding allows"
+    assert "✓ logits as cached: largest difference" in printed
+    assert saying in " ".join(printed.split())
+
+
 def test_what_cannot_be_drawn_is_refused(
     mapped: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
