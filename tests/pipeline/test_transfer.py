@@ -80,6 +80,14 @@ def test_a_cache_without_maps_is_refused(tiny_cache: Path, tmp_path: Path) -> No
             "--early-stopping waits for a better accuracy",
         ),
         (("--attention-weight", "1", "--attention-channels", "4"), "is of --arch mamba"),
+        (
+            (
+                *("--attention-weight", "1", "--arch", "mamba", "--attention-channels", "33"),
+                *("--d-model", "16", "--expand", "2"),
+            ),
+            r"--attention-channels 33 of a Mamba-1 that has 32 .*: give at most as many",
+        ),
+        (("--attention-weight", "1", "--attention-layer-map", ""), "expected pairs of layers"),
     ],
 )
 def test_what_cannot_be_matched_is_refused(

@@ -31,7 +31,7 @@ def _pairs(value: Any, names: Mapping[str, int], example: str) -> Any:
     if not isinstance(value, str):
         return value
     pairs: list[tuple[int, int]] = []
-    for part in comma_separated(value):
+    for part in comma_separated(value) or (value,):  # nothing at all is no pair
         student, _, teacher = (word.strip() for word in part.partition(":"))
         if not (student.isdigit() and (teacher.isdigit() or teacher in names)):
             raise PydanticCustomError(

@@ -131,6 +131,13 @@ def _codec(config: TrainStudentConfig, reader: CacheReader) -> AttentionCodec:
 
 
 def _maps(config: TrainStudentConfig, codec: AttentionCodec) -> MapTransfer:
+    num_channels = config.expand * config.d_model
+    if config.arch == "mamba" and config.attention_channels > num_channels:
+        raise UserError(
+            f"--attention-channels {config.attention_channels} of a Mamba-1 that has "
+            f"{num_channels} (--expand {config.expand} times --d-model {config.d_model}): give at "
+            "most as many"
+        )
     pairs = layer_pairs(
         codec.layers,
         config.num_layers,
