@@ -58,7 +58,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
         title: of the page.
         sections: in the order of reading.
     """
-    # Ours alone are autoescaped by name, and this one's ends in .jinja: so all of it is.
+    # Always: jinja's own choice goes by the ending of a file's name, and a string has none.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -183,7 +183,8 @@ def _config(
         names += ["attention_channels"] if student.arch == "mamba" else []
     if settings.get("hidden_weight") and hidden:
         names.append("hidden_layer_map")
-    shape = ("arch", "num_layers", "bidirectional", "pooling")
+    # The width says how many channels a Mamba-1 has.
+    shape = ("arch", "d_model", "expand", "num_layers", "bidirectional", "pooling")
     return TrainStudentConfig.model_validate(
         {name: getattr(student, name) for name in shape}
         | {"cache": reader.cache, "attention_weight": 1.0, "hidden_weight": float(hidden)}

@@ -25,6 +25,7 @@ from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
+from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
 from tests.command_line import done, refused
 from tests.tiny_models import write_tiny_bert, write_tiny_language_model
@@ -109,6 +110,17 @@ def test_a_run_that_matched_nothing_is_compared_by_proportion(mapped: Path, tmp_
     for one in found.layers:  # it looks both ways
         assert np.isfinite(one.teacher).all() and np.isfinite(one.student).all()
         np.testing.assert_allclose(one.student.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_a_wide_mamba_1_has_as_many_channels_as_it_was_trained_with(
+    mapped: Path, tmp_path: Path
+) -> None:
+    shape: dict[str, Any] = {"arch": "mamba", "d_model": 400, "expand": 2, "num_layers": 1}
+    matched: dict[str, Any] = {"attention_weight": 0.5, "attention_channels": 790}
+    tiny = student_config(mapped, tmp_path / "run", **ONE_STEP).model_dump(exclude={"head_dim"})
+    config = TrainStudentConfig.model_validate(tiny | shape | matched)
+    inside = InsideOfRun.of(train_student.run(config).run, CacheReader(mapped))
+    assert inside.layers.maps is not None and inside.layers.maps.num_channels == 790
 
 
 def test_an_appended_token_looks_and_is_not_looked_at(
