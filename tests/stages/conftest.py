@@ -1,8 +1,19 @@
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import cache_reviews
+from teacher_cache.stages import train_student
+from tests.tiny_runs import cache_reviews, read_tokenizers_once
+
+
+@pytest.fixture(scope="module")
+def tokenizers_read_once() -> Iterator[None]:
+    """A module's trainings join a cache, and describe a tokenizer, once each."""
+    with pytest.MonkeyPatch.context() as patched:
+        read_tokenizers_once(partial(patched.setattr, train_student))
+        yield
 
 
 @pytest.fixture(scope="session")

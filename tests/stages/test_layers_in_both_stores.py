@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +22,12 @@ from tests.small_caches import contents
 from tests.tiny_models import write_tiny_bert, write_tiny_language_model
 from tests.tiny_runs import (
     cache_language,
-    read_tokenizers_once,
     result_files,
     reviews_config,
     student_config,
 )
+
+pytestmark = pytest.mark.usefixtures("tokenizers_read_once")
 
 ASKED: dict[str, Any] = {
     "attention": "mean",
@@ -40,13 +40,6 @@ LAYERS = ("attention_0", "attention_1", "hidden_0", "hidden_1")
 BAD_SHARD = ("labeled", 1)
 
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        read_tokenizers_once(partial(patched.setattr, train_student))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +33,12 @@ from tests.command_line import done, refused
 from tests.stages.test_train_language_model import TEXTS, DiesAt, Interruption
 from tests.tiny_language_models import WIDTH, tiny_teacher, write_cache
 from tests.tiny_models import tiny_language_model
-from tests.tiny_runs import read_tokenizers_once, result_files, result_log, student_config
+from tests.tiny_runs import result_files, result_log, student_config
 from tests.tiny_tokenizers import tiny_sentencepiece
 
+pytestmark = pytest.mark.usefixtures("tokenizers_read_once")
+
 ODD_TEXTS = ["go 🚀 日本語 <|endoftext|> naïve 1984", "", "x", " \x00\x1d\ufffd "]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        read_tokenizers_once(partial(patched.setattr, train_student))
-        yield
 
 
 @pytest.fixture(scope="module")

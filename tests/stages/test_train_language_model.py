@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,9 @@ from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
 from tests.tiny_language_models import tiny_teacher, write_cache
-from tests.tiny_runs import read_tokenizers_once, result_files, result_log, student_config
+from tests.tiny_runs import result_files, result_log, student_config
+
+pytestmark = pytest.mark.usefixtures("tokenizers_read_once")
 
 TEXTS = [
     f"{person} had been {feeling} by the {thing}, and said so. {person} went home."
@@ -48,13 +48,6 @@ class DiesAt(StageTwoObserver, TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self._step:
             raise Interruption
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        read_tokenizers_once(partial(patched.setattr, train_student))
-        yield
 
 
 @pytest.fixture(scope="module")

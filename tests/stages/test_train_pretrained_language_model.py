@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +29,14 @@ from tests.command_line import done, refused
 from tests.stages.test_train_language_model import TEXTS, DiesAt, Interruption
 from tests.tiny_language_models import MAX_LENGTH, tiny_teacher, write_cache
 from tests.tiny_models import tiny_language_model
-from tests.tiny_runs import read_tokenizers_once, result_files, result_log
+from tests.tiny_runs import result_files, result_log
+
+pytestmark = pytest.mark.usefixtures("tokenizers_read_once")
 
 QUICK: dict[str, Any] = {
     "device": "cpu", "batch_size": 2, "gradient_accumulation": 2, "max_steps": 6,
     "checkpoint_steps": 2, "log_steps": 1, "eval_fraction": 0.4, "lr": 2e-3, "conf_power": 1.0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        read_tokenizers_once(partial(patched.setattr, train_student))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +18,12 @@ from tests.command_line import done, refused
 from tests.tiny_language_models import tiny_teacher, write_cache
 from tests.tiny_runs import (
     cache_reviews,
-    read_tokenizers_once,
     result_files,
     reviews_config,
     student_config,
 )
+
+pytestmark = pytest.mark.usefixtures("tokenizers_read_once")
 
 TEXTS = [
     f"{person} had been {feeling} by the {thing}, and said so."
@@ -32,13 +31,6 @@ TEXTS = [
     for feeling, thing in (("vexed", "rain"), ("charmed", "ball"), ("tired", "visit"))
 ]
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        read_tokenizers_once(partial(patched.setattr, train_student))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -43,18 +43,13 @@ from tests.stages.training.test_projected_student import (
     Order,
 )
 from tests.stages.training.transfer.test_teacher_maps import slow
-from tests.tiny_runs import cache_reviews, read_tokenizers_once, student_config
+from tests.tiny_runs import cache_reviews, student_config
 from tests.tiny_students import small_student
+
+pytestmark = pytest.mark.usefixtures("tokenizers_read_once")
 
 MATCHED: dict[str, Any] = {"attention_weight": 0.7, "hidden_weight": 0.4, "num_layers": 2}
 OBJECTIVE = ObjectiveConfig(unlabeled_alpha=0.3, pooled_weight=1.5, lm_weight=0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        read_tokenizers_once(lambda name, value: patch.setattr(train_student, name, value))
-        yield
 
 
 @pytest.fixture(scope="module")
