@@ -23,14 +23,23 @@ NUM_KEPT = 2
 logger = logging.getLogger(__name__)
 
 
+# safetensors writes under such a name, and then gives the file its own.
+_HALF_WRITTEN = re.compile(r"\.tmp[0-9A-Za-z]{6}")
+
+
 @contextmanager
 def saved(folder: Path) -> Iterator[None]:
     """Save models and states in the body; at its end all files below `folder` are durable.
+
+    What a save that was killed left half-written goes first.
 
     Raises:
         UserError: where the file system refuses, in the words of whichever library noticed.
     """
     with explained_save(folder):
+        for path in folder.glob(".tmp*"):
+            if _HALF_WRITTEN.fullmatch(path.name):
+                path.unlink()
         yield
     make_durable(folder)
 

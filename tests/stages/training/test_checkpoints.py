@@ -169,3 +169,13 @@ def test_what_was_saved_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for path in written:
             path.write_bytes(b"bytes")
     assert {path.stat().st_ino for path in (*written, tmp_path)} <= synced
+
+
+def test_what_a_killed_save_left_is_gone(tmp_path: Path) -> None:
+    """safetensors' own half-written file, and nothing that is only called like it."""
+    kept = {".tmp", ".tmpKs4", ".tmp-Ks4Sn", "a.tmpKs4Sns"}
+    for name in (".tmpKs4Sns", *kept):
+        (tmp_path / name).write_bytes(b"half")
+    with saved(tmp_path):
+        safetensors.torch.save_file({"one": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "model.safetensors"}
