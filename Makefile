@@ -1,12 +1,12 @@
 # Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format assets clean
+.PHONY: help setup demo test test-slow test-gpu test-latest check format assets clean
 
 PYTHON ?=
 export PYTHON
 VENV_PYTHON := .venv/bin/python
 # A file of tests a core, each with one thread: the models are too small for more.
-PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,14 @@ test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results 
 	@mkdir -p benchmarks/results
 	bash -o pipefail -c "$(VENV_PYTHON) -m pytest -m gpu -s -ra 2>&1 | tee benchmarks/results/gpu-tests.log"
 
+# Its own environment, so that what is pinned and what is newest can be told apart.
+test-latest: VENV_PYTHON := .venv-latest/bin/python
+test-latest: ## the default tests with the newest releases that the bounds admit
+	VENV=.venv-latest RELEASES=newest scripts/setup-venv
+	$(VENV_PYTHON) -m teacher_cache.stages.data.packages
+	$(VENV_PYTHON) -m pip list --format=freeze | grep -iE '^(torch|transformers|datasets|zarr|tokenizers|pyarrow|numpy)='
+	$(PYTEST)
+
 check: setup ## ruff, the pre-commit hooks and pyright
 	$(VENV_PYTHON) -m pre_commit run --all-files
 	$(VENV_PYTHON) -m pyright
@@ -40,6 +48,6 @@ format: setup ## let ruff mend what it can
 assets: setup ## fetch the teacher's base, the reviews and the novels into assets/
 	$(VENV_PYTHON) -m teacher_cache.stages.data.packages
 
-clean: ## remove what builds and tools left; .venv, assets, caches and runs stay
+clean: ## remove what builds and tools left; environments, assets, caches and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

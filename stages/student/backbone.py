@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.layout import Layout, reversed_positions
@@ -21,24 +21,25 @@ from teacher_cache.stages.student.mixers.mamba import Mamba, MambaDirection
 from teacher_cache.stages.student.mixers.mamba2 import Mamba2, Mamba2Direction
 from teacher_cache.stages.student.norms import RMSNorm
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
+from teacher_cache.stages.student.state_names import OutputWithCache, the_cache
 
 MIXERS: dict[str, type[Mamba] | type[Mamba2]] = {"mamba": Mamba, "mamba2": Mamba2}
 
 
 @dataclass
-class MambaStudentOutput(ModelOutput):
+class MambaStudentOutput(OutputWithCache):
     """What the backbone makes of a batch.
 
     Attributes:
         last_hidden_state: [B, S, d_model] after the last norm.
-        cache_params: the layers' states after the last position, where they were asked for.
+        cache: the layers' states after the last position, where they were asked for.
         hidden_states: with `output_hidden_states`, the residual stream [B, S, d_model] before the
             first layer and after each; not normalised.
         mixers: with `output_mixers`, what each layer's scans ran with.
     """
 
     last_hidden_state: Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     mixers: tuple[RecordedMixer, ...] | None = None
 
@@ -114,6 +115,7 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
         cache_params: Cache | None = None,
         use_cache: bool = False,
         output_hidden_states: bool = False,
@@ -127,7 +129,8 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             inputs_embeds: [B, S, d_model] in place of `input_ids`.
             seq_idx: [B, S] integers that number the samples packed into one row, or none; neither
                 state nor convolution crosses a change of value.
-            cache_params: the states of an earlier call, to go on from; updated in place.
+            cache: the states of an earlier call, to go on from; updated in place.
+            cache_params: the same, as transformers calls it up to 5.23.
             use_cache: start a new cache where none is given.
             output_hidden_states: return the residual stream too.
             output_mixers: return what the scans ran with too, for `mixing_matrices`.
@@ -136,29 +139,30 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             States in the weights' dtype; the residual stream within is float32.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if a
-                bidirectional student is asked for a cache.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if both
+                names of the cache are, or if a bidirectional student is asked for one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
-        if self.config.bidirectional and (use_cache or cache_params is not None):
+        cache = the_cache(cache, cache_params)
+        if self.config.bidirectional and (use_cache or cache is not None):
             raise ValueError("a bidirectional student has no state to go on from")
         residual = cast(
             Tensor, self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         )
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        if use_cache and cache_params is None:
-            cache_params = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         layout = self._layout(residual, attention_mask, seq_idx)
         streams = [residual]
         record: list[RecordedMixer] | None = [] if output_mixers else None
         for layer_idx, layer in enumerate(self.layers):
-            state = None if cache_params is None else LayerState(cache_params, layer_idx)
+            state = None if cache is None else LayerState(cache, layer_idx)
             residual = layer(residual, layout, state, record)
             streams.append(residual)
         return MambaStudentOutput(
             last_hidden_state=self.norm_f(residual),
-            cache_params=cache_params,
+            cache=cache,
             hidden_states=tuple(streams) if output_hidden_states else None,
             mixers=None if record is None else tuple(record),
         )

@@ -9,26 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.linear_head import LinearHead
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
+from teacher_cache.stages.student.state_names import OutputWithCache, the_cache
 
 NO_TARGET = -100  # transformers' mark of a position that counts for nothing
 
 
 @dataclass
-class MambaStudentCausalLMOutput(ModelOutput):
+class MambaStudentCausalLMOutput(OutputWithCache):
     """Next-token predictions.
 
     Attributes:
         loss: mean cross-entropy over the targets, nats; none without labels.
         logits: [B, S, V] float32; none where the states were asked for in their place.
         final_states: [B, S, d_model], what the head reads, where they were asked for.
-        cache_params: the layers' states after the last position, where they were asked for.
+        cache: the layers' states after the last position, where they were asked for.
         hidden_states: as in `MambaStudentOutput`.
         mixers: as in `MambaStudentOutput`.
     """
@@ -36,7 +37,7 @@ class MambaStudentCausalLMOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     final_states: Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     mixers: tuple[RecordedMixer, ...] | None = None
 
@@ -79,6 +80,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         seq_idx: Tensor | None = None,
         labels: Tensor | None = None,
+        cache: Cache | None = None,
         cache_params: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -96,7 +98,8 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             seq_idx: [B, S] integers that number the documents packed into one row, or none.
             labels: [B, S] the tokens themselves, -100 where a token is no target; they are
                 shifted here. With `seq_idx`, no document's first token is a target.
-            cache_params: the states of an earlier call, to go on from; updated in place.
+            cache: the states of an earlier call, to go on from; updated in place.
+            cache_params: the same, as transformers calls it up to 5.23.
             use_cache: return the states; the configuration's `use_cache` if not said, except in
                 training.
             logits_to_keep: how many positions at the end, or which, get logits; 0 for all.
@@ -118,7 +121,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             attention_mask,
             inputs_embeds=inputs_embeds,
             seq_idx=seq_idx,
-            cache_params=cache_params,
+            cache=the_cache(cache, cache_params),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_mixers=output_mixers,
@@ -126,7 +129,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
         if states_only:
             return MambaStudentCausalLMOutput(
                 final_states=output.last_hidden_state,
-                cache_params=output.cache_params,
+                cache=output.cache,
                 hidden_states=output.hidden_states,
                 mixers=output.mixers,
             )
@@ -136,7 +139,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
         return MambaStudentCausalLMOutput(
             loss=None if labels is None else _next_token_loss(logits, labels, seq_idx),
             logits=logits,
-            cache_params=output.cache_params,
+            cache=output.cache,
             hidden_states=output.hidden_states,
             mixers=output.mixers,
         )

@@ -32,17 +32,36 @@ def greedy(model: MambaStudentForCausalLM, ids: Tensor, num_tokens: int) -> Tens
 
 
 @BOTH
+@pytest.mark.parametrize("name", ["cache", "cache_params"])
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 4), (7,), (2, 9), (11,)])
-def test_going_on_from_a_state_equals_reading_it_all(arch, cuts) -> None:
+def test_going_on_from_a_state_equals_reading_it_all(arch, cuts, name) -> None:
     model = language_model(arch=arch, chunk_size=4).double()
     ids = torch.randint(0, 50, (2, 12))
     expected = model(ids, use_cache=False).logits
     cache, outputs = None, []
     for start, end in zip((0, *cuts), (*cuts, 12), strict=True):
-        output = model(ids[:, start:end], cache_params=cache, use_cache=True)
-        cache = output.cache_params
+        output = model(ids[:, start:end], **{name: cache}, use_cache=True)
+        cache = getattr(output, name)
+        assert name in output and output[name] is cache
         outputs.append(output.logits)
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-10)
+
+
+def test_a_state_is_given_by_one_of_its_two_names() -> None:
+    model = language_model()
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    state = model(ids, use_cache=True).cache
+    for called in (model, model.backbone):
+        with pytest.raises(ValueError, match="two names of one thing"):
+            called(ids, cache=state, cache_params=state)
+
+
+@BOTH
+def test_an_output_without_a_state_has_it_under_neither_name(arch) -> None:
+    output = language_model(arch=arch)(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+    for name in ("cache", "cache_params"):
+        assert getattr(output, name) is None and name not in output
+    assert len(output.to_tuple()) == 1 and output[0] is output.logits
 
 
 @BOTH
