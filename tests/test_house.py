@@ -1,4 +1,4 @@
-"""The house rules that no linter checks: imports, packaging, size, and what the files may name."""
+"""The house rules that no linter checks: imports, packaging, and what the files may name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "configs", "pipeline", "stages")
+PACKAGE = ROOT / "teacher_cache"
 BENCHMARKS = "benchmarks"  # may import all of them, and is no part of the package
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -27,8 +28,6 @@ MAY_IMPORT = {
     "stages": {"stages", "cache"},
     "pipeline": {"pipeline", "stages", "cache", "configs"},
 }
-LIMIT_LINES = 300  # a module stays under it
-HARD_LIMIT_LINES = 350
 
 
 def modules(folder: str) -> list[Path]:
@@ -96,67 +95,115 @@ def test_cache_loads_no_model_library() -> None:
     assert not loaded.stdout.strip(), f"importing cache loads {loaded.stdout.strip()}"
 
 
-def test_every_package_is_listed() -> None:
-    there = {
-        ".".join(("teacher_cache", *path.parent.relative_to(ROOT).parts))
-        for folder in FOLDERS
-        for path in modules(folder)
-    }
-    listed = PYPROJECT["tool"]["setuptools"]["packages"]
-    assert sorted(there) == listed, "pyproject.toml, [tool.setuptools] packages"
-    for name in listed:
-        folder = ROOT.joinpath(*name.split(".")[1:])
-        assert (folder / "__init__.py").is_file(), f"{folder} lacks its __init__.py"
+def test_every_folder_is_linked_into_the_package() -> None:
+    """So that pyright, an editor and a newcomer's search find what an import names."""
+    inside = {path.name for path in PACKAGE.iterdir() if path.is_symlink()}
+    assert inside == set(FOLDERS)
+    for folder in FOLDERS:
+        assert (PACKAGE / folder).resolve() == ROOT / folder
+        for module in modules(folder):
+            assert (module.parent / "__init__.py").is_file(), f"{module.parent} is no package"
 
 
-def test_pyright_sees_every_folder() -> None:
-    """By the link in typings/, so that a class is one type (pyproject.toml says more)."""
+def test_pyright_checks_every_python_file() -> None:
     included = set(PYPROJECT["tool"]["pyright"]["include"])
     for path in tracked_files():
         top = path.relative_to(ROOT).parts[0]
         if path.suffix == ".py" and top not in FOLDERS:
             assert top in included, f"pyproject.toml: pyright does not check {top}"
-    for folder in FOLDERS:
-        link = ROOT / "typings" / "teacher_cache" / folder
-        assert link.resolve() == ROOT / folder
-        assert str(link.relative_to(ROOT)) in included
 
 
-def test_wheel_contains_everything(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for folder in FOLDERS:
-        copytree(ROOT / folder, source / folder, ignore=ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+def test_public_names_are_there_and_load_nothing_before() -> None:
+    script = (
+        "import sys, teacher_cache as package\n"
+        "assert 'torch' not in sys.modules and set(package.__all__) <= set(dir(package))\n"
+        "for name in package.__all__: getattr(package, name)\n"
+        "try: package.nothing_of_ours\n"
+        "except AttributeError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "nothing_of_ours" in ran.stdout, ran.stderr
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a release is built from: the tracked tree, its links as links."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in (*FOLDERS, PACKAGE.name):
+        copytree(
+            ROOT / folder, source / folder, symlinks=True, ignore=ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def packaged_files() -> set[str]:
+    """By the names that an installed package gives them."""
+    suffixes = {".py", ".yaml", ".jinja"}
+    found = {
+        f"teacher_cache/{path.relative_to(ROOT).as_posix()}"
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes
+    }
+    return found | {"teacher_cache/__init__.py", "teacher_cache/py.typed"}
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """A wheel or an sdist, without an index and without a build environment."""
+    script = f"import setuptools.build_meta as b, sys; b.build_{kind}(sys.argv[1])"
     built = subprocess.run(
+        [sys.executable, "-c", script, str(out)], cwd=source, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    (found,) = out.iterdir()
+    return found
+
+
+def names_in_wheel(wheel: Path) -> set[str]:
+    """All files of it but its own metadata."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"teacher_cache", wheel.name.split("-py3")[0] + ".dist-info"}
+    return {name for name in names if name.startswith("teacher_cache/")}
+
+
+def test_wheel_contains_everything(source: Path, tmp_path: Path) -> None:
+    assert names_in_wheel(build("wheel", source, tmp_path)) == packaged_files()
+
+
+def test_a_wheel_of_the_sdist_is_the_same(source: Path, tmp_path: Path) -> None:
+    sdist = build("sdist", source, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert names_in_wheel(build("wheel", unpacked, tmp_path / "wheel")) == packaged_files()
+
+
+def test_an_editable_install_adds_the_package_and_no_other_name(
+    source: Path, tmp_path: Path
+) -> None:
+    installed = subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"),
-            *("--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)),
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"),
+            *("--no-build-isolation", "--target", str(tmp_path), "-e", str(source)),
         ],
         capture_output=True,
         text=True,
     )
-    assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {
-        f"teacher_cache/{path.relative_to(source).as_posix()}"
-        for folder in FOLDERS
-        for path in (source / folder).rglob("*")
-        if path.suffix in {".py", ".yaml"} or path.name == "py.typed"
-    }
-    assert wanted <= inside, f"missing from the wheel: {sorted(wanted - inside)}"
-    tops = {name.split("/")[0] for name in inside}
-    assert tops == {"teacher_cache", wheel.name.split("-py3")[0] + ".dist-info"}
-
-
-def test_modules_are_short() -> None:
-    for folder in (*FOLDERS, BENCHMARKS):
-        for path in modules(folder):
-            lines = len(path.read_text().splitlines())
-            assert lines < HARD_LIMIT_LINES, f"{path} has {lines} lines: split it"
-            if lines >= LIMIT_LINES:
-                warnings.warn(f"{path} has {lines} lines: split it soon", stacklevel=1)
+    assert installed.returncode == 0, installed.stderr
+    script = (
+        "import importlib.util as u, site, sys\n"
+        f"site.addsitedir({str(tmp_path)!r})\n"
+        "from teacher_cache.cache import errors\n"
+        f"print(errors.__file__.startswith({str(source)!r}),"
+        f" *[name for name in {FOLDERS!r} if u.find_spec(name)])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-P", "-S", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.stdout.split() == ["True"], ran.stdout + ran.stderr
 
 
 def test_every_config_begins_with_its_command() -> None:

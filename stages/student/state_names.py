@@ -1,7 +1,7 @@
 """The two names that transformers has for what decoding carries on.
 
-Up to 5.23 its Mamba models and `generate` say `cache_params`, from 5.24 on every model says `cache`.
-A student answers to both under every release.
+Up to 5.23 its Mamba models and `generate` say `cache_params`, from 5.24 on every model says
+`cache`. A student answers to both under every release.
 """
 
 from __future__ import annotations
