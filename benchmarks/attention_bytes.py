@@ -28,9 +28,9 @@ from benchmarks.goal import Goal, goal_table
 from benchmarks.smollm2 import smollm2_folder
 from teacher_cache.cache.codecs.attention import AttentionCodec, row_kl
 from teacher_cache.pipeline.reporting import reported
-from teacher_cache.stages.data import austen, reviews
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.packages import fetch
+from teacher_cache.stages.data.packaged import austen, reviews
+from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.layer_plan import LayerPlan

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from teacher_cache.pipeline.model_options import argument, switch, value, with_options
+from teacher_cache.pipeline.cli_options import argument, switch, value, with_options
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     CheckOptions,

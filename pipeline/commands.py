@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +13,8 @@ import numpy as np
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.manifest import read_manifest
+from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.language_model_runs import evaluate_language_models, go_on
-from teacher_cache.pipeline.language_tables import estimate_table
-from teacher_cache.pipeline.newest import newest_cache
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     EvaluateCommandOptions,
@@ -24,6 +23,7 @@ from teacher_cache.pipeline.options import (
 )
 from teacher_cache.pipeline.presets import (
     held_out_corpus,
+    held_out_text,
     resolve_cache_teacher,
     resolve_finetune_teacher,
 )
@@ -31,7 +31,9 @@ from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
 from teacher_cache.pipeline.reporting import console
 from teacher_cache.pipeline.tables import (
     cost_table,
+    estimate_table,
     join_table,
+    language_model_table,
     manifest_table,
     quality_table,
     settings_table,
@@ -39,17 +41,45 @@ from teacher_cache.pipeline.tables import (
 from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages import convert as conversion
 from teacher_cache.stages import evaluate as evaluation
+from teacher_cache.stages import evaluate_language_model
 from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.conversion.config import ConvertConfig, ConvertOptions
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
-from teacher_cache.stages.evaluation.classifier import load_student
+from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.evaluation.generation import check_generation, continuation, prompt_ids
+from teacher_cache.stages.evaluation.models import load_student, load_student_language_model
 from teacher_cache.stages.evaluation.runs import task_of
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.start import with_own_tokenizer
+
+CACHES = Path("caches")
+
+logger = logging.getLogger(__name__)
+
+
+def newest_cache(folder: Path = CACHES) -> Path:
+    """The complete cache with the newest manifest; names those that are not complete.
+
+    Raises:
+        UserError: if there is none, or one cannot be read: it might be the one that was meant.
+    """
+    complete = []
+    for path in sorted(folder.glob(f"*/{MANIFEST_NAME}")):
+        manifest = read_manifest(path.parent)
+        if manifest.complete:
+            complete.append((manifest.completed_at, path.parent))
+        else:
+            logger.warning("passed over: %s is not complete", path.parent)
+    if not complete:
+        raise UserError(
+            f"there is no complete cache in {folder}: run `pipe cache-teacher --data ...` first, "
+            "or name one with --cache"
+        )
+    return max(complete)[1]
 
 
 def finetune_teacher(options: FinetuneTeacherOptions) -> Path:
@@ -194,3 +224,48 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
         label = classifier.id2label[int(row.argmax())]
         # Not through rich, which would make spaces of the tabs.
         print(f"{label}\t{row.max():.3f}\t{one}")
+
+
+def evaluate_language_models(
+    options: EvaluateCommandOptions, runs: list[Path], names: dict[str, str] | None
+) -> EvaluateLanguageModelResult:
+    """Evaluate language models; print how well they predict, and what they write."""
+    config = evaluate_language_model.EvaluateLanguageModelConfig(
+        runs=tuple(runs),
+        corpus=held_out_text(options),
+        cache=options.cache,
+        **options.model_dump(include=set(EvaluateOptions.model_fields)),
+    )
+    result = evaluate_language_model.run(
+        config, on_step=lambda text: console.print(text, style="dim")
+    )
+    console.print(language_model_table(result, names))
+    console.print(
+        "perplexity: of a token; agrees: the teacher's most probable token is chosen; KL: from "
+        "the teacher's distribution, mean nats of a position",
+        style="dim",
+    )
+    for row in result.rows:
+        if row.written is not None:
+            name = (names or {}).get(row.name, row.name)
+            console.print(f"{name}: {result.prompt}|{row.written}", soft_wrap=True)
+    return result
+
+
+def go_on(options: PredictSettings, run: Path, texts: Sequence[str], *, as_json: bool) -> None:
+    """Print each text with what the model writes behind it.
+
+    Args:
+        options: how it writes.
+        run: of the model.
+        texts: to go on with.
+        as_json: as JSON strings, so that each stays on one line.
+    """
+    check_generation(options)
+    num_empty = sum(not text.strip() for text in texts)
+    if num_empty:
+        raise UserError(f"{num_empty} of {len(texts)} texts are empty: leave them out")
+    model = load_student_language_model(run, options)
+    for text in texts:
+        whole = text + continuation(model, prompt_ids(model, text), options)
+        print(json.dumps(whole, ensure_ascii=False) if as_json else whole)

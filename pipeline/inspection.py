@@ -11,12 +11,17 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify as verify_cache
-from teacher_cache.pipeline.language_tables import is_language_model, kept_table
-from teacher_cache.pipeline.layer_tables import layer_fields, layer_table
 from teacher_cache.pipeline.pictures.figures import write_figure
 from teacher_cache.pipeline.reporting import console, working
 from teacher_cache.pipeline.sample_view import attention_panels, print_sample
-from teacher_cache.pipeline.tables import manifest_table, settings_table
+from teacher_cache.pipeline.tables import (
+    is_language_model,
+    kept_table,
+    layer_fields,
+    layer_table,
+    manifest_table,
+    settings_table,
+)
 
 NUM_IDS_SHOWN = 3
 

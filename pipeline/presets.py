@@ -6,24 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.pipeline.language_models import (
-    refuse_labels,
-    resolve_language_model,
-    text_corpus,
-)
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     DataOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
-)
-from teacher_cache.pipeline.preset_table import (
-    PRESETS,
-    TEXTS,
-    Preset,
-    data_name,
-    refuse_misspelt,
-    task_of,
 )
 from teacher_cache.stages.teacher.codec_options import check_options
 from teacher_cache.stages.teacher.config import ShardConfig, TaskName
@@ -33,6 +20,148 @@ if TYPE_CHECKING:
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
     from teacher_cache.stages.data.corpus import CorpusConfig
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from teacher_cache.cache.errors import did_you_mean
+from teacher_cache.pipeline.options import TxtUnit
+
+if TYPE_CHECKING:
+    from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+    from teacher_cache.stages.data.corpus import CorpusConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A data set by name, with all that a run needs besides.
+
+    Attributes:
+        source: hub id, or the packaged `reviews`.
+        train: split that is cached.
+        held_out: split that `pipe evaluate` reads.
+        validation: split that fine-tuning evaluates on, None for a share of `train`.
+        text_column: of the texts.
+        label_names: in the order of the class ids.
+        unlabeled: source and split of the unlabelled text.
+        teacher: hub id or folder.
+        base_model: what `finetune-teacher` starts from, None where a teacher exists.
+    """
+
+    source: str
+    train: str
+    held_out: str
+    validation: str | None = None
+    text_column: str
+    label_column: str = "label"
+    label_names: tuple[str, ...]
+    unlabeled: tuple[str, str]
+    teacher: str
+    base_model: str | None = None
+
+
+PRESETS = {
+    "imdb": Preset(
+        source="stanfordnlp/imdb",
+        train="train",
+        held_out="test",
+        text_column="text",
+        label_names=("neg", "pos"),
+        unlabeled=("stanfordnlp/imdb", "unsupervised"),
+        teacher="hipnologo/gpt2-imdb-finetune",
+    ),
+    "sst2": Preset(
+        source="stanfordnlp/sst2",
+        train="train",
+        held_out="validation",  # the test labels are hidden
+        text_column="sentence",
+        label_names=("negative", "positive"),
+        unlabeled=("stanfordnlp/imdb", "unsupervised"),
+        teacher="distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+    ),
+    "demo": Preset(
+        source="reviews",
+        train="train",
+        held_out="test",
+        validation="validation",
+        text_column="text",
+        label_names=("rotten", "fresh"),
+        unlabeled=("reviews", "unlabeled"),
+        teacher="teachers/demo-minilm",
+        base_model="minilm",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPreset:
+    """Text without labels by name, for language models.
+
+    Attributes:
+        source: hub id (`id:subset` where it has several), or a packaged text.
+        train: split that is cached.
+        held_out: split that `pipe evaluate` reads; None where there is none.
+        text_column: of the texts.
+        txt_unit: what of its lines is a document, where that is not each.
+        is_streamed: too large to be fetched whole: only so much is read as is asked for.
+        teacher: hub id, None where one has to be named.
+        student_tokenizer: hub id, None where students have the teacher's.
+    """
+
+    source: str
+    train: str
+    held_out: str | None
+    text_column: str = "text"
+    txt_unit: TxtUnit = "line"
+    is_streamed: bool = False
+    teacher: str | None = None
+    student_tokenizer: str | None = None
+
+
+TEXTS = {
+    "austen": TextPreset(source="austen", train="train", held_out="test"),
+    "wikitext": TextPreset(
+        source="Salesforce/wikitext:wikitext-2-raw-v1",
+        train="train",
+        held_out="test",
+        txt_unit="article",
+        teacher="openai-community/gpt2",
+    ),
+    "openwebtext": TextPreset(
+        source="Skylion007/openwebtext",
+        train="train",
+        held_out=None,
+        is_streamed=True,
+        teacher="openai-community/gpt2",
+    ),
+    "moe-to-mamba": TextPreset(
+        source="Salesforce/wikitext:wikitext-2-raw-v1",
+        train="train",
+        held_out="test",
+        txt_unit="article",
+        teacher="huihui-ai/Huihui-MoE-1B-A0.6B",
+        student_tokenizer="HuggingFaceTB/SmolLM-135M",
+    ),
+}
+
+
+def task_of(data: str) -> TaskName:
+    """What a teacher does with this data where the options do not say it."""
+    return "lm" if data in TEXTS else "classification"
+
+
+def data_name(data: str) -> str:
+    """A short name for folders: the preset's, or the last part of an id or path."""
+    name = Path(data.rstrip("/")).name.replace(":", "-")
+    return data if data in PRESETS or data in TEXTS else name.split(".")[0] or "data"
+
+
+def refuse_misspelt(data: str) -> None:
+    """A bare word that is no file is more likely a misspelt preset than a hub id."""
+    names = [*PRESETS, *TEXTS]
+    suggestion = did_you_mean(data, names)
+    if data not in names and suggestion.startswith("did") and not Path(data).exists():
+        raise UserError(f"there is no preset, file or folder {data!r}: {suggestion}")
+
 
 UNLABELED_SPLITS = ("unsupervised", "unlabeled")
 HELD_OUT_SPLITS = ("test", "validation")
@@ -154,7 +283,7 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     Raises:
         UserError: if no base model is named and there is no preset to name one.
     """
-    from teacher_cache.stages.data.packages import fetch
+    from teacher_cache.stages.data.packaged.packages import fetch
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 
     preset = PRESETS.get(options.data)
@@ -259,3 +388,121 @@ def _own_held_out_split(data: str) -> str | None:
             f"{', '.join(offered or ())}): name the split to evaluate on with --split"
         )
     return None if Path(data).is_file() else found[0]
+
+
+OF_LABELS = ("label_column", "label_names")
+OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
+
+
+def resolve_language_model(options: CacheTeacherOptions) -> CacheTeacherConfig:
+    """Fill in what the preset supplies.
+
+    Raises:
+        UserError: if nothing names a teacher, or an option has no meaning for a language model.
+    """
+    from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+
+    refuse_labels(options)
+    refuse_misspelt(options.data)
+    teacher, student_tokenizer = options.teacher, options.student_tokenizer
+    if options.data in TEXTS:
+        teacher = teacher or TEXTS[options.data].teacher
+        student_tokenizer = student_tokenizer or TEXTS[options.data].student_tokenizer
+    if teacher is None:
+        raise UserError(
+            f"--data {options.data} names no language model: give --teacher, the folder or hub id "
+            "of a causal language model"
+        )
+    config = CacheTeacherConfig(
+        **options.model_dump(
+            include=set(ShardConfig.model_fields) - {"teacher", "task", "student_tokenizer"}
+        ),
+        task="lm",
+        teacher=teacher,
+        student_tokenizer=student_tokenizer,
+        name=data_name(options.data),
+        labeled=text_corpus(options, options.data, options.split, options.max_samples),
+        unlabeled=_second_corpus(options),
+        unlabeled_is_named=options.unlabeled is not None,
+        fallback=tuple(
+            text_corpus(options, data, None, options.max_samples) for data in options.fallback
+        ),
+    )
+    check_options(config)
+    return config
+
+
+def _second_corpus(options: CacheTeacherOptions) -> CorpusConfig | None:
+    if options.unlabeled in (None, "none"):
+        for name in OF_SECOND_CORPUS:
+            if name in options.model_fields_set:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of a second corpus, and there is none: name "
+                    "it with --unlabeled, or leave the option out"
+                )
+        return None
+    return text_corpus(
+        options,
+        options.unlabeled,
+        options.unlabeled_split,
+        options.unlabeled_max_samples,
+        is_second=True,
+    )
+
+
+def refuse_labels(options: DataOptions) -> None:
+    """Refuse what says how labels are read.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in OF_LABELS:
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is of classifiers: leave it out with language models, "
+                "for which each token is the label of those before it"
+            )
+
+
+def text_corpus(
+    options: CacheTeacherOptions | EvaluateCommandOptions,
+    data: str,
+    split: str | None,
+    max_samples: int | None,
+    *,
+    is_second: bool = False,
+    is_held_out: bool = False,
+) -> CorpusConfig:
+    """The text that `--data`, or with `is_second` `--unlabeled`, names.
+
+    Args:
+        options: with what says how to read it.
+        data: a preset, file, folder or hub id.
+        split: to read; the preset's if none is named.
+        max_samples: at most so many documents.
+        is_second: whether it is the corpus of `--unlabeled`.
+        is_held_out: take the split that a preset holds out.
+    """
+    from teacher_cache.stages.data.corpus import CorpusConfig
+
+    source, own_split, text_column, unit, is_streamed = data, None, None, None, False
+    if data in TEXTS:
+        text = TEXTS[data]
+        source, text_column, unit = text.source, text.text_column, text.txt_unit
+        own_split = text.held_out if is_held_out else text.train
+        is_streamed = text.is_streamed
+    elif data in PRESETS:
+        preset = PRESETS[data]
+        own = (preset.source, preset.held_out if is_held_out else preset.train)
+        source, own_split = preset.unlabeled if is_second else own
+        text_column = None if is_second else preset.text_column
+    return CorpusConfig(
+        source=source,
+        split=split or own_split,
+        text_column=(None if is_second else options.text_column) or text_column,
+        txt_unit=options.txt_unit or unit or "line",
+        labeled=False,
+        max_samples=max_samples,
+        seed=getattr(options, "seed", 0),
+        streamed=is_streamed,
+    )

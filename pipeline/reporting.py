@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from teacher_cache.cache.errors import TeacherCacheError, UserError
-from teacher_cache.stages.training.ranks import is_main, num_processes
+from teacher_cache.stages.ranks import is_main, num_processes
 
 EXIT_INTERRUPTED = 130
 RESUMING = ("finetune-teacher", "cache-teacher", "convert", "train-student", "run")

@@ -2,21 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
+from teacher_cache.cache.codecs.hidden import HiddenCodec
+from teacher_cache.cache.codecs.interface import Decoded
+from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
-from teacher_cache.pipeline.language_tables import is_language_model
 from teacher_cache.pipeline.pictures.attention_maps import Panels, readable_tokens, teacher_maps
 from teacher_cache.pipeline.pictures.both_maps import both_sides
-from teacher_cache.pipeline.position_view import print_distributions
-from teacher_cache.stages.tokenizers import load_tokenizer
+from teacher_cache.pipeline.tables import is_language_model
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+from teacher_cache.stages.tokens.vocabulary_map import recorded_map
+
+NUM_POSITIONS = 4
+NUM_TOKENS = 5
+
+
+def print_distributions(
+    console: Console,
+    manifest: Manifest,
+    sample: Mapping[str, np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+) -> None:
+    """Print the most probable next tokens at positions that are evenly spaced over a sample.
+
+    Args:
+        console: to print to.
+        manifest: of the cache.
+        sample: as the reader gives it.
+        tokenizer: of the cache.
+        cache: its folder, in which a head may lie.
+
+    Raises:
+        CheckFailed: if the head of cached states, or the map of an aligned cache, is damaged.
+    """
+    counts = np.flatnonzero(sample["loss_mask"])
+    num_pieces = int(sample["segment"].max(initial=0)) + 1
+    console.print(f"pieces of documents: {num_pieces}; positions that count: {len(counts):,}")
+    codec = codec_from(manifest.settings["codec"])
+    temperature = _temperature(codec)
+    decode = _decoder(codec, sample, temperature, cache, manifest)
+    named = _namer(tokenizer, manifest, cache)
+    places = np.linspace(0, len(counts) - 1, min(NUM_POSITIONS, len(counts))).astype(int)
+    for position in counts[np.unique(places)]:
+        decoded = decode(int(position))
+        real = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position + 1]))
+        log_prob = float(sample["next_log_prob"][position])
+        here = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position]))
+        console.print(
+            f"  at {position}, {here}: next is {real} (p {np.exp(log_prob):.4f} at T=1); "
+            f"T={temperature:g}: {_most_probable(decoded, named)}",
+            soft_wrap=True,
+        )
+
+
+def _namer(
+    tokenizer: PreTrainedTokenizerBase, manifest: Manifest, cache: Path
+) -> Callable[[list[int]], list[str]]:
+    """Strings of the support's ids; of a student's, the teacher's tokens of the same bytes."""
+
+    def own_tokens(ids: list[int]) -> list[str]:
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
+    vocabulary_map = recorded_map(cache, manifest)
+    if vocabulary_map is None:
+        return own_tokens
+    teacher_ids = np.arange(len(vocabulary_map.student_ids))
+    # Of several teacher ids, the lowest.
+    teacher_id_of = dict(
+        zip(vocabulary_map.student_ids[::-1].tolist(), teacher_ids[::-1].tolist(), strict=True)
+    )
+    return lambda ids: own_tokens([teacher_id_of[one] for one in ids])
+
+
+def _most_probable(decoded: Decoded, named: Callable[[list[int]], list[str]]) -> str:
+    log_probs = np.asarray(decoded.log_probs)[0]
+    order = np.argsort(-log_probs, kind="stable")[:NUM_TOKENS]
+    order = order[np.isfinite(log_probs[order])]
+    ids = order if decoded.ids is None else np.asarray(decoded.ids)[0, order]
+    tokens = named(ids.tolist())
+    listed = [
+        f"{token} {np.exp(log_prob):.4f}"
+        for token, log_prob in zip(tokens, log_probs[order], strict=True)
+    ]
+    if decoded.ids is not None:
+        listed.append(f"all others {float(np.exp(np.asarray(decoded.tail_log_prob)[0])):.4f}")
+    return ", ".join(listed)
+
+
+def _decoder(
+    codec: AnyCodec,
+    sample: Mapping[str, np.ndarray],
+    temperature: float,
+    cache: Path,
+    manifest: Manifest,
+) -> Callable[[int], Decoded]:
+    """What gives the distribution at one position, [1, ...] arrays."""
+    rows = codec.expand(sample)
+    if not isinstance(codec, HiddenCodec):
+        return lambda position: codec.decode(_one(rows, position), temperature)
+    import torch  # only states need it, and the head that reads them
+
+    from teacher_cache.stages.models.head import read_language_model_head
+
+    headed = replace(codec, head=read_language_model_head(cache, manifest))
+
+    def decode(position: int) -> Decoded:
+        one = {name: torch.from_numpy(np.array(row)) for name, row in _one(rows, position).items()}
+        with torch.inference_mode():
+            return headed.decode(one, temperature)
+
+    return decode
+
+
+def _one(rows: Mapping[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
+    return {name: field[position : position + 1] for name, field in rows.items()}
+
+
+def _temperature(codec: AnyCodec) -> float:
+    """1, or where the cache has none such the lowest that it has."""
+    grid = getattr(codec, "temperatures", (1.0,))
+    return 1.0 if 1.0 in grid else grid[0]
 
 
 def print_sample(console: Console, cache: Path, sample_id: str) -> None:

@@ -14,7 +14,23 @@ from teacher_cache.stages.join.report import JoinReport
 if TYPE_CHECKING:  # it imports torch
     from teacher_cache.stages.evaluate import EvaluateResult, Evaluation
     from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
-    from teacher_cache.stages.evaluation.language_model_rows import LanguageModelEvaluation
+    from teacher_cache.stages.evaluation.scores import LanguageModelEvaluation
+from typing import TYPE_CHECKING
+
+from teacher_cache.cache.codecs.named import codec_from
+from teacher_cache.cache.schema import bytes_per_position
+
+if TYPE_CHECKING:  # it imports torch
+    from teacher_cache.stages.estimate import Estimate
+    from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
+from collections.abc import Mapping
+
+import numpy as np
+
+from teacher_cache.cache.codecs.attention import attention_from
+from teacher_cache.cache.codecs.hidden import HIDDEN
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import Schema
 
 NONE = "–"
 
@@ -170,3 +186,160 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             found.append((f"{prefix}{key}", value))
     return found
+
+
+NOT_PROBED = "not probed: teacher or data is not on this machine"
+NOT_PROBED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
+
+
+def is_language_model(manifest: Manifest) -> bool:
+    """Whether a cache is one of a language model."""
+    return manifest.settings["task"] == "lm"
+
+
+def estimate_table(estimate: Estimate, *, is_language_model: bool) -> Table:
+    """Of a cache to be made; what is not known is not guessed."""
+    table = _table("estimated")
+    if is_language_model:
+        per_token = NONE if estimate.bytes_per_token is None else f"{estimate.bytes_per_token:,.1f}"
+        if estimate.bytes_per_token is not None and estimate.num_ids is None:
+            per_token += " (if the teacher has at most 65,536 ids)"
+        table.add_row("bytes a token", per_token)
+    table.add_row("tokens", _counted(estimate.num_tokens))
+    table.add_row("shards", _counted(estimate.num_shards))
+    table.add_row("MB", _megabytes(estimate.num_bytes))
+    if estimate.num_layer_bytes is None or estimate.num_layer_bytes:
+        table.add_row("MB of maps and states of layers", _megabytes(estimate.num_layer_bytes))
+    add_map_errors(table, estimate.maps)
+    if is_language_model:
+        errors = [] if estimate.probe is None else estimate.probe.to_json()["reconstruction"]
+        _add_errors(table, errors)
+    return table
+
+
+def kept_table(manifest: Manifest) -> Table:
+    """Of a cache: bytes a token field by field, captured mass, what reconstruction loses."""
+    table = _table("a token")
+    probe = manifest.about.get("probe", {})
+    errors = probe.get("reconstruction", [])
+    # A head of differing sizes is as the probe found it.
+    entries = errors[0]["num_ids"] if errors else probe.get("num_ids") or 0.0
+    for spec in manifest.schema:
+        if spec.is_ragged and not spec.is_map:
+            table.add_row(f"bytes of {spec.name}", f"{bytes_per_position((spec,), entries):,.2f}")
+    total = bytes_per_position(manifest.schema, entries)
+    table.add_row("bytes in all", f"{total:,.2f} ({codec_from(manifest.settings['codec']).name})")
+    if "measured_against" in probe:
+        _add_errors(
+            table, errors, against=f", from {probe['measured_against']}", missing=NOT_PROBED_AGAIN
+        )
+    else:
+        _add_errors(table, errors)
+    return table
+
+
+def language_model_table(
+    result: EvaluateLanguageModelResult, names: dict[str, str] | None = None
+) -> Table:
+    """Teacher and students side by side: how well they predict the next token.
+
+    Args:
+        result: of `stages.evaluate_language_model`.
+        names: what to call a row, by its name.
+    """
+    table = Table(title=f"{result.num_documents:,} held-out documents", title_justify="left")
+    table.add_column("model", overflow="fold", min_width=20)
+    for heading in ("positions", "perplexity", "bits a byte", "agrees %", "KL"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        table.add_row(
+            (names or {}).get(row.name, row.name),
+            f"{row.num_positions:,}",
+            f"{row.perplexity:,.2f}",
+            nats(row.bits_per_byte),
+            percent(row.agreement),
+            nats(row.kl),
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("quantity")
+    table.add_column("value", overflow="fold")
+    return table
+
+
+def _add_errors(
+    table: Table, errors: list[dict[str, Any]], *, against: str = "", missing: str = NOT_PROBED
+) -> None:
+    """Rows of what a codec loses; `against` says from what, where that is not the teacher."""
+    if not errors:
+        table.add_row("reconstruction KL", missing)
+        return
+    first = errors[0]
+    at = f"at temperature {first['temperature']:g}"
+    for error in errors:
+        if "coverage" in error:
+            table.add_row(
+                f"coverage of the student's ids at temperature {error['temperature']:g}",
+                f"{error['coverage']:.4f}",
+            )
+    table.add_row(f"captured mass {at}", f"{1 - first['lost_mass']:.4f}")
+    for error in errors:
+        table.add_row(
+            f"reconstruction KL{against} at temperature {error['temperature']:g}",
+            f"{error['kl']:.2g} nats, at most {error['largest_kl']:.2g} "
+            f"({error['num_positions']} positions)",
+        )
+    if "unused_mass" in first:
+        table.add_row("mass of unused rows", f"{first['unused_mass']:.2g}")
+
+
+def _megabytes(num_bytes: float | None) -> str:
+    return NONE if num_bytes is None else f"{num_bytes / 1e6:,.1f}"
+
+
+def _counted(number: float | None) -> str:
+    return NONE if number is None else f"{number:,.0f}"
+
+
+NUM_SAMPLES = 64
+
+
+def layer_fields(manifest: Manifest) -> Schema:
+    """The fields of maps and states, but for those that are the codec's own."""
+    attention = attention_from(manifest.settings)
+    maps = set() if attention is None else {spec.name for spec in attention.fields}
+    asked = str(manifest.settings.get("hidden", "")).split(",")
+    states = {HIDDEN} if "last" in asked else set()
+    states |= {f"{HIDDEN}_{layer}" for layer in asked if layer.isdecimal()}
+    return tuple(spec for spec in manifest.schema if spec.name in maps | states)
+
+
+def layer_table(reader: CacheReader) -> Table:
+    """Mean bytes a sample of each map and state, on samples evenly spaced over a split."""
+    fields = layer_fields(reader.manifest)
+    chosen = np.unique(np.linspace(0, len(reader) - 1, NUM_SAMPLES).astype(int))
+    samples = [reader.sample(int(idx)) for idx in chosen]
+    title = f"maps and states of layers, {len(samples)} samples"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("quantity")
+    table.add_column("value", overflow="fold")
+    for spec in fields:
+        mean = np.mean([sample[spec.name].nbytes for sample in samples])
+        table.add_row(f"bytes a sample of {spec.name}", f"{mean:,.0f}")
+    every = [sum(sample[spec.name].nbytes for spec in fields) for sample in samples]
+    table.add_row("bytes a sample in all", f"{np.mean(every):,.0f}")
+    add_map_errors(table, reader.manifest.about.get("attention"))
+    return table
+
+
+def add_map_errors(table: Table, errors: Mapping[str, Any] | None) -> None:
+    """What storing maps loses, as the probe found it; no row where no maps are stored."""
+    if errors is not None:
+        table.add_row(
+            "KL of an attention row",
+            f"{errors['row_kl']:.2g} nats, at most {errors['largest_row_kl']:.2g} "
+            f"({errors['num_rows']:,} rows)",
+        )

@@ -17,8 +17,7 @@ from teacher_cache.pipeline.options import (
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
 )
-from teacher_cache.pipeline.preset_table import task_of
-from teacher_cache.pipeline.presets import check_evaluation, resolve_cache_teacher
+from teacher_cache.pipeline.presets import check_evaluation, resolve_cache_teacher, task_of
 from teacher_cache.pipeline.settings import (
     apply_settings,
     check_sections,

@@ -19,6 +19,7 @@ from teacher_cache.cache.manifest import Manifest, utc_now
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Fields, Ragged, Schema
+from teacher_cache.cache.teacher_files import read_teacher_file
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver, versioned
 from teacher_cache.stages.config import DeviceConfig
@@ -30,11 +31,10 @@ from teacher_cache.stages.conversion.codecs import (
 )
 from teacher_cache.stages.conversion.config import ConvertConfig
 from teacher_cache.stages.conversion.probe import probed_again
-from teacher_cache.stages.device import environment, resolve_device
+from teacher_cache.stages.models.device import environment, resolve_device
+from teacher_cache.stages.models.head import HEAD_FILE
 from teacher_cache.stages.teacher.codec_options import given_options
 from teacher_cache.stages.teacher.draws import DRAW_SEED
-from teacher_cache.stages.teacher.language_model_head import HEAD_FILE
-from teacher_cache.stages.teacher.stored_tables import read_teacher_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from typing import Any
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.stages.cache_size import NUM_PROBED_FOR_SIZE
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig, load_corpora
-from teacher_cache.stages.data import austen, reviews
-from teacher_cache.stages.data.packages import assets_folder
+from teacher_cache.stages.data.packaged import austen, reviews
+from teacher_cache.stages.data.packaged.packages import assets_folder
 from teacher_cache.stages.teacher.classification import Classification
 from teacher_cache.stages.teacher.codec_options import DEFAULT_CODEC, codec_of
 from teacher_cache.stages.teacher.language_modeling import LanguageModeling, bytes_per_token

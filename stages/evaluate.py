@@ -11,16 +11,16 @@ from pydantic import Field
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.label_mapping import is_generic
-from teacher_cache.stages.evaluation.classifier import (
+from teacher_cache.stages.data.labels import is_generic
+from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.evaluation.latency import measure_latency
+from teacher_cache.stages.evaluation.models import (
+    TEACHER,
     Classifier,
     load_student,
     load_teacher_classifier,
 )
-from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.evaluation.documents import documents_with_text
-from teacher_cache.stages.evaluation.latency import measure_latency
-from teacher_cache.stages.evaluation.model import TEACHER
+from teacher_cache.stages.evaluation.packed_text import documents_with_text
 from teacher_cache.stages.evaluation.runs import (
     require_distinct_names,
     teacher_beside,

@@ -15,25 +15,16 @@ from pydantic import Field
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.device import resolve_device
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
-from teacher_cache.stages.evaluation.documents import documents_with_text
 from teacher_cache.stages.evaluation.generation import continuation, prompt_ids
-from teacher_cache.stages.evaluation.language_model import (
+from teacher_cache.stages.evaluation.latency import measure_latency
+from teacher_cache.stages.evaluation.models import (
+    TEACHER,
     LanguageModel,
     load_student_language_model,
     load_teacher_language_model,
 )
-from teacher_cache.stages.evaluation.language_model_rows import (
-    LanguageModelEvaluation,
-    evaluation_of,
-    num_positions,
-    reads_as,
-    require_positions,
-)
-from teacher_cache.stages.evaluation.latency import measure_latency
-from teacher_cache.stages.evaluation.model import TEACHER
-from teacher_cache.stages.evaluation.packed_text import PackedRow, packed_rows
+from teacher_cache.stages.evaluation.packed_text import PackedRow, documents_with_text, packed_rows
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.runs import (
     held_out_of,
@@ -41,7 +32,15 @@ from teacher_cache.stages.evaluation.runs import (
     teacher_beside,
     tokenization_marks,
 )
-from teacher_cache.stages.evaluation.scores import score
+from teacher_cache.stages.evaluation.scores import (
+    LanguageModelEvaluation,
+    evaluation_of,
+    num_positions,
+    reads_as,
+    require_positions,
+    score,
+)
+from teacher_cache.stages.models.device import resolve_device
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 32

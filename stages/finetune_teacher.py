@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
-from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
-from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.ranks import num_processes
 from teacher_cache.stages.teacher.load import hash_weights, longest_sample, settle_pad_id
-from teacher_cache.stages.tokenizers import (
+from teacher_cache.stages.tokens.record import describe
+from teacher_cache.stages.tokens.tokenizers import (
     could_not_load,
     is_local_only,
     load_tokenizer,
@@ -49,7 +50,6 @@ from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.metrics import classification_metrics
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
-from teacher_cache.stages.training.ranks import num_processes
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.trainer import ClassificationTrainer
 

@@ -14,11 +14,12 @@ import torch
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.join.join import Joined, join
-from teacher_cache.stages.join.record import describe
-from teacher_cache.stages.losses.transfer.config import TransferConfig
-from teacher_cache.stages.tokenizers import save_tokenizer
+from teacher_cache.stages.losses.config import TransferConfig
+from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.ranks import num_processes
+from teacher_cache.stages.tokens.record import describe
+from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
     checkpoint_to_resume,
     refuse_what_cannot_start,
@@ -37,7 +38,6 @@ from teacher_cache.stages.training.language_model import LanguageModelStudents
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
-from teacher_cache.stages.training.ranks import num_processes
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.start import (
     StartingStudent,

@@ -9,7 +9,7 @@ import numpy as np
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import POOLED, width_of_pooled
-from teacher_cache.stages.device import resolve_device, resolve_dtype
+from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model

@@ -19,14 +19,14 @@ from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NEXT_LOG_PROB
 from teacher_cache.stages.data.packing import PackedSample, Piece
-from teacher_cache.stages.device import dtype_name
-from teacher_cache.stages.teacher.aligned_support import AnySupport, support_of_cache
+from teacher_cache.stages.models.device import dtype_name
+from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher
-from teacher_cache.stages.teacher.language_model_head import read_language_model_head
 from teacher_cache.stages.teacher.layer_tap import LayerTap
 from teacher_cache.stages.teacher.positions import Slice, run_positions
 from teacher_cache.stages.teacher.probe import probed_temperatures
 from teacher_cache.stages.teacher.reconstruction import kl_to_decoded
+from teacher_cache.stages.tokens.support import AnySupport, support_of_cache
 from teacher_cache.stages.verify_layers import LayersApart, recorded_plan
 
 # Of a position, nats: about half the square of what a logit may differ by, and the codec's own.

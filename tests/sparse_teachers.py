@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from teacher_cache.stages.losses.distributions import TeacherDistribution
 
 
 def cut(logits: Tensor, head_ids: Tensor, temperature: float) -> TeacherDistribution:

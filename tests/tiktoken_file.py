@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from teacher_cache.stages.join.token_bytes import TokenBytes
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
 
 
 def read_tiktoken(path: Path) -> TokenBytes:

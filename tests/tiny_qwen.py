@@ -10,8 +10,8 @@ from typing import Any
 from transformers import Qwen3MoeConfig
 
 from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomically
-from teacher_cache.stages.data.packages import assets_folder, fetch
-from teacher_cache.stages.join.token_bytes import byte_level_alphabet
+from teacher_cache.stages.data.packaged.packages import assets_folder, fetch
+from teacher_cache.stages.tokens.token_bytes import byte_level_alphabet
 from tests.tiktoken_file import read_tiktoken
 from tests.tiny_models import tiny_language_model
 

@@ -13,7 +13,7 @@ from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, join
-from teacher_cache.stages.join.record import TokenizationRecord, describe
+from teacher_cache.stages.tokens.record import TokenizationRecord, describe
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.codec_table.rows import TEMPERATURE
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.linear_language_model import linear_language_model_objective
+from teacher_cache.stages.losses.linear_head import linear_language_model_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.training.batches import Batch

@@ -31,6 +31,7 @@ from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
+from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.teacher.capture_positions import reduce_positions
 from teacher_cache.stages.teacher.codec_options import codec_of
@@ -42,10 +43,9 @@ from teacher_cache.stages.teacher.language_model import (
     head_logits,
     load_language_model,
 )
-from teacher_cache.stages.teacher.language_model_head import LanguageModelHead
 from teacher_cache.stages.teacher.language_modeling import bytes_per_token
 from teacher_cache.stages.teacher.reconstruction import kl_to_decoded
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.training.packed_batches import PackedCollator, next_ids
 
 

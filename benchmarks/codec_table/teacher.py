@@ -28,7 +28,7 @@ from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import pack
-from teacher_cache.stages.tokenizers import save_tokenizer
+from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 
 END = "<|endoftext|>"
 RECORD_FILE = "trained.json"  # written last: the teacher is whole where it is there

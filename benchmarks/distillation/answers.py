@@ -16,8 +16,8 @@ from benchmarks.distillation.rows import Row, Settings
 from benchmarks.distillation.scale import Scale
 from benchmarks.distillation.training import student_config
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.data.reviews import LABEL_NAMES
-from teacher_cache.stages.evaluation.classifier import Classifier, load_student
+from teacher_cache.stages.data.packaged.reviews import LABEL_NAMES
+from teacher_cache.stages.evaluation.models import Classifier, load_student
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
 

@@ -13,7 +13,7 @@ from benchmarks.distillation.rows import Block
 from benchmarks.distillation.scale import Scale
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.data.reviews import (
+from teacher_cache.stages.data.packaged.reviews import (
     LABEL_NAMES,
     PackagedRows,
     Row,

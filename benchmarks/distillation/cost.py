@@ -14,8 +14,8 @@ import torch
 from benchmarks.timing import interleaved
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.evaluation.classifier import Classifier
-from teacher_cache.stages.inference import forward
+from teacher_cache.stages.evaluation.models import Classifier
+from teacher_cache.stages.models.inference import forward
 
 BATCH_SIZE = 32
 

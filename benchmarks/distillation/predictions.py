@@ -15,12 +15,12 @@ from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.evaluation.classifier import (
+from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.evaluation.models import (
     Classifier,
     load_student,
     load_teacher_classifier,
 )
-from teacher_cache.stages.evaluation.config import EvaluateOptions
 from teacher_cache.stages.teacher.config import TeacherConfig
 
 BATCH_TOKENS = EvaluateOptions().batch_tokens

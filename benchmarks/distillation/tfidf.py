@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from teacher_cache.stages.data.reviews import LABEL_NAMES, Row
+from teacher_cache.stages.data.packaged.reviews import LABEL_NAMES, Row
 
 MAX_ITERATIONS = 1000
 

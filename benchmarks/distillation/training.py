@@ -17,7 +17,7 @@ from benchmarks.distillation.rows import Row, Settings
 from benchmarks.distillation.scale import Scale
 from teacher_cache.pipeline.settings import validate
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.data.packages import fetch
+from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 from teacher_cache.stages.training.config import TrainStudentConfig
 

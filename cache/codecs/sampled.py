@@ -168,7 +168,7 @@ class SampledCodec:
 
         No tail is stored, so it is what the head leaves of 1: right to about 1e-3 of mass. What is
         linear in the teacher's probabilities is better estimated from the counts, without bias:
-        `stages/losses/sampled.py`.
+        `stages/losses/draws.py`.
 
         Raises:
             UserError: if the temperature is not on the grid.

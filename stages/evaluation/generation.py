@@ -8,7 +8,7 @@ import torch
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.evaluation.config import GenerationOptions
-from teacher_cache.stages.evaluation.language_model import LanguageModel
+from teacher_cache.stages.evaluation.models import LanguageModel
 
 DEFAULT_NEW_TOKENS = 50
 

@@ -9,8 +9,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from teacher_cache.stages.evaluation.model import EvaluatedModel
-from teacher_cache.stages.inference import forward
+from teacher_cache.stages.evaluation.models import EvaluatedModel
+from teacher_cache.stages.models.inference import forward
 
 NUM_REPEATS = 9
 

@@ -15,12 +15,11 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.collation import pad_batch
-from teacher_cache.stages.evaluation.classifier import load_student
-from teacher_cache.stages.evaluation.language_model import load_student_language_model
+from teacher_cache.stages.evaluation.models import load_student, load_student_language_model
 from teacher_cache.stages.evaluation.runs import finished_student, task_of
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import TokenizationMismatch, join
-from teacher_cache.stages.losses.transfer.attention import normalised_rows
+from teacher_cache.stages.losses.layers import normalised_rows
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer

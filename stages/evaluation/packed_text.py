@@ -8,9 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import pack
-from teacher_cache.stages.join.token_bytes import token_bytes
+from teacher_cache.stages.tokens.token_bytes import token_bytes
+
+
+def documents_with_text(corpus: Corpus) -> list[Document]:
+    """The documents that are not empty.
+
+    Raises:
+        UserError: if all are.
+    """
+    documents = [one for one in corpus.documents(0, len(corpus)) if one.text.strip()]
+    if not documents:
+        raise UserError(
+            f"the {len(corpus)} documents of {corpus.config.source} are all empty: check "
+            "--text-column"
+        )
+    return documents
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,12 +16,12 @@ from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NEXT_LOG_PROB
-from teacher_cache.stages.evaluation.language_model import TeacherModel
+from teacher_cache.stages.evaluation.models import TeacherModel
 from teacher_cache.stages.evaluation.packed_text import PackedRow
+from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.language_model import Targets
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
-from teacher_cache.stages.teacher.language_model_head import read_language_model_head
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.models.head import read_language_model_head
+from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.training.cached_targets import CachedTargets, serves
 from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples, at
 

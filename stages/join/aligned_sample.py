@@ -9,15 +9,106 @@ can break. So both sides' next tokens must spell the text exactly, or both be th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.schema import NEXT_LOG_PROB
-from teacher_cache.stages.join.chunks import align_spans
 from teacher_cache.stages.join.rereading import Piece, Reader
+from teacher_cache.stages.tokens.byte_bounds import TokenSpans
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chunks:
+    """The chunks of one text, in order.
+
+    Attributes:
+        teacher: int64 [N, 2], first token and the one after the last.
+        student: int64 [N, 2], the same of the student's tokens.
+        byte_range: int64 [N, 2], where the chunk lies in the text.
+    """
+
+    teacher: np.ndarray
+    student: np.ndarray
+    byte_range: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.byte_range)
+
+    @property
+    def is_one_to_one(self) -> np.ndarray:
+        """Bool [N]: one token on either side, so that the two distributions can be compared."""
+        one = np.diff(self.teacher, axis=1) == 1
+        return (one & (np.diff(self.student, axis=1) == 1))[:, 0]
+
+    @property
+    def is_predicted(self) -> np.ndarray:
+        """Bool [N]: neither side's chunk holds the first token, which no position predicts."""
+        return (self.teacher[:, 0] > 0) & (self.student[:, 0] > 0)
+
+    def index_of_positions(self, ranges: np.ndarray, num_positions: int) -> np.ndarray:
+        """The chunk whose token each position predicts.
+
+        Args:
+            ranges: `teacher` or `student`.
+            num_positions: tokens S of that side.
+
+        Returns:
+            int64 [S]; -1 where the next token is of no chunk, or of one that is not predicted.
+        """
+        if not len(self):
+            return np.full(num_positions, -1, dtype=np.int64)
+        next_token = np.arange(1, num_positions + 1)
+        index = np.searchsorted(ranges[:, 0], next_token, side="right") - 1
+        inside = (index >= 0) & (next_token < ranges[index, 1]) & self.is_predicted[index]
+        return np.where(inside, index, -1)
+
+    def one_to_one_positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions at which both have read the same bytes and next a token of the same bytes.
+
+        Returns:
+            int64 [M] of the teacher and [M] of the student: where to compare the mapped
+            distributions.
+        """
+        chosen = self.is_one_to_one & self.is_predicted
+        return self.teacher[chosen, 0] - 1, self.student[chosen, 0] - 1
+
+
+def align_spans(teacher: TokenSpans, student: TokenSpans) -> Chunks:
+    """Cut a text where both tokenizations have a border.
+
+    Tokens that stand for no text are in no chunk, wherever they are, so that a begin-of-sequence
+    token on one side changes nothing. Text tokens without width belong to the chunk that follows
+    them. Bytes that only one side covers, after a truncation, are in none.
+
+    Args:
+        teacher: the tokens of one text.
+        student: the other tokens of the same text.
+    """
+    edges = np.intersect1d(teacher.bounds, student.bounds)  # sorted, each once
+    return Chunks(
+        teacher=_token_ranges(teacher, edges),
+        student=_token_ranges(student, edges),
+        byte_range=np.stack([edges[:-1], edges[1:]], axis=1),
+    )
+
+
+def _token_ranges(spans: TokenSpans, edges: np.ndarray) -> np.ndarray:
+    """First and last-but-one token of each chunk, int64 [N, 2]."""
+    inner = np.flatnonzero(spans.is_text)
+    starts, ends = spans.bounds[inner], spans.bounds[inner + 1]
+    # By the start, so that a token without width goes to what follows; the last of them, which
+    # nothing follows, by the end.
+    first = np.searchsorted(starts, edges[:-1], side="left")
+    stop = np.searchsorted(starts, edges[1:], side="left")
+    if len(edges) > 1:
+        stop[-1] = np.searchsorted(ends, edges[-1], side="right")
+    return np.stack([inner[first], inner[stop - 1] + 1], axis=1).reshape(-1, 2).astype(np.int64)
+
 
 NO_POSITION = -1
 
@@ -175,3 +266,97 @@ def _joined(parts: list[AlignedSample]) -> AlignedSample:
         num_teacher_bytes=sum(part.num_teacher_bytes for part in parts),
         teacher_nll=sum(part.teacher_nll for part in parts),
     )
+
+
+NUM_SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Of the first samples of a cache.
+
+    Attributes:
+        positions: share of the student's positions at which the teacher's distribution is known.
+        one_to_one: share at which both next tokens are the same bytes, too.
+        chunks_a_token: chunks that both predict, for each of the student's next tokens.
+        mass: mean of the teacher's mass that maps to the student's ids where it is known. Of a
+            head without its tail it is a bound from below.
+        num_tokens: of the student's next tokens, that this was measured on.
+    """
+
+    positions: float
+    one_to_one: float
+    chunks_a_token: float
+    mass: float
+    num_tokens: int
+
+    @property
+    def words(self) -> str:
+        """In words, for a message."""
+        return (
+            f"on the first {self.num_tokens:,} tokens of its text, {self.positions:.1%} of the "
+            f"student's positions have the teacher's distribution, of whose mass {self.mass:.1%} "
+            "maps"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As a run records it."""
+        return {name: round(value, 4) for name, value in vars(self).items()}
+
+
+def measure(
+    samples: Sequence[Mapping[str, np.ndarray]],
+    codec: AnyCodec,
+    aligner: SampleAligner,
+    head_ids: np.ndarray | None,
+    *,
+    temperature: float,
+) -> Coverage:
+    """Align some samples and count.
+
+    Args:
+        samples: as cached.
+        codec: of the cache; one of hidden states with its head.
+        aligner: of the two tokenizers.
+        head_ids: `Alignment.head_ids`.
+        temperature: one that the cache serves; 1 where it serves that.
+    """
+    num_tokens = num_positions = num_one_to_one = num_chunks = 0
+    masses: list[float] = []
+    for sample in samples:
+        aligned = aligner(sample)
+        has_next = np.zeros(len(aligned.segment), dtype=bool)
+        has_next[:-1] = aligned.segment[1:] == aligned.segment[:-1]
+        known = aligned.teacher_positions[aligned.teacher_positions >= 0]
+        num_tokens += int(has_next.sum())
+        num_positions += len(known)
+        num_one_to_one += int(aligned.is_one_to_one.sum())
+        num_chunks += len(aligned.teacher_chunks)
+        masses += _mapped_mass(sample, codec, head_ids, known, temperature)
+    return Coverage(
+        positions=num_positions / max(1, num_tokens),
+        one_to_one=num_one_to_one / max(1, num_tokens),
+        chunks_a_token=num_chunks / max(1, num_tokens),
+        mass=float(np.mean(masses)) if masses else 0.0,
+        num_tokens=num_tokens,
+    )
+
+
+def _mapped_mass(
+    sample: Mapping[str, np.ndarray],
+    codec: AnyCodec,
+    head_ids: np.ndarray | None,
+    positions: np.ndarray,
+    temperature: float,
+) -> list[float]:
+    """At each position, the mass of the ids that have a student's id."""
+    expanded = codec.expand(sample)
+    stored = {name: torch.from_numpy(field[positions]) for name, field in expanded.items()}
+    decoded = codec.decode(stored, temperature)
+    probs = torch.as_tensor(decoded.log_probs).exp()
+    if head_ids is None:
+        return probs.sum(dim=-1).tolist()
+    is_known = torch.from_numpy(np.append(head_ids >= 0, False))  # an empty slot's -1 finds the end
+    ids = decoded.ids
+    has_id = is_known[: probs.shape[-1]] if ids is None else is_known[torch.as_tensor(ids)]
+    return torch.where(has_id, probs, 0.0).sum(dim=-1).tolist()

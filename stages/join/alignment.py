@@ -16,12 +16,12 @@ import numpy as np
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages.join.aligned_sample import SampleAligner
 from teacher_cache.stages.join.config import AlignMode
-from teacher_cache.stages.join.record import id_to_string
-from teacher_cache.stages.join.relation import VocabularyRelation, relate
 from teacher_cache.stages.join.report import ID_TABLE, JoinReport
 from teacher_cache.stages.join.rereading import Frame, Reader
-from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
-from teacher_cache.stages.join.vocabulary_map import VocabularyMap, exact_map
+from teacher_cache.stages.tokens.record import id_to_string
+from teacher_cache.stages.tokens.relation import VocabularyRelation, relate
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap, exact_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,10 +14,10 @@ from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.join.config import JoinConfig
-from teacher_cache.stages.join.record import TokenizationRecord, describe, id_to_string
 from teacher_cache.stages.join.report import ID_TABLE, Difference, JoinReport
-from teacher_cache.stages.join.tables import TableComparison, compare_tables, string_at
 from teacher_cache.stages.join.teacher_folder import CachedTokenization, ProbeDocument
+from teacher_cache.stages.tokens.record import TokenizationRecord, describe, id_to_string
+from teacher_cache.stages.tokens.relation import TableComparison, compare_tables, string_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,15 +13,15 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.splits import LABELED
-from teacher_cache.stages.join.aligned_cache import recorded_map
+from teacher_cache.stages.join.aligned_sample import NUM_SAMPLES, Coverage, measure
 from teacher_cache.stages.join.alignment import Alignment, align
 from teacher_cache.stages.join.compare import check
 from teacher_cache.stages.join.config import JoinConfig
-from teacher_cache.stages.join.coverage import NUM_SAMPLES, Coverage, measure
 from teacher_cache.stages.join.report import ID_TABLE, JoinReport, verified_line, ways_out
 from teacher_cache.stages.join.teacher_folder import read_tokenization
-from teacher_cache.stages.teacher.language_model_head import read_language_model_head
-from teacher_cache.stages.tokenizers import load_tokenizer
+from teacher_cache.stages.models.head import read_language_model_head
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+from teacher_cache.stages.tokens.vocabulary_map import recorded_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

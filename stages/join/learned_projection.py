@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from teacher_cache.stages.join.mapped_teacher import merged_head
 from teacher_cache.stages.join.projection_candidates import Candidates
-from teacher_cache.stages.losses.teacher_distribution import widened
+from teacher_cache.stages.losses.distributions import widened
+from teacher_cache.stages.tokens.mapped_teacher import merged_head
 
 _LOWEST_WEIGHT = 1e-4  # below it a candidate's score would be out of training's reach
 

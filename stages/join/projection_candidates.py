@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.join.token_bytes import TokenBytes
-from teacher_cache.stages.join.vocabulary_map import VocabularyMap
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
+from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap
 
 FIRST_PIECE_WEIGHT = 0.9
 """Of a teacher token that the student spells in pieces: next to come is the first of them, so the

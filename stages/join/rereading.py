@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from teacher_cache.stages.join.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
-from teacher_cache.stages.join.token_bytes import TokenBytes
+from teacher_cache.stages.tokens.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,13 +19,13 @@ from pydantic import ValidationError
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages.config import StageConfig
-from teacher_cache.stages.join.record import (
+from teacher_cache.stages.tokens.record import (
     TokenizationRecord,
     describe,
     id_to_string,
     table_sha256,
 )
-from teacher_cache.stages.tokenizers import save_tokenizer
+from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

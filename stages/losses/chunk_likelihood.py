@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.losses.teacher_distribution import widened
+from teacher_cache.stages.losses.distributions import widened
 
 DEFAULT_TAU = 100.0
 """The paper's."""

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.student_outcomes import dense_log_probs, head_log_probs
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from teacher_cache.stages.losses.distributions import (
+    TeacherDistribution,
+    dense_log_probs,
+    head_log_probs,
+)
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """From log-probs of teacher and student, [..., M] each over the same outcomes, to [...]."""

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from teacher_cache.stages.losses.confidence import weights_of_top1
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.divergences import chosen_measure, divergence
-from teacher_cache.stages.losses.mapped_draws import MappedDraws, mapped_draws_kl
+from teacher_cache.stages.losses.draws import (
+    MappedDraws,
+    SampledTargets,
+    mapped_draws_kl,
+    sampled_kl,
+)
 from teacher_cache.stages.losses.objective import (
     DistillationTerms,
     smoothed_cross_entropy,
     weighted_sum,
 )
-from teacher_cache.stages.losses.sampled import SampledTargets, sampled_kl
-from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from teacher_cache.stages.losses.step_totals import StepTotals, weights_of_top1
 
 Targets = TeacherDistribution | SampledTargets | MappedDraws
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.losses.confidence import confidence_weights
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.distributions import TeacherDistribution, widened
 from teacher_cache.stages.losses.divergences import chosen_measure, divergence
-from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution, widened
+from teacher_cache.stages.losses.step_totals import StepTotals, confidence_weights
 
 NO_LABEL = -100
 """Stands for the label where there is none, as in torch and transformers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.losses.teacher_distribution import widened
+from teacher_cache.stages.losses.distributions import widened
 
 
 def pooled_distance(projected: Tensor, teacher: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.losses.linear_cross_entropy import linear_cross_entropy
+from teacher_cache.stages.losses.linear_head import linear_cross_entropy
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.heads import build_head

@@ -12,9 +12,9 @@ from transformers import Cache, GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.linear_head import LinearHead
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 from teacher_cache.stages.student.state_names import OutputWithCache, the_cache
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from teacher_cache.stages.student.linear_head import LinearHead
+from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.student.scans.unpacking import lay_end_to_end, plan_rows
 from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
 

@@ -25,14 +25,14 @@ from transformers.utils.hub import has_file
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
-from teacher_cache.stages.data.label_mapping import is_generic
+from teacher_cache.stages.data.labels import is_generic
 from teacher_cache.stages.teacher.load import (
     described_config,
     hash_weights,
     num_positions,
     settle_pad_id,
 )
-from teacher_cache.stages.tokenizers import could_not_load, is_local_only, require_folder
+from teacher_cache.stages.tokens.tokenizers import could_not_load, is_local_only, require_folder
 
 OPTION = "--arch hf:"
 # With any of these there are weights; those of other libraries are transformers' to refuse.

@@ -19,6 +19,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.pretrained import (
     OPTION,
     is_config_alone,
@@ -30,8 +31,7 @@ from teacher_cache.stages.teacher.language_model import (
     final_states,
     head_logits,
 )
-from teacher_cache.stages.teacher.language_model_head import LanguageModelHead
-from teacher_cache.stages.tokenizers import could_not_load, is_local_only
+from teacher_cache.stages.tokens.tokenizers import could_not_load, is_local_only
 
 _PROBED_IDS = 16
 _TOLERANCE = 1e-4  # of the largest logit; both sides are float32

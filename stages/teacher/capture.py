@@ -9,7 +9,7 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL, POOLED, SAMPLE_ID_BYTES, Ragged
 from teacher_cache.stages.data.tokenization import Sample
-from teacher_cache.stages.inference import OnBatch
+from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.layer_plan import NO_LAYERS, LayerPlan, half
 from teacher_cache.stages.teacher.layer_tap import KeptLayers, LayerTap

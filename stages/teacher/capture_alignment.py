@@ -10,16 +10,15 @@ import numpy as np
 
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.join.relation import VocabularyRelation, relate
-from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
-from teacher_cache.stages.join.vocabulary_map import VocabularyMap, exact_map
-from teacher_cache.stages.teacher.aligned_support import AnySupport, CutSupport, MappedSupport
 from teacher_cache.stages.teacher.alignment_options import NO_ALIGNMENT
 from teacher_cache.stages.teacher.codec_options import DEFAULT_CODEC
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.language_model import LanguageModelTeacher
-from teacher_cache.stages.teacher.support import Support
-from teacher_cache.stages.tokenizers import load_tokenizer
+from teacher_cache.stages.tokens.relation import VocabularyRelation, relate
+from teacher_cache.stages.tokens.support import AnySupport, CutSupport, MappedSupport, Support
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap, exact_map
 
 WAYS_OUT = (
     "use --align map (exact byte strings), or --align none, which leaves the alignment to "

@@ -13,7 +13,6 @@ from teacher_cache.cache.codecs.interface import Reduced
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
 from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
-from teacher_cache.stages.teacher.aligned_support import AnySupport, MappedSupport
 from teacher_cache.stages.teacher.draws import reduce_sampled
 from teacher_cache.stages.teacher.mapped_reductions import (
     reduce_mapped_sampled,
@@ -25,6 +24,7 @@ from teacher_cache.stages.teacher.reductions import (
     reduce_hidden,
     reduce_topk,
 )
+from teacher_cache.stages.tokens.support import AnySupport, MappedSupport
 
 _REDUCED: dict[str, type[Reduced]] = {
     "topk": ReducedTopK,

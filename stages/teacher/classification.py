@@ -12,8 +12,7 @@ from teacher_cache.cache.schema import Schema, classification_schema, fixed_byte
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
-from teacher_cache.stages.inference import OnBatch
-from teacher_cache.stages.join.record import describe
+from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
@@ -26,6 +25,7 @@ from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, l
 from teacher_cache.stages.teacher.stored_tables import StoredTable
 from teacher_cache.stages.teacher.task import Captured
 from teacher_cache.stages.teacher.token_states import STATES, STATES_FILE, token_states
+from teacher_cache.stages.tokens.record import describe
 
 NUM_PROBED_DOCUMENTS = 64
 

@@ -13,7 +13,7 @@ from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
 from teacher_cache.stages.data.packing import PackedSample
 from teacher_cache.stages.teacher.reductions import Chunk, Unused, in_chunks, on_host
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.support import Support
 
 CHUNK_ELEMENTS = 2**22  # the cumulative sums are float64
 DRAW_SEED = 0

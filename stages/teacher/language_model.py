@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
-from teacher_cache.stages.device import resolve_device, resolve_dtype
+from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.layer_tap import LayerTap, one_a_row, packed_in_rows
 from teacher_cache.stages.teacher.load import (
@@ -39,7 +39,7 @@ from teacher_cache.stages.teacher.load import (
     load_model,
     on_device,
 )
-from teacher_cache.stages.tokenizers import load_tokenizer
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 
 FILLER_ID = 0  # fills batches where nothing looks
 _PROBE_LENGTHS = (9, 1, 14, 3, 6)

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
-from teacher_cache.stages.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.tokenizers import (
+from teacher_cache.stages.tokens.tokenizers import (
     could_not_load,
     is_local_only,
     load_tokenizer,

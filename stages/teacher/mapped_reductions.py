@@ -20,9 +20,7 @@ from torch import Tensor
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
 from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.join.mapped_teacher import project_logits
 from teacher_cache.stages.teacher import draws, reductions
-from teacher_cache.stages.teacher.aligned_support import MappedSupport
 from teacher_cache.stages.teacher.draws import distinct, draw
 from teacher_cache.stages.teacher.reductions import (
     Chunk,
@@ -33,6 +31,8 @@ from teacher_cache.stages.teacher.reductions import (
     sorted_head,
     tail_statistics,
 )
+from teacher_cache.stages.tokens.mapped_teacher import project_logits
+from teacher_cache.stages.tokens.support import MappedSupport
 
 
 def reduce_mapped_topk(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.packing import PackedSample
-from teacher_cache.stages.inference import OnBatch, for_each_batch
+from teacher_cache.stages.models.inference import OnBatch, for_each_batch
 from teacher_cache.stages.teacher.language_model import (
     LanguageModelTeacher,
     final_states,

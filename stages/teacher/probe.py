@@ -12,15 +12,15 @@ import torch
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.stages.data.packing import PackedSample
-from teacher_cache.stages.teacher.aligned_support import AnySupport, states_support
+from teacher_cache.stages.models.head import LanguageModelHead, check_head
 from teacher_cache.stages.teacher.draws import draws_of
 from teacher_cache.stages.teacher.language_model import (
     LanguageModelTeacher,
     final_states,
     head_logits,
 )
-from teacher_cache.stages.teacher.language_model_head import LanguageModelHead, check_head
 from teacher_cache.stages.teacher.reconstruction import ReconstructionError, reconstruction_error
+from teacher_cache.stages.tokens.support import AnySupport, states_support
 
 NUM_POSITIONS = 128
 USUAL_TEMPERATURES = (1.0, 2.0)  # 1 is the teacher's own, 2 the default of a student's training

@@ -12,9 +12,9 @@ from torch import Tensor
 from teacher_cache.cache.codecs.interface import Decoded
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.schema import bytes_per_position
-from teacher_cache.stages.teacher.aligned_support import AnySupport, MappedSupport
 from teacher_cache.stages.teacher.capture_positions import reduce_positions
 from teacher_cache.stages.teacher.reductions import on_host
+from teacher_cache.stages.tokens.support import AnySupport, MappedSupport
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from teacher_cache.cache.codecs.dense import DenseCodec, ReducedDense
 from teacher_cache.cache.codecs.hidden import ReducedHidden
 from teacher_cache.cache.codecs.interface import Reduced
 from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.support import Support
 
 CHUNK_ELEMENTS = 2**24  # logits of the positions that are reduced together: 64 MB in float32
 

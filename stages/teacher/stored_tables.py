@@ -6,7 +6,6 @@ value depends on them, so caches with and without one have one fingerprint.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from teacher_cache.cache.commit import write_bytes_atomically
-from teacher_cache.cache.errors import CheckFailed
-from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
-from teacher_cache.stages.device import dtype_name
+from teacher_cache.cache.manifest import Manifest
+from teacher_cache.cache.teacher_files import read_teacher_file
+from teacher_cache.stages.models.device import dtype_name
 
 MAX_RELATIVE_ERROR = 1e-3
 
@@ -82,19 +81,3 @@ def read_table(cache: Path, manifest: Manifest, name: str) -> Tensor:
         CheckFailed: if the file is damaged or missing.
     """
     return load(read_teacher_file(cache, manifest, file_of(name)))[name]
-
-
-def read_teacher_file(cache: Path, manifest: Manifest, name: str) -> bytes:
-    """A file of the `teacher` folder that the manifest lists.
-
-    Raises:
-        CheckFailed: if it is damaged or missing.
-    """
-    path = cache / TEACHER_FOLDER / name
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != manifest.teacher_files[name]:
-        raise CheckFailed(
-            f"{path} is missing or differs from its SHA-256: run the same `pipe cache-teacher` "
-            "again, it writes the file anew and computes no shard again"
-        )
-    return data

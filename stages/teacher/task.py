@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from teacher_cache.cache.schema import Fields, Schema
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.device import dtype_name, environment
-from teacher_cache.stages.inference import OnBatch
+from teacher_cache.stages.models.device import dtype_name, environment
+from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.load import Teacher
 
 

@@ -20,7 +20,7 @@ from teacher_cache.stages.join.projection_candidates import (
     candidates_by_strings,
     candidates_of_map,
 )
-from teacher_cache.stages.join.vocabulary_map import write_map
+from teacher_cache.stages.tokens.vocabulary_map import write_map
 from teacher_cache.stages.training.aligned_batches import AlignedCollator, AlignedSamples
 from teacher_cache.stages.training.aligned_trainer import (
     AlignedTrainer,

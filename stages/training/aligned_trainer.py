@@ -19,11 +19,13 @@ from teacher_cache.stages.losses.chunk_likelihood import (
     chunk_log_likelihoods,
 )
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.linear_cross_entropy import MAX_LOGITS
-from teacher_cache.stages.losses.linear_language_model import TargetsByPosition
-from teacher_cache.stages.losses.linear_next_log_probs import linear_next_log_probs
+from teacher_cache.stages.losses.linear_head import (
+    MAX_LOGITS,
+    TargetsByPosition,
+    linear_next_log_probs,
+)
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.student.linear_head import LinearHead
+from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.training.cached_targets import CachedTargets
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer, Positions
 from teacher_cache.stages.training.mapped_targets import ProjectedTargets

@@ -23,8 +23,8 @@ from teacher_cache.cache.codecs.sampled import (
 from teacher_cache.cache.codecs.temperatures import require_within
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.losses.sampled import SampledTargets
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from teacher_cache.stages.losses.distributions import TeacherDistribution
+from teacher_cache.stages.losses.draws import SampledTargets
 
 
 @dataclass(frozen=True, kw_only=True)

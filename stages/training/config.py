@@ -11,8 +11,7 @@ from pydantic_core import PydanticCustomError
 from teacher_cache.cache.errors import did_you_mean
 from teacher_cache.stages.config import DeviceConfig, StageConfig
 from teacher_cache.stages.join.config import JoinConfig, ProjectionConfig
-from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.transfer.config import TransferConfig
+from teacher_cache.stages.losses.config import ObjectiveConfig, TransferConfig
 
 MAMBA_ARCHITECTURES = ("mamba", "mamba2")
 PRETRAINED = "hf:"

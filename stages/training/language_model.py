@@ -20,6 +20,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Ragged
 from teacher_cache.stages.join.alignment import Alignment, require_known_ids
 from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
@@ -28,8 +29,7 @@ from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import identity, refuse_too_long
 from teacher_cache.stages.student.pretrained_language_model import pretrained_language_model
 from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
-from teacher_cache.stages.teacher.language_model_head import read_language_model_head
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.training.aligned_students import AlignedStudents
 from teacher_cache.stages.training.cached_targets import require_temperature, serves
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig

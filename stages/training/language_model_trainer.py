@@ -14,15 +14,15 @@ from transformers import EvalPrediction
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.schema import NEXT_LOG_PROB, TOP1_LOG_PROB
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.draws import MIN_EFFECTIVE_DRAWS
 from teacher_cache.stages.losses.language_model import LanguageModelTerms
-from teacher_cache.stages.losses.linear_language_model import (
+from teacher_cache.stages.losses.linear_head import (
     TargetsByPosition,
     linear_language_model_objective,
 )
 from teacher_cache.stages.losses.objective import NO_LABEL
-from teacher_cache.stages.losses.sampled import MIN_EFFECTIVE_DRAWS
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.student.linear_head import LinearHead
+from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.training.cached_targets import CachedTargets
 from teacher_cache.stages.training.mapped_targets import FixedMap, MappedTargets
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from teacher_cache.stages.join.learned_projection import LearnedProjection
-from teacher_cache.stages.join.mapped_teacher import map_head
-from teacher_cache.stages.losses.mapped_draws import MappedDraws
-from teacher_cache.stages.losses.sampled import SampledTargets
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from teacher_cache.stages.losses.distributions import TeacherDistribution
+from teacher_cache.stages.losses.draws import MappedDraws, SampledTargets
+from teacher_cache.stages.tokens.mapped_teacher import map_head
 from teacher_cache.stages.training.cached_targets import CachedTargets, Unmatched
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from teacher_cache.cache.errors import TeacherCacheError
-from teacher_cache.stages.training.ranks import is_main, local_rank, num_processes
+from teacher_cache.stages.ranks import is_main, local_rank, num_processes
 
 Result = TypeVar("Result")
 

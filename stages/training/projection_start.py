@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages.join.learned_projection import LearnedProjection
 from teacher_cache.stages.join.projection_candidates import Candidates
-from teacher_cache.stages.join.record import id_to_string
-from teacher_cache.stages.tokenizers import could_not_load, is_local_only, load_tokenizer
+from teacher_cache.stages.tokens.record import id_to_string
+from teacher_cache.stages.tokens.tokenizers import could_not_load, is_local_only, load_tokenizer
 
 OPTION = "--projection-embeddings"
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.stages.join.learned_projection import LearnedProjection
+from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.student.linear_head import LinearHead
 from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
 from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from teacher_cache.stages.losses.distributions import widened
 from teacher_cache.stages.losses.objective import ObjectiveTerms, distillation_objective
 from teacher_cache.stages.losses.pooled import pooled_distance
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.losses.teacher_distribution import widened
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 

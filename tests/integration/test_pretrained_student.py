@@ -15,8 +15,8 @@ from transformers import BertConfig, TrainerCallback, pipeline
 
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
-from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.evaluation.config import EvaluateOptions
+from teacher_cache.stages.evaluation.models import load_student
 from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run

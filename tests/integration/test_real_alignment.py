@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from teacher_cache.stages import cache_teacher, train_student
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.data.packages import fetch
-from teacher_cache.stages.tokenizers import save_tokenizer
+from teacher_cache.stages.data.packaged.packages import fetch
+from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 from tests.tiny_runs import result_log, student_config
 
 pytestmark = pytest.mark.slow

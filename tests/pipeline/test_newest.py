@@ -7,7 +7,7 @@ import pytest
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest
-from teacher_cache.pipeline.newest import newest_cache
+from teacher_cache.pipeline.commands import newest_cache
 from tests.small_caches import read_unchecked
 
 

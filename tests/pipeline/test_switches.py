@@ -16,8 +16,7 @@ from teacher_cache.pipeline import commands
 from teacher_cache.stages import train_student
 from teacher_cache.stages.join.config import JoinConfig, ProjectionConfig
 from teacher_cache.stages.join.join import Joined
-from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.transfer.config import TransferConfig
+from teacher_cache.stages.losses.config import ObjectiveConfig, TransferConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training import classification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume

@@ -24,7 +24,7 @@ from teacher_cache.stages.data import views
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.tokenization import Sample, tokenize
-from teacher_cache.stages.inference import class_logits
+from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.teacher import classification
 from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import TeacherConfig

@@ -27,12 +27,12 @@ from teacher_cache.cache.schema import Fields, Ragged, language_model_schema
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.verify import verify
 from teacher_cache.cache.writer import CacheWriter
-from teacher_cache.pipeline.language_tables import NOT_PROBED_AGAIN, kept_table
+from teacher_cache.pipeline.tables import NOT_PROBED_AGAIN, kept_table
 from teacher_cache.stages import convert
 from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver
 from teacher_cache.stages.conversion.config import ConvertConfig
 from teacher_cache.stages.data.packing import PackedSample, Piece
-from teacher_cache.stages.teacher.language_model_head import HEAD_FILE, LanguageModelHead
+from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from tests.command_line import done, refused
 from tests.small_caches import contents, make_manifest, make_plans
 from tests.small_caches import write_cache as write_classifiers_cache

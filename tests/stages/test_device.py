@@ -7,7 +7,7 @@ import torch
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.device import environment, resolve_device, resolve_dtype
+from teacher_cache.stages.models.device import environment, resolve_device, resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

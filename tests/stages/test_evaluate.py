@@ -17,11 +17,11 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.evaluate import EvaluateConfig, EvaluateResult
 from teacher_cache.stages.evaluation import latency
-from teacher_cache.stages.evaluation.classifier import (
+from teacher_cache.stages.evaluation.latency import NUM_REPEATS, measure_latency
+from teacher_cache.stages.evaluation.models import (
     load_student,
     load_teacher_classifier,
 )
-from teacher_cache.stages.evaluation.latency import NUM_REPEATS, measure_latency
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
 from tests import reference_losses as reference

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.inference import class_logits
+from teacher_cache.stages.models.inference import class_logits
 
 
 @pytest.fixture(scope="module")

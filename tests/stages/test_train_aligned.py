@@ -25,8 +25,8 @@ from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages import train_student
 from teacher_cache.stages.join.join import TokenizationMismatch
-from teacher_cache.stages.join.vocabulary_map import read_map
-from teacher_cache.stages.tokenizers import save_tokenizer
+from teacher_cache.stages.tokens.tokenizers import save_tokenizer
+from teacher_cache.stages.tokens.vocabulary_map import read_map
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
 from tests.command_line import done, refused

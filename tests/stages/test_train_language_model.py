@@ -15,8 +15,8 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.stages import train_student
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.evaluation.classifier import load_student
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.evaluation.models import load_student
+from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run

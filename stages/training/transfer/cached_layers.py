@@ -18,10 +18,10 @@ from teacher_cache.cache.codecs.attention import (
 from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages.losses.transfer.config import LAST_STATES
+from teacher_cache.stages.losses.config import LAST_STATES
+from teacher_cache.stages.ranks import num_processes
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.config import TrainStudentConfig
-from teacher_cache.stages.training.ranks import num_processes
 from teacher_cache.stages.training.transfer.layer_map import layer_pairs, shown
 from teacher_cache.stages.training.transfer.schedule import Schedule
 from teacher_cache.stages.training.transfer.transfer import HiddenTransfer, MapTransfer, Transfer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.losses.transfer.config import LAST_STATES
+from teacher_cache.stages.losses.config import LAST_STATES
 
 
 class LayerPair(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from teacher_cache.stages.student.linear_head import LinearHead
+from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
 from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from teacher_cache.stages.losses.transfer.config import TransferConfig
+from teacher_cache.stages.losses.config import TransferConfig
 
 Term = Literal["attention", "hidden", "others"]
 ALL: frozenset[Term] = frozenset(("attention", "hidden", "others"))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.losses.transfer.attention import normalised_rows
+from teacher_cache.stages.losses.layers import normalised_rows
 from teacher_cache.stages.student.position_map import PositionMap
 
 Decode = Callable[[Tensor, Tensor], Tensor]

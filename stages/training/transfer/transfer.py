@@ -9,11 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from teacher_cache.stages.losses.config import AttentionLoss, TransferConfig
+from teacher_cache.stages.losses.layers import attention_distance, hidden_distance
 from teacher_cache.stages.losses.objective import weighted_sum
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.losses.transfer.attention import attention_distance
-from teacher_cache.stages.losses.transfer.config import AttentionLoss, TransferConfig
-from teacher_cache.stages.losses.transfer.hidden import hidden_distance
 from teacher_cache.stages.student.mixing_matrices import chosen_units, mean_absolute_map
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer

@@ -12,7 +12,7 @@ from benchmarks.distillation.leakage import check
 from benchmarks.distillation.predictions import HeldOut
 from benchmarks.distillation.scale import FULL, TINY
 from teacher_cache.stages.data.corpus import load_corpus
-from teacher_cache.stages.data.reviews import LABEL_NAMES, Row, read_reviews, read_rows
+from teacher_cache.stages.data.packaged.reviews import LABEL_NAMES, Row, read_reviews, read_rows
 
 Corpora = dict[str, MovieCorpus]
 

@@ -13,7 +13,7 @@ from benchmarks.distillation.corpora import corpus_config, read_corpora
 from benchmarks.distillation.predictions import HeldOut
 from benchmarks.distillation.scale import TINY
 from benchmarks.distillation.tfidf import fit
-from teacher_cache.stages.data.reviews import LABEL_NAMES
+from teacher_cache.stages.data.packaged.reviews import LABEL_NAMES
 
 MAX_LENGTH = 16
 

@@ -22,8 +22,8 @@ from teacher_cache.pipeline.pictures.both_maps import both_maps
 from teacher_cache.stages import train_student
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.evaluation.classifier import load_student
 from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
+from teacher_cache.stages.evaluation.models import load_student
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run

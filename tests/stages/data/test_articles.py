@@ -8,8 +8,7 @@ import datasets
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.articles import join_articles
-from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.corpus import CorpusConfig, join_articles, load_corpus
 from tests.stand_ins import WIKITEXT, write_wikitext
 
 LINES = ["", " = Emma = \n", "", " She was rich . \n", " = = Plot = = \n", "", " Ball . \n", ""]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.austen import SPLITS, chapters, read_austen
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
+from teacher_cache.stages.data.packaged.austen import SPLITS, chapters, read_austen
 
 NUM_CHAPTERS = {"train": 55 + 48 + 61 + 50, "validation": 31, "test": 24}
 

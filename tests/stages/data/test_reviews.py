@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
-from teacher_cache.stages.data.reviews import LABEL_NAMES
+from teacher_cache.stages.data.packaged.reviews import LABEL_NAMES
 from teacher_cache.stages.data.survey import survey
 
 

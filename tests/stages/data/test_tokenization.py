@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packages import fetch
+from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.data.tokenization import tokenize
 
 TEXTS = ["A fine film.", "", "It was long, " * 50, " \n\t", "Dull."]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.stages.data.austen import chapters
+from teacher_cache.stages.data.packaged.austen import chapters
 from teacher_cache.stages.evaluation import lm_eval as adapter
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig

@@ -16,13 +16,13 @@ from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.stages.data.packing import PackedSample, pack_tokens
-from teacher_cache.stages.evaluation.language_model import LanguageModel, TeacherModel
+from teacher_cache.stages.evaluation.models import LanguageModel, TeacherModel
 from teacher_cache.stages.evaluation.packed_text import PackedRow
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.scores import score
+from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.teacher.language_model_head import LanguageModelHead
 from tests.tiny_language_models import MAX_LENGTH, WIDTH, cached, tiny_teacher
 
 NUM_IDS, VOCAB_SIZE = 61, 64  # the teacher's, and rows of the student's table

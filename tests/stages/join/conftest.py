@@ -7,14 +7,14 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packages import fetch
+from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.join.teacher_folder import (
     CachedTokenization,
     choose_probe,
     read_tokenization,
     write_tokenization,
 )
-from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 from tests.tiktoken_file import read_tiktoken
 from tests.tiny_tokenizers import tiny_sentencepiece
 

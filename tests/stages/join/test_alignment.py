@@ -13,13 +13,13 @@ from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.join.aligned_sample import measure
 from teacher_cache.stages.join.alignment import Alignment, align, require_known_ids
 from teacher_cache.stages.join.config import AlignMode
-from teacher_cache.stages.join.coverage import measure
-from teacher_cache.stages.join.record import id_to_string
 from teacher_cache.stages.join.report import Difference, JoinReport
-from teacher_cache.stages.join.token_bytes import token_bytes
-from teacher_cache.stages.join.vocabulary_map import VocabularyMap, exact_map
+from teacher_cache.stages.tokens.record import id_to_string
+from teacher_cache.stages.tokens.token_bytes import token_bytes
+from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap, exact_map
 from tests.tiny_language_models import tiny_teacher, write_cache
 
 FILES = Difference(name="tokenizer files", cache="a", student="b", waivable=True)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.stages.join.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
-from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 
 Named = dict[str, tuple[PreTrainedTokenizerBase, TokenBytes]]
 HARD_TEXTS = [

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.stages.join.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
-from teacher_cache.stages.join.chunks import Chunks, align_spans
-from teacher_cache.stages.join.token_bytes import TokenBytes
+from teacher_cache.stages.join.aligned_sample import Chunks, align_spans
+from teacher_cache.stages.tokens.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
 from tests.stages.join.test_byte_bounds import HARD_TEXTS, Named
 
 

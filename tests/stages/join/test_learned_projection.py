@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from teacher_cache.stages.join.learned_projection import LearnedProjection, learned_share_at
-from teacher_cache.stages.join.mapped_teacher import map_head
 from teacher_cache.stages.join.projection_candidates import (
     FIRST_PIECE_WEIGHT,
     Candidates,
@@ -16,8 +15,9 @@ from teacher_cache.stages.join.projection_candidates import (
     candidates_by_strings,
     candidates_of_map,
 )
-from teacher_cache.stages.join.token_bytes import TokenBytes
-from teacher_cache.stages.join.vocabulary_map import exact_map
+from teacher_cache.stages.tokens.mapped_teacher import map_head
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
+from teacher_cache.stages.tokens.vocabulary_map import exact_map
 
 TEACHER = TokenBytes(
     content=(b"a", b" the", b" thermo", b"\xf0\x9f\x99", b"<t>", None, b"zz", b"b"),

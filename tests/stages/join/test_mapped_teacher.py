@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.stages.join.mapped_teacher import (
+from teacher_cache.stages.tokens.mapped_teacher import (
     coverage,
     map_head,
     project_logits,
     scatter_logsumexp,
 )
-from teacher_cache.stages.join.token_bytes import TokenBytes
-from teacher_cache.stages.join.vocabulary_map import exact_map
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
+from teacher_cache.stages.tokens.vocabulary_map import exact_map
 
 NUM_TEACHER = 9
 NUM_STUDENT = 6

@@ -4,7 +4,7 @@ import sys
 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from teacher_cache.stages.join.record import (
+from teacher_cache.stages.tokens.record import (
     TokenizationRecord,
     canonical_files,
     describe,

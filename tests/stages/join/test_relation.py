@@ -1,8 +1,8 @@
 import pytest
 
 from teacher_cache.cache.errors import CheckFailed
-from teacher_cache.stages.join.relation import relate
-from teacher_cache.stages.join.token_bytes import TokenBytes
+from teacher_cache.stages.tokens.relation import relate
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
 
 
 def test_a_table_with_itself_is_identical(smollm2_table: TokenBytes) -> None:

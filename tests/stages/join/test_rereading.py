@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import pack
 from teacher_cache.stages.join.rereading import Frame, Reader
-from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 from tests.stages.join.test_byte_bounds import HARD_TEXTS
 
 

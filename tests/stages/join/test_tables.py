@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.stages.join.tables import compare_tables, string_at
+from teacher_cache.stages.tokens.relation import compare_tables, string_at
 
 tables = st.lists(st.one_of(st.none(), st.sampled_from("abcdefgh")), max_size=12)
 

@@ -9,12 +9,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.join.record import describe, id_to_string
 from teacher_cache.stages.join.teacher_folder import (
     CachedTokenization,
     choose_probe,
     read_tokenization,
 )
+from teacher_cache.stages.tokens.record import describe, id_to_string
 from tests.stages.join.conftest import MAX_LENGTH, TEXTS, TokenizedSample
 
 Write = Callable[[Path, PreTrainedTokenizerBase], CachedTokenization]

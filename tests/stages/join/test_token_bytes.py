@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2"])

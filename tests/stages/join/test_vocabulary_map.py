@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from teacher_cache.cache.errors import CheckFailed, UserError
-from teacher_cache.stages.join.token_bytes import TokenBytes, token_bytes
-from teacher_cache.stages.join.vocabulary_map import (
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.vocabulary_map import (
     MAP_FILE,
     VocabularyMap,
     exact_map,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from teacher_cache.stages.losses.confidence import confidence_weights
+from teacher_cache.stages.losses.step_totals import confidence_weights
 from tests import reference_losses as reference
 
 

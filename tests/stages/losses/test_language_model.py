@@ -15,16 +15,16 @@ from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import DivergenceName, ObjectiveConfig
+from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.divergences import chosen_measure, divergence
+from teacher_cache.stages.losses.draws import SampledTargets, sampled_kl
 from teacher_cache.stages.losses.language_model import (
     LanguageModelTerms,
     Targets,
     language_model_objective,
 )
 from teacher_cache.stages.losses.objective import NO_LABEL
-from teacher_cache.stages.losses.sampled import SampledTargets, sampled_kl
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 from tests import reference_losses as reference
 from tests.sparse_teachers import top_k
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.stages.losses.linear_cross_entropy import linear_cross_entropy
+from teacher_cache.stages.losses.linear_head import linear_cross_entropy
 from tests.largest_tensor import LargestTensor
 
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.distributions import TeacherDistribution
+from teacher_cache.stages.losses.draws import SampledTargets
 from teacher_cache.stages.losses.language_model import (
     LanguageModelTerms,
     language_model_objective,
 )
-from teacher_cache.stages.losses.linear_language_model import linear_language_model_objective
-from teacher_cache.stages.losses.sampled import SampledTargets
+from teacher_cache.stages.losses.linear_head import linear_language_model_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 from tests.largest_tensor import LargestTensor
 from tests.sparse_teachers import top_k
 

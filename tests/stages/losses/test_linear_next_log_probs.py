@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.losses.linear_next_log_probs import linear_next_log_probs
+from teacher_cache.stages.losses.linear_head import linear_next_log_probs
 
 
 def made(num: int = 7, width: int = 5, size: int = 11) -> tuple[Tensor, Tensor, Tensor]:

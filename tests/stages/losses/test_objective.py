@@ -12,6 +12,7 @@ from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.divergences import divergence
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
@@ -20,7 +21,6 @@ from teacher_cache.stages.losses.objective import (
 )
 from teacher_cache.stages.losses.pooled import pooled_distance
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
 from tests import reference_losses as reference
 
 

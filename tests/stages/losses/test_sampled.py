@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from teacher_cache.cache.codecs.sampled import LEAST_TAIL
+from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.divergences import Measure, divergence, kl, reverse_kl
-from teacher_cache.stages.losses.sampled import SampledTargets, log_probs_at, sampled_kl
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from teacher_cache.stages.losses.draws import SampledTargets, log_probs_at, sampled_kl
 
 NUM_OUTCOMES = 12
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.stages.losses.student_outcomes import dense_log_probs, head_log_probs
+from teacher_cache.stages.losses.distributions import dense_log_probs, head_log_probs
 
 
 def plain(logits: Tensor, ids: Tensor, temperature: float, support: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_cache.stages.losses.teacher_distribution import TeacherDistribution
+from teacher_cache.stages.losses.distributions import TeacherDistribution
 
 
 def sparse(**changes: Any) -> TeacherDistribution:

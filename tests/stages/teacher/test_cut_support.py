@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_cache.stages.join.vocabulary_map import VocabularyMap
-from teacher_cache.stages.teacher.aligned_support import (
+from teacher_cache.stages.models.head import LanguageModelHead
+from teacher_cache.stages.tokens.support import (
     CutSupport,
     MappedSupport,
+    Support,
     files_of,
     states_support,
 )
-from teacher_cache.stages.teacher.language_model_head import LanguageModelHead
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap
 
 SAME = VocabularyMap(
     student_ids=np.array([0, 1, -1, 3]),

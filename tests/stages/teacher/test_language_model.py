@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ NOT_PACKING: dict[str, Make] = {
         FalconConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     ),
 }
+# Those that transformers taught to keep packed documents apart later, with the release.
+PACKING_FROM = {"falcon": (5, 24)}
+NEVER = (1_000,)
+TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
 # Three sequences of several documents each, some of one token, and one of a single document.
 LENGTHS = [[7, 1, 9, 3], [12], [1, 1, 2, 8, 5]]
 
@@ -122,7 +127,7 @@ def one_at_a_time(model: PreTrainedModel) -> Tensor:
 def test_packed_documents_are_as_if_alone(name: str) -> None:
     model = (PACKING | NOT_PACKING)[name]()
     packs = check_language_model(name, model)
-    assert packs == (name in PACKING)
+    assert packs == (name in PACKING or PACKING_FROM.get(name, NEVER) <= TRANSFORMERS)
     expected = one_at_a_time(model)
     states = final_states(model, sequences_of(LENGTHS), LENGTHS, packs=packs)
     found = head_logits(model, states)

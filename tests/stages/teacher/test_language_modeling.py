@@ -25,7 +25,7 @@ from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.teacher.language_model_head import read_language_model_head
+from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.teacher.probe import probed_temperatures
 from teacher_cache.stages.training.cached_targets import sampled_targets
 from tests.small_caches import contents

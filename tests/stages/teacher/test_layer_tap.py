@@ -36,7 +36,7 @@ from transformers import (
 
 from teacher_cache.cache.codecs.attention import row_kl
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages import inference
+from teacher_cache.stages.models import inference
 from teacher_cache.stages.teacher.attention_modules import find_maps
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.forward import run_teacher

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.inference import class_logits
+from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import (
     ClassificationTeacher,

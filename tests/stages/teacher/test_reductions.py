@@ -21,7 +21,7 @@ from teacher_cache.stages.teacher.capture_positions import reduce_positions
 from teacher_cache.stages.teacher.draws import distinct, draw, reduce_sampled, uniforms
 from teacher_cache.stages.teacher.reconstruction import reconstruction_error
 from teacher_cache.stages.teacher.reductions import reduce_topk, sorted_head
-from teacher_cache.stages.teacher.support import Support
+from teacher_cache.stages.tokens.support import Support
 from tests import reference_codecs
 from tests.reference_codecs import log_softmax, realistic_logits
 

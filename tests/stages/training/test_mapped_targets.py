@@ -11,8 +11,8 @@ from torch import Tensor
 
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.draws import MappedDraws, mapped_draws_kl
 from teacher_cache.stages.losses.language_model import language_model_objective
-from teacher_cache.stages.losses.mapped_draws import MappedDraws, mapped_draws_kl
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.training.cached_targets import CachedTargets
 from teacher_cache.stages.training.mapped_targets import FixedMap, MappedTargets

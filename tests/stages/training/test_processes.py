@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_cache.stages.training import ranks
+from teacher_cache.stages import ranks
 from teacher_cache.stages.training.processes import outcome_of_main, share_of
 
 

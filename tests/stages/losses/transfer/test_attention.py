@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.losses.transfer.attention import (
+from teacher_cache.stages.losses.config import AttentionLoss
+from teacher_cache.stages.losses.layers import (
     SMOOTHING,
     attention_distance,
     normalised_rows,
 )
-from teacher_cache.stages.losses.transfer.config import AttentionLoss
 from tests import reference_losses as reference
 
 LOSSES: tuple[AttentionLoss, ...] = ("kl", "frobenius", "cosine")

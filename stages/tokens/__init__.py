@@ -1,0 +1,1 @@
+"""What a token is: tokenizers, the bytes of their tokens, and what two vocabularies share."""
