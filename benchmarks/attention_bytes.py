@@ -32,10 +32,11 @@ from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.packaged import austen, reviews
 from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.data.tokenization import tokenize
+from teacher_cache.stages.models.causal import packed_in_rows
+from teacher_cache.stages.models.pretrained import EAGER
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.layer_plan import LayerPlan
-from teacher_cache.stages.teacher.layer_tap import LayerTap, packed_in_rows
-from teacher_cache.stages.teacher.load import EAGER, Teacher
+from teacher_cache.stages.teacher.layers import LayerPlan, LayerTap
+from teacher_cache.stages.teacher.load import Teacher
 
 Mode = Literal["cls", "mean", "full"]
 WORK = Path("runs/attention-bytes")

@@ -22,7 +22,7 @@ from teacher_cache.pipeline.options import (
 )
 from teacher_cache.pipeline.reporting import console, quiet_libraries, reported
 from teacher_cache.pipeline.settings import Model, resolve
-from teacher_cache.stages.conversion.config import ConvertOptions
+from teacher_cache.stages.codecs.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 SECTIONS = (

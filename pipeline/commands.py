@@ -44,7 +44,7 @@ from teacher_cache.stages import evaluate as evaluation
 from teacher_cache.stages import evaluate_language_model
 from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
-from teacher_cache.stages.conversion.config import ConvertConfig, ConvertOptions
+from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult

@@ -105,7 +105,7 @@ def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
     checked = f"{report.num_shards:,} shards, {report.num_bytes / 1e6:,.2f} MB"
     console.print(f"✓ {cache} is sound: {checked}", style="green")
     if deep:
-        from teacher_cache.stages.verify_deep import verify_deep  # imports torch
+        from teacher_cache.stages.verify import verify_deep  # imports torch
 
         with working(console, "running the teacher again"):
             worst = verify_deep(cache, deep, teacher=teacher)

@@ -12,8 +12,8 @@ from teacher_cache.pipeline.options import (
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
 )
-from teacher_cache.stages.teacher.codec_options import check_options
 from teacher_cache.stages.teacher.config import ShardConfig, TaskName
+from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.training.config import FinetuneOptions
 
 if TYPE_CHECKING:

@@ -30,14 +30,18 @@ from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.schema import Fields, language_model_schema
 from teacher_cache.cache.splits import LABELED, UNLABELED
 from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.codecs.capture import packed_fields
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import pack_tokens, packing_settings
 from teacher_cache.stages.data.survey import CorpusReport
 from teacher_cache.stages.data.tokenization import token_ids, tokenize
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
-from teacher_cache.stages.teacher.log_prob_file import Answer, LogProbFile
-from teacher_cache.stages.teacher.log_prob_lists import SUM_TOLERANCE, listed_positions
-from teacher_cache.stages.teacher.packed_fields import packed_fields
+from teacher_cache.stages.teacher.log_probs import (
+    SUM_TOLERANCE,
+    Answer,
+    LogProbFile,
+    listed_positions,
+)
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.support import Support
 

@@ -22,19 +22,19 @@ from teacher_cache.cache.schema import Fields, Ragged, Schema
 from teacher_cache.cache.teacher_files import read_teacher_file
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver, versioned
-from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.conversion.codecs import (
+from teacher_cache.stages.codecs.config import ConvertConfig
+from teacher_cache.stages.codecs.conversion import (
     LogitsOf,
     Recode,
+    probed_again,
     recode,
     target_codec,
 )
-from teacher_cache.stages.conversion.config import ConvertConfig
-from teacher_cache.stages.conversion.probe import probed_again
+from teacher_cache.stages.codecs.options import given_options
+from teacher_cache.stages.codecs.sampled import DRAW_SEED
+from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.models.device import environment, resolve_device
 from teacher_cache.stages.models.head import HEAD_FILE
-from teacher_cache.stages.teacher.codec_options import given_options
-from teacher_cache.stages.teacher.draws import DRAW_SEED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
-from teacher_cache.stages.cache_size import NUM_PROBED_FOR_SIZE
-from teacher_cache.stages.cache_teacher import CacheTeacherConfig, load_corpora
+from teacher_cache.stages.cache_teacher import NUM_PROBED_FOR_SIZE, CacheTeacherConfig, load_corpora
+from teacher_cache.stages.codecs.options import DEFAULT_CODEC, codec_of
+from teacher_cache.stages.codecs.probe import Probe
 from teacher_cache.stages.data.packaged import austen, reviews
 from teacher_cache.stages.data.packaged.packages import assets_folder
 from teacher_cache.stages.teacher.classification import Classification
-from teacher_cache.stages.teacher.codec_options import DEFAULT_CODEC, codec_of
 from teacher_cache.stages.teacher.language_modeling import LanguageModeling, bytes_per_token
-from teacher_cache.stages.teacher.probe import Probe
 
 ASSUMED_IDS = 2**16  # ids take 2 bytes up to here, which is most vocabularies
 WITHOUT_SUPPORT = ("topk", "sampled")

@@ -26,7 +26,7 @@ from teacher_cache.stages.evaluation.runs import (
     teacher_beside,
     tokenization_marks,
 )
-from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
+from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 
 MAJORITY = "majority"
 

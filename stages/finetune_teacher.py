@@ -23,8 +23,8 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
 from teacher_cache.stages.ranks import num_processes
-from teacher_cache.stages.teacher.load import hash_weights, longest_sample, settle_pad_id
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.tokenizers import (
     could_not_load,
@@ -47,10 +47,10 @@ from teacher_cache.stages.training.batches import (
 )
 from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
-from teacher_cache.stages.training.metrics import classification_metrics
-from teacher_cache.stages.training.observer import TrainingObserver
+from teacher_cache.stages.training.measures import classification_metrics
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
+from teacher_cache.stages.training.task import TrainingObserver
 from teacher_cache.stages.training.trainer import ClassificationTrainer
 
 

@@ -33,17 +33,16 @@ from teacher_cache.stages.training.config import (
     TrainStudentConfig,
 )
 from teacher_cache.stages.training.data import TrainingData, open_splits
-from teacher_cache.stages.training.early_stopping import EarlyStopping
 from teacher_cache.stages.training.language_model import LanguageModelStudents
+from teacher_cache.stages.training.measures import EarlyStopping
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
-from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.start import (
     StartingStudent,
     with_own_tokenizer,
 )
-from teacher_cache.stages.training.task import StudentTask
+from teacher_cache.stages.training.task import StudentTask, TrainingObserver
 
 TASKS: dict[str, Callable[[TrainStudentConfig, Sequence[CacheReader]], StudentTask]] = {
     "classification": ClassificationStudents,

@@ -16,12 +16,12 @@ from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.schema import Fields, Ragged, language_model_schema
 from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.codecs.capture import reduce_positions
+from teacher_cache.stages.codecs.sampled import uniforms
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.teacher_folder import write_tokenization
 from teacher_cache.stages.models.head import LanguageModelHead
-from teacher_cache.stages.teacher.capture_positions import reduce_positions
-from teacher_cache.stages.teacher.draws import uniforms
 from teacher_cache.stages.tokens.support import Support
 from tests.small_caches import make_manifest, make_plans
 from tests.tiny_models import tiny_language_model

@@ -22,9 +22,8 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.linear_head import linear_language_model_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.training.batches import Batch
-from teacher_cache.stages.training.cached_targets import CachedTargets
-from teacher_cache.stages.training.packed_batches import at
+from teacher_cache.stages.training.batches import Batch, at
+from teacher_cache.stages.training.targets import CachedTargets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,8 @@ from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.losses.divergences import kl
-from teacher_cache.stages.training.batches import Batch
-from teacher_cache.stages.training.metrics import expected_calibration_error
-from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
+from teacher_cache.stages.training.batches import Batch, PackedCollator, PackedSamples
+from teacher_cache.stages.training.measures import expected_calibration_error
 
 BATCH_SIZE = 8
 

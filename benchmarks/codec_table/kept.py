@@ -28,25 +28,21 @@ from teacher_cache.cache.codecs.topk import TAIL_M, TAIL_R
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.codecs.capture import reduce_positions
+from teacher_cache.stages.codecs.options import codec_of
+from teacher_cache.stages.codecs.probe import kl_to_decoded
+from teacher_cache.stages.codecs.sampled import draws_of
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
+from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.teacher.capture_positions import reduce_positions
-from teacher_cache.stages.teacher.codec_options import codec_of
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.draws import draws_of
-from teacher_cache.stages.teacher.language_model import (
-    LanguageModelTeacher,
-    final_states,
-    head_logits,
-    load_language_model,
-)
 from teacher_cache.stages.teacher.language_modeling import bytes_per_token
-from teacher_cache.stages.teacher.reconstruction import kl_to_decoded
+from teacher_cache.stages.teacher.load import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.tokens.support import Support
-from teacher_cache.stages.training.packed_batches import PackedCollator, next_ids
+from teacher_cache.stages.training.batches import PackedCollator, next_ids
 
 
 @dataclass(frozen=True, kw_only=True)

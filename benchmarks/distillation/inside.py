@@ -17,7 +17,7 @@ from teacher_cache.stages.losses.layers import attention_distance
 from teacher_cache.stages.losses.pooled import pooled_distance
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 from teacher_cache.stages.training.batches import Batch
-from teacher_cache.stages.training.transfer.transfer import Transfer
+from teacher_cache.stages.training.layers import Transfer
 
 BATCH_SIZE = 64  # even, so that a sample's number in its batch is as even as its own
 RIDGE = 1e-3  # of the mean square of the student's states

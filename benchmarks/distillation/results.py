@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.distillation.bootstrap import Interval, MovieBootstrap
 from benchmarks.distillation.rows import Row
-from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
+from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

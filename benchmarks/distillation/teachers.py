@@ -9,7 +9,7 @@ import numpy as np
 
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.splits import LABELED
-from teacher_cache.stages.training.metrics import classification_metrics
+from teacher_cache.stages.training.measures import classification_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 from teacher_cache.stages.training.batches import Batch, layer_fields, stacked
+from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.layers import LayerPair
 from teacher_cache.stages.training.run_folder import RunRecord
-from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
-from teacher_cache.stages.training.transfer.layer_map import LayerPair
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,17 +19,13 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.evaluation.runs import finished_student, task_of
+from teacher_cache.stages.models.causal import check_language_model, final_states, head_logits
 from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.models.inference import class_logits
+from teacher_cache.stages.models.pretrained import class_names, num_positions, on_device
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.language_model import (
-    check_language_model,
-    final_states,
-    head_logits,
-    load_language_model,
-)
-from teacher_cache.stages.teacher.load import class_names, load_teacher, num_positions, on_device
+from teacher_cache.stages.teacher.load import load_language_model, load_teacher
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 

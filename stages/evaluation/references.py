@@ -22,8 +22,8 @@ from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.language_model import Targets
 from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.tokens.support import Support
-from teacher_cache.stages.training.cached_targets import CachedTargets, serves
-from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples, at
+from teacher_cache.stages.training.batches import PackedCollator, PackedSamples, at
+from teacher_cache.stages.training.targets import CachedTargets, serves
 
 TEMPERATURE = 1.0  # at which teacher and student are compared
 

@@ -26,7 +26,7 @@ from transformers.utils.hub import has_file
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.data.labels import is_generic
-from teacher_cache.stages.teacher.load import (
+from teacher_cache.stages.models.pretrained import (
     described_config,
     hash_weights,
     num_positions,

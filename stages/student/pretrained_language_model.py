@@ -19,17 +19,13 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.causal import check_language_model, final_states, head_logits
 from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.pretrained import (
     OPTION,
     is_config_alone,
     read_config,
     refuse_missing_rows,
-)
-from teacher_cache.stages.teacher.language_model import (
-    check_language_model,
-    final_states,
-    head_logits,
 )
 from teacher_cache.stages.tokens.tokenizers import could_not_load, is_local_only
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.teacher.alignment_options import NO_ALIGNMENT
-from teacher_cache.stages.teacher.codec_options import DEFAULT_CODEC
+from teacher_cache.stages.codecs.options import DEFAULT_CODEC
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.language_model import LanguageModelTeacher
+from teacher_cache.stages.teacher.load import LanguageModelTeacher
+from teacher_cache.stages.teacher.options import NO_ALIGNMENT
 from teacher_cache.stages.tokens.relation import VocabularyRelation, relate
 from teacher_cache.stages.tokens.support import AnySupport, CutSupport, MappedSupport, Support
 from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes

@@ -7,25 +7,111 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.schema import Schema, classification_schema, fixed_bytes
+from teacher_cache.cache.schema import (
+    NO_LABEL,
+    POOLED,
+    SAMPLE_ID_BYTES,
+    Ragged,
+    Schema,
+    classification_schema,
+    fixed_bytes,
+)
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.inference import OnBatch
-from teacher_cache.stages.teacher.capture import capture
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
 from teacher_cache.stages.teacher.forward import find_pooled_width, run_teacher
-from teacher_cache.stages.teacher.layer_options import hidden_options
-from teacher_cache.stages.teacher.layer_plan import LayerPlan
-from teacher_cache.stages.teacher.layer_probe import RowErrors, first_samples
-from teacher_cache.stages.teacher.layer_tap import LayerTap
+from teacher_cache.stages.teacher.layers import (
+    NO_LAYERS,
+    KeptLayers,
+    LayerPlan,
+    LayerTap,
+    RowErrors,
+    first_samples,
+    half,
+)
 from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
-from teacher_cache.stages.teacher.stored_tables import StoredTable
-from teacher_cache.stages.teacher.task import Captured
-from teacher_cache.stages.teacher.token_states import STATES, STATES_FILE, token_states
+from teacher_cache.stages.teacher.options import hidden_options
+from teacher_cache.stages.teacher.tables import (
+    STATES,
+    STATES_FILE,
+    TABLE,
+    TABLE_FILE,
+    StoredTable,
+    embedding_table,
+    token_states,
+)
+from teacher_cache.stages.teacher.task import Captured, recorded_environment
 from teacher_cache.stages.tokens.record import describe
+
+
+def capture(
+    teacher: ClassificationTeacher,
+    samples: Sequence[Sample],
+    *,
+    batch_tokens: int,
+    on_batch: OnBatch,
+    layers: LayerPlan = NO_LAYERS,
+    pooled_width: int | None = None,
+) -> Captured:
+    """Run the teacher over a shard's samples and keep its class logits, exactly.
+
+    Its pooled states too, in float16, and what is asked for of its layers.
+
+    Args:
+        teacher: on its device.
+        samples: of one shard.
+        batch_tokens: padded tokens in a forward batch.
+        on_batch: called with samples and tokens after each batch.
+        layers: which maps and states to keep.
+        pooled_width: D of the pooled states; None leaves them out.
+
+    Raises:
+        UserError: if a single sample does not fit into memory, a logit is not finite, or a state
+            has a value that float16 does not hold.
+    """
+    kept = KeptLayers(layers)
+    outputs = run_teacher(
+        teacher,
+        [sample.input_ids for sample in samples],
+        batch_tokens=batch_tokens,
+        pooled_width=pooled_width,
+        tap=LayerTap(teacher.model, layers, kept),
+        on_batch=on_batch,
+    )
+    logits = outputs.vectors["class_logits"]
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all():
+        first = samples[int(np.argmin(finite))].sample_id.hex()
+        raise UserError(
+            f"the teacher's logits of {int((~finite).sum())} samples are not finite (the first has "
+            f"the id {first}): give --dtype float32, or bfloat16 where the device has it"
+        )
+    ids = b"".join(sample.sample_id for sample in samples)
+    labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+    return Captured(
+        fields={
+            "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
+            "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
+            "label": np.array(labels, np.int32),
+            "class_logits": logits,
+            **({} if pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}),
+            **kept.fields(len(samples)),
+        },
+        num_truncated=sum(sample.was_truncated for sample in samples),
+        environment=recorded_environment(
+            teacher, batch_tokens=batch_tokens, num_halvings=outputs.num_halvings
+        ),
+    )
+
+
+def _half(pooled: np.ndarray) -> np.ndarray:
+    return half(pooled, what="pooled states", option="--hidden pooled")
+
 
 NUM_PROBED_DOCUMENTS = 64
 

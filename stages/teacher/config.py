@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.config import (
     DeviceConfig,
     StageConfig,
     comma_joined,
-    comma_separated,
 )
 
 TaskName = Literal["classification", "lm"]
@@ -39,39 +39,6 @@ class TeacherConfig(DeviceConfig):
     )
     trust_remote_code: bool = Field(
         default=False, description="Run the model code that a hub repository brings."
-    )
-
-
-class CodecConfig(StageConfig):
-    """How a language model's distributions are cached (--task lm)."""
-
-    codec: Literal["topk", "sampled", "hidden", "dense"] | None = Field(
-        default=None,
-        description="What is kept at each position: the most probable ids and the tail's mass "
-        "(topk), draws, the hidden states before the head, or all logits (dense). Default: topk.",
-    )
-    top_k: int | None = Field(
-        default=None, description="topk: so many of the most probable ids. Default: 64."
-    )
-    exact: bool | None = Field(
-        default=None,
-        description="topk: log-probs in float16, 2 bytes an id instead of 1. Default: no.",
-    )
-    top_p: float | None = Field(
-        default=None,
-        description="topk: of these only the fewest that hold so much mass. Default: all.",
-    )
-    num_draws: int | None = Field(
-        default=None, description="sampled: draws a position, at most 255. Default: 50."
-    )
-    temperatures: Annotated[tuple[float, ...], BeforeValidator(comma_separated)] | None = Field(
-        default=None,
-        description="topk, sampled: temperatures that a student can be trained at (topk: and all "
-        "between), ascending, comma-separated. Default: 1,1.5,2,3,4.",
-    )
-    draw_temperature: float | None = Field(
-        default=None,
-        description="sampled: temperature of the draws, one of --temperatures. Default: 1.",
     )
 
 

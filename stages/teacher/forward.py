@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import POOLED
+from teacher_cache.stages.models.causal import packed_in_rows
 from teacher_cache.stages.models.inference import OnBatch, Outputs, forward, run_in_batches
-from teacher_cache.stages.teacher.layer_tap import LayerTap, packed_in_rows
+from teacher_cache.stages.teacher.layers import LayerTap
 from teacher_cache.stages.teacher.load import ClassificationTeacher
 
 

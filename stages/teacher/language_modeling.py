@@ -19,29 +19,31 @@ from teacher_cache.cache.schema import (
     fixed_bytes,
     language_model_schema,
 )
+from teacher_cache.stages.codecs.capture import (
+    arrays_of,
+    packed_fields,
+    reduce_positions,
+)
+from teacher_cache.stages.codecs.options import codec_of
+from teacher_cache.stages.codecs.probe import Probe, probe_codec
+from teacher_cache.stages.codecs.sampled import DRAW_SEED, draws_of
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import Packed, PackedSample, pack, packing_settings
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.capture_alignment import CaptureAlignment, aligned
-from teacher_cache.stages.teacher.capture_positions import (
-    arrays_of,
-    reduce_positions,
-)
-from teacher_cache.stages.teacher.codec_options import codec_of
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.draws import DRAW_SEED, draws_of
-from teacher_cache.stages.teacher.embedding_table import TABLE, TABLE_FILE, embedding_table
-from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
-from teacher_cache.stages.teacher.layer_plan import LayerPlan
-from teacher_cache.stages.teacher.layer_probe import RowErrors, first_samples
-from teacher_cache.stages.teacher.layer_tap import KeptLayers, LayerTap
-from teacher_cache.stages.teacher.load import identity
-from teacher_cache.stages.teacher.packed_fields import packed_fields
+from teacher_cache.stages.teacher.layers import (
+    KeptLayers,
+    LayerPlan,
+    LayerTap,
+    RowErrors,
+    first_samples,
+)
+from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
 from teacher_cache.stages.teacher.positions import Reduce, Slice, listen_to_packed, run_positions
-from teacher_cache.stages.teacher.probe import Probe, probe_codec
-from teacher_cache.stages.teacher.stored_tables import StoredTable
+from teacher_cache.stages.teacher.tables import TABLE, TABLE_FILE, StoredTable, embedding_table
 from teacher_cache.stages.teacher.task import Captured, recorded_environment
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.support import (

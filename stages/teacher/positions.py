@@ -16,13 +16,10 @@ from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.packing import PackedSample
+from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.inference import OnBatch, for_each_batch
-from teacher_cache.stages.teacher.language_model import (
-    LanguageModelTeacher,
-    final_states,
-    head_logits,
-)
-from teacher_cache.stages.teacher.layer_tap import LayerTap
+from teacher_cache.stages.teacher.layers import LayerTap
+from teacher_cache.stages.teacher.load import LanguageModelTeacher
 
 SLICE_LOGITS = 2**25  # 128 MiB in float32
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.join.learned_projection import learned_share_at
 from teacher_cache.stages.losses.chunk_likelihood import (
     DEFAULT_TAU,
     chunk_likelihood_loss,
@@ -26,9 +25,9 @@ from teacher_cache.stages.losses.linear_head import (
 )
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.models.head import LinearHead
-from teacher_cache.stages.training.cached_targets import CachedTargets
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer, Positions
-from teacher_cache.stages.training.mapped_targets import ProjectedTargets
+from teacher_cache.stages.training.targets import CachedTargets, ProjectedTargets
+from teacher_cache.stages.training.vocabulary_projection import learned_share_at
 
 
 class AlignedTrainer(LanguageModelTrainer):

@@ -15,7 +15,7 @@ from teacher_cache.stages.models.device import dtype_name, resolve_device, resol
 from teacher_cache.stages.ranks import num_local_processes, num_processes
 from teacher_cache.stages.training.checkpoints import newest_checkpoint, require_committed
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.early_stopping import ACCURACY, Measure
+from teacher_cache.stages.training.measures import ACCURACY, Measure
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
 
 logger = logging.getLogger(__name__)

@@ -13,16 +13,19 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.position_map import PositionMap
+from teacher_cache.stages.training.auxiliaries import ProjectedStudent, with_projected_layers
 from teacher_cache.stages.training.batches import Collator
+from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, training_data
-from teacher_cache.stages.training.early_stopping import ACCURACY, Measure
-from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
-from teacher_cache.stages.training.projected_student import ProjectedStudent
+from teacher_cache.stages.training.measures import (
+    ACCURACY,
+    Measure,
+    agreement_metrics,
+    classification_metrics,
+)
 from teacher_cache.stages.training.start import StartingStudent, start_student
 from teacher_cache.stages.training.trainer import DistillationTrainer
-from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
-from teacher_cache.stages.training.transfer.projected_layers import with_projected_layers
 
 
 class ClassificationStudents:

@@ -28,18 +28,17 @@ from teacher_cache.stages.student.packed_language_model import PackedLanguageMod
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import identity, refuse_too_long
 from teacher_cache.stages.student.pretrained_language_model import pretrained_language_model
-from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
+from teacher_cache.stages.teacher.tables import TABLE_FILE, read_embedding_table
 from teacher_cache.stages.tokens.support import Support
-from teacher_cache.stages.training.aligned_students import AlignedStudents
-from teacher_cache.stages.training.cached_targets import require_temperature, serves
+from teacher_cache.stages.training.alignment import AlignedStudents
+from teacher_cache.stages.training.auxiliaries import StudentWithProjection, with_projected_layers
+from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, ordered_data
-from teacher_cache.stages.training.early_stopping import OBJECTIVE, Measure
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
+from teacher_cache.stages.training.measures import OBJECTIVE, Measure
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
-from teacher_cache.stages.training.student_with_projection import StudentWithProjection
-from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
-from teacher_cache.stages.training.transfer.projected_layers import with_projected_layers
+from teacher_cache.stages.training.targets import require_temperature, serves
 
 logger = logging.getLogger(__name__)
 

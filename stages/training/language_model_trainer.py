@@ -23,10 +23,9 @@ from teacher_cache.stages.losses.linear_head import (
 from teacher_cache.stages.losses.objective import NO_LABEL
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.models.head import LinearHead
-from teacher_cache.stages.training.cached_targets import CachedTargets
-from teacher_cache.stages.training.mapped_targets import FixedMap, MappedTargets
+from teacher_cache.stages.training.batches import at
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
-from teacher_cache.stages.training.packed_batches import at
+from teacher_cache.stages.training.targets import CachedTargets, FixedMap, MappedTargets
 
 logger = logging.getLogger(__name__)
 

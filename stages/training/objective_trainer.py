@@ -11,9 +11,9 @@ import torch
 
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.training.layers import Transfer
 from teacher_cache.stages.training.learning_rates import scale_learning_rate
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
-from teacher_cache.stages.training.transfer.transfer import Transfer
 
 
 class ObjectiveTrainer(OrderedTrainer):

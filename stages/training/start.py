@@ -23,8 +23,12 @@ from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.position_map import choose
 from teacher_cache.stages.student.pretrained_language_model import language_model_config
-from teacher_cache.stages.teacher.embedding_table import TABLE_FILE, read_embedding_table
-from teacher_cache.stages.teacher.token_states import STATES_FILE, read_token_states
+from teacher_cache.stages.teacher.tables import (
+    STATES_FILE,
+    TABLE_FILE,
+    read_embedding_table,
+    read_token_states,
+)
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,20 @@ from transformers import TrainerCallback, TrainingArguments
 
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.training.data import TrainingData
-from teacher_cache.stages.training.early_stopping import Measure
+from teacher_cache.stages.training.measures import Measure
 from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.start import StartingStudent
+
+
+class TrainingObserver:
+    """Told what happens while a teacher or a student trains; the base says nothing."""
+
+    def on_start(self, run: Path, num_steps: int, checkpoint: Path | None) -> None:
+        """Training begins, or goes on from a checkpoint."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Callbacks for the Trainer: a progress bar, say."""
+        return []
 
 
 class StudentTask(Protocol):

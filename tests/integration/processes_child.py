@@ -31,6 +31,7 @@ from teacher_cache.stages.ranks import rank
 from teacher_cache.stages.student import MambaStudentForSequenceClassification, build_student
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.training.arguments import training_arguments
+from teacher_cache.stages.training.auxiliaries import ProjectedStudent
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     Batch,
@@ -39,10 +40,9 @@ from teacher_cache.stages.training.batches import (
     Collator,
 )
 from teacher_cache.stages.training.config import OptimizationConfig, TrainStudentConfig
-from teacher_cache.stages.training.metrics import classification_metrics
+from teacher_cache.stages.training.measures import classification_metrics
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 from teacher_cache.stages.training.processes import process_group
-from teacher_cache.stages.training.projected_student import ProjectedStudent
 from teacher_cache.stages.training.trainer import ClassificationTrainer, DistillationTrainer
 from tests.integration.fork_server import run_child
 from tests.integration.train_student_child import Steps

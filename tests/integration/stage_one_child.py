@@ -15,10 +15,9 @@ from teacher_cache.pipeline import cli, commands
 from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages import convert as conversion
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig, StageOneObserver
-from teacher_cache.stages.conversion.config import ConvertConfig
+from teacher_cache.stages.codecs.config import ConvertConfig
 from teacher_cache.stages.teacher import classification, language_modeling
-from teacher_cache.stages.teacher.language_model import load_language_model
-from teacher_cache.stages.teacher.load import Teacher, load_teacher
+from teacher_cache.stages.teacher.load import Teacher, load_language_model, load_teacher
 from tests.small_caches import set_shards_per_folder
 
 HALF_WRITTEN, WRITTEN, RENAMED = "half-written", "written", "renamed"

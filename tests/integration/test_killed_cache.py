@@ -20,7 +20,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.splits import is_split, viewed_split
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.conversion.config import ConvertConfig
+from teacher_cache.stages.codecs.config import ConvertConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from tests.integration.fork_server import ForkServer
 from tests.integration.stage_one_child import HALF_WRITTEN, RENAMED, WRITTEN

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from teacher_cache.pipeline import options
 from teacher_cache.pipeline.cli import app
 from teacher_cache.pipeline.cli_options import argument, switch, value, with_options
-from teacher_cache.stages.conversion.config import ConvertOptions
+from teacher_cache.stages.codecs.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 COMMANDS: dict[str, type[BaseModel] | None] = {

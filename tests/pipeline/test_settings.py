@@ -21,8 +21,8 @@ from teacher_cache.pipeline.settings import (
     resolve,
     validate,
 )
+from teacher_cache.stages.codecs.config import ConvertOptions
 from teacher_cache.stages.config import StageConfig
-from teacher_cache.stages.conversion.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 ROOT = Path(__file__).parents[2]

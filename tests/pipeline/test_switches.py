@@ -20,8 +20,8 @@ from teacher_cache.stages.losses.config import ObjectiveConfig, TransferConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training import classification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
+from teacher_cache.stages.training.auxiliaries import ProjectedStudent
 from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
-from teacher_cache.stages.training.projected_student import ProjectedStudent
 from tests.command_line import pipe, refused
 from tests.tiny_runs import student_config
 

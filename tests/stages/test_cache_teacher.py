@@ -26,7 +26,7 @@ from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.teacher import classification
-from teacher_cache.stages.teacher.capture import capture
+from teacher_cache.stages.teacher.classification import capture
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
 from teacher_cache.stages.teacher.task import Captured

@@ -30,7 +30,7 @@ from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.pipeline.tables import NOT_PROBED_AGAIN, kept_table
 from teacher_cache.stages import convert
 from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver
-from teacher_cache.stages.conversion.config import ConvertConfig
+from teacher_cache.stages.codecs.config import ConvertConfig
 from teacher_cache.stages.data.packing import PackedSample, Piece
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from tests.command_line import done, refused

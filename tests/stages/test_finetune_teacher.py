@@ -24,8 +24,8 @@ from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_teacher
-from teacher_cache.stages.training.observer import TrainingObserver
 from teacher_cache.stages.training.run_folder import read_run
+from teacher_cache.stages.training.task import TrainingObserver
 from tests.tiny_runs import read_tokenizers_once
 
 CLOCK = ("runtime", "per_second")

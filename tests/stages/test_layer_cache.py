@@ -22,12 +22,13 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Ragged, check_fields
 from teacher_cache.cache.verify import verify
-from teacher_cache.stages import cache_size, cache_teacher, train_student
+from teacher_cache.stages import cache_teacher, train_student
+from teacher_cache.stages import cache_teacher as cache_size
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.estimate import estimate
-from teacher_cache.stages.teacher import layer_tap
-from teacher_cache.stages.verify_deep import verify_deep
+from teacher_cache.stages.teacher import layers as layer_tap
+from teacher_cache.stages.verify import verify_deep
 from tests.small_caches import contents
 from tests.tiny_models import tiny_language_model, write_tiny_language_model
 from tests.tiny_runs import cache_reviews, result_files, reviews_config, student_config

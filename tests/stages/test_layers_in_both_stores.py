@@ -16,7 +16,7 @@ from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher, convert, train_student
-from teacher_cache.stages.conversion.config import ConvertConfig
+from teacher_cache.stages.codecs.config import ConvertConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from tests.small_caches import contents
 from tests.tiny_models import write_tiny_bert, write_tiny_language_model

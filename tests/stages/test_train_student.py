@@ -28,7 +28,7 @@ from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch
 from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.batches import held_out
-from teacher_cache.stages.training.metrics import agreement_metrics, classification_metrics
+from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.run_folder import read_run
 from teacher_cache.stages.training.trainer import DistillationTrainer
 from tests.tiny_runs import MAX_LENGTH, read_tokenizers_once, student_config

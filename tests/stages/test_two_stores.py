@@ -13,7 +13,7 @@ from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher, convert, train_student
-from teacher_cache.stages.conversion.config import ConvertConfig
+from teacher_cache.stages.codecs.config import ConvertConfig
 from tests.command_line import done, refused
 from tests.tiny_language_models import tiny_teacher, write_cache
 from tests.tiny_runs import (

@@ -11,10 +11,10 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages import verify_deep as module
+from teacher_cache.stages import verify as module
 from teacher_cache.stages.models.inference import Outputs
 from teacher_cache.stages.teacher.forward import run_teacher
-from teacher_cache.stages.verify_deep import verify_deep
+from teacher_cache.stages.verify import verify_deep
 from tests.tiny_models import write_tiny_bert
 
 

@@ -13,7 +13,7 @@ from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.stages.data.packing import pack_tokens
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.training.packed_batches import PackedCollator, next_ids
+from teacher_cache.stages.training.batches import PackedCollator, next_ids
 from tests.tiny_language_models import cached, tiny_teacher
 from tests.tiny_students import small_config
 

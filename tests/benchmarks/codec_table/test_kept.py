@@ -15,7 +15,7 @@ from benchmarks.codec_table.teacher import trained_tokenizer
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.language_model import load_language_model
+from teacher_cache.stages.teacher.load import load_language_model
 from tests.tiny_models import tiny_language_model
 from tests.tiny_students import small_config
 

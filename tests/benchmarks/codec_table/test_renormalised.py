@@ -19,7 +19,7 @@ from teacher_cache.stages.data.packing import pack_tokens
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.language_model import language_model_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.training.cached_targets import CachedTargets
+from teacher_cache.stages.training.targets import CachedTargets
 from tests.tiny_language_models import cached, tiny_teacher, write_cache
 
 NUM_IDS, TOP_K = 40, 5

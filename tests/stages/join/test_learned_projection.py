@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.join.learned_projection import LearnedProjection, learned_share_at
-from teacher_cache.stages.join.projection_candidates import (
-    FIRST_PIECE_WEIGHT,
-    Candidates,
-    candidates_by_embeddings,
-    candidates_by_strings,
-    candidates_of_map,
-)
 from teacher_cache.stages.tokens.mapped_teacher import map_head
 from teacher_cache.stages.tokens.token_bytes import TokenBytes
 from teacher_cache.stages.tokens.vocabulary_map import exact_map
+from teacher_cache.stages.training.vocabulary_projection import (
+    FIRST_PIECE_WEIGHT,
+    Candidates,
+    LearnedProjection,
+    candidates_by_embeddings,
+    candidates_by_strings,
+    candidates_of_map,
+    learned_share_at,
+)
 
 TEACHER = TokenBytes(
     content=(b"a", b" the", b" thermo", b"\xf0\x9f\x99", b"<t>", None, b"zz", b"b"),

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from teacher_cache.stages.models.causal import check_language_model
 from teacher_cache.stages.student.packed_language_model import PackedLanguageModel, places
-from teacher_cache.stages.teacher.language_model import check_language_model
 from tests.tiny_models import tiny_language_model
 
 NUM_IDS = 64

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.pretrained import num_positions
 from teacher_cache.stages.student.pretrained import (
     classifier_config,
     identity,
@@ -30,7 +31,6 @@ from teacher_cache.stages.student.pretrained import (
     pretrained_classifier,
     refuse_too_long,
 )
-from teacher_cache.stages.teacher.load import num_positions
 
 NAMES = {0: "neg", 1: "pos"}
 OTHERS = {0: "rotten", 1: "fresh"}

@@ -26,11 +26,11 @@ from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
-from teacher_cache.stages.teacher.alignment_options import check_alignment
 from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.options import check_alignment
 from teacher_cache.stages.tokens.token_bytes import token_bytes
 from teacher_cache.stages.tokens.vocabulary_map import MAP_FILE, exact_map, recorded_map
-from teacher_cache.stages.verify_deep import verify_deep
+from teacher_cache.stages.verify import verify_deep
 from tests.reference_mapping import mapped
 from tests.small_caches import contents
 from tests.tiny_models import tiny_language_model

@@ -6,8 +6,10 @@ import pytest
 
 from teacher_cache.cache.codecs.named import CODECS
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.teacher.codec_options import OPTIONS_OF, check_options, codec_of
-from teacher_cache.stages.teacher.config import CodecConfig, ShardConfig
+from teacher_cache.stages.codecs.config import CodecConfig
+from teacher_cache.stages.codecs.options import OPTIONS_OF, codec_of
+from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.options import check_options
 
 
 def config_of(**given: Any) -> ShardConfig:

@@ -17,12 +17,12 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
-from teacher_cache.stages.teacher.embedding_table import (
+from teacher_cache.stages.teacher.tables import (
     TABLE_FILE,
+    StoredTable,
     embedding_table,
     read_embedding_table,
 )
-from teacher_cache.stages.teacher.stored_tables import StoredTable
 from tests.small_caches import read_unchecked
 from tests.tiny_runs import reviews_config
 

@@ -26,14 +26,15 @@ from transformers import (
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.tokenization import Sample
-from teacher_cache.stages.teacher.capture import capture
+from teacher_cache.stages.models.pretrained import on_device
+from teacher_cache.stages.teacher.classification import capture
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import (
     find_pooled_width,
     logits_and_pooled,
     run_teacher,
 )
-from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher, on_device
+from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher
 
 WIDTH, PAD_ID = 32, 1
 SHAPE: dict[str, Any] = {

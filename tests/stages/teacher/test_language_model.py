@@ -33,15 +33,10 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.causal import check_language_model, final_states, head_logits
+from teacher_cache.stages.models.pretrained import on_device
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.language_model import (
-    LanguageModelTeacher,
-    check_language_model,
-    final_states,
-    head_logits,
-    load_language_model,
-)
-from teacher_cache.stages.teacher.load import identity, on_device
+from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
 from tests.tiny_models import tiny_language_model, write_tiny_language_model
 
 CPU = torch.device("cpu")

@@ -28,15 +28,15 @@ from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.fingerprint import hash_files
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
+from teacher_cache.stages.codecs.capture import reduce_positions
+from teacher_cache.stages.codecs.probe import reconstruction_error
+from teacher_cache.stages.models.causal import final_states
 from teacher_cache.stages.models.head import (
     HEAD_FILE,
     LanguageModelHead,
     check_head,
     read_language_model_head,
 )
-from teacher_cache.stages.teacher.capture_positions import reduce_positions
-from teacher_cache.stages.teacher.language_model import final_states
-from teacher_cache.stages.teacher.reconstruction import reconstruction_error
 from teacher_cache.stages.tokens.support import Support
 from tests.small_caches import make_manifest
 

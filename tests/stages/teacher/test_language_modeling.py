@@ -24,10 +24,10 @@ from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.codecs.probe import probed_temperatures
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.models.head import read_language_model_head
-from teacher_cache.stages.teacher.probe import probed_temperatures
-from teacher_cache.stages.training.cached_targets import sampled_targets
+from teacher_cache.stages.training.targets import sampled_targets
 from tests.small_caches import contents
 from tests.tiny_models import write_tiny_language_model
 

@@ -4,7 +4,7 @@ import pytest
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.layer_options import (
+from teacher_cache.stages.teacher.options import (
     HiddenOptions,
     check_layer_options,
     chosen_layers,

@@ -37,12 +37,10 @@ from transformers import (
 from teacher_cache.cache.codecs.attention import row_kl
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.models import inference
-from teacher_cache.stages.teacher.attention_modules import find_maps
+from teacher_cache.stages.models.causal import final_states
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.forward import run_teacher
-from teacher_cache.stages.teacher.language_model import final_states
-from teacher_cache.stages.teacher.layer_plan import LayerPlan, half
-from teacher_cache.stages.teacher.layer_tap import KeptLayers, LayerTap
+from teacher_cache.stages.teacher.layers import KeptLayers, LayerPlan, LayerTap, find_maps, half
 from teacher_cache.stages.teacher.load import load_teacher
 
 SHAPE: dict[str, Any] = {

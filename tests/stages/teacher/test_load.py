@@ -20,14 +20,9 @@ from transformers import (
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.models.inference import class_logits
+from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import (
-    ClassificationTeacher,
-    hash_weights,
-    load_teacher,
-    longest_sample,
-    settle_pad_id,
-)
+from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher
 
 
 def load(folder: Path | str, **changes: Any) -> ClassificationTeacher:

@@ -14,10 +14,11 @@ from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
 from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.teacher import draws, reductions
-from teacher_cache.stages.teacher.capture_positions import reduce_positions
-from teacher_cache.stages.teacher.draws import uniforms
-from teacher_cache.stages.teacher.reconstruction import reconstruction_error
+from teacher_cache.stages.codecs import reductions
+from teacher_cache.stages.codecs import sampled as draws
+from teacher_cache.stages.codecs.capture import reduce_positions
+from teacher_cache.stages.codecs.probe import reconstruction_error
+from teacher_cache.stages.codecs.sampled import uniforms
 from teacher_cache.stages.tokens.support import MappedSupport, Support
 from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap
 from tests.reference_codecs import log_softmax, log_sum_exp, realistic_logits

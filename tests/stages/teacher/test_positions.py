@@ -17,7 +17,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack, pack_tokens
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.language_model import LanguageModelTeacher, load_language_model
+from teacher_cache.stages.teacher.load import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.teacher.positions import Slice, next_ids, run_positions
 from tests.tiny_models import write_tiny_language_model
 

@@ -16,11 +16,12 @@ from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.teacher import draws, reductions
-from teacher_cache.stages.teacher.capture_positions import reduce_positions
-from teacher_cache.stages.teacher.draws import distinct, draw, reduce_sampled, uniforms
-from teacher_cache.stages.teacher.reconstruction import reconstruction_error
-from teacher_cache.stages.teacher.reductions import reduce_topk, sorted_head
+from teacher_cache.stages.codecs import reductions
+from teacher_cache.stages.codecs import sampled as draws
+from teacher_cache.stages.codecs.capture import reduce_positions
+from teacher_cache.stages.codecs.probe import reconstruction_error
+from teacher_cache.stages.codecs.reductions import reduce_topk, sorted_head
+from teacher_cache.stages.codecs.sampled import distinct, draw, reduce_sampled, uniforms
 from teacher_cache.stages.tokens.support import Support
 from tests import reference_codecs
 from tests.reference_codecs import log_softmax, realistic_logits

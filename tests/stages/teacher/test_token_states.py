@@ -24,7 +24,7 @@ from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.teacher import classification
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_teacher
-from teacher_cache.stages.teacher.token_states import (
+from teacher_cache.stages.teacher.tables import (
     STATES_FILE,
     read_token_states,
     token_states,

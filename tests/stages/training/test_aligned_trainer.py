@@ -19,26 +19,34 @@ from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.stages.join.aligned_sample import AlignedSample
-from teacher_cache.stages.join.learned_projection import LearnedProjection, learned_share_at
-from teacher_cache.stages.join.projection_candidates import Candidates
 from teacher_cache.stages.losses.chunk_likelihood import DEFAULT_TAU
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.training.aligned_batches import AlignedCollator, AlignedSamples
 from teacher_cache.stages.training.aligned_trainer import (
     AlignedTrainer,
     ProjectionTrainer,
     SpansTrainer,
 )
 from teacher_cache.stages.training.arguments import training_arguments
-from teacher_cache.stages.training.batches import AlternatingBatches, Batch, BothKinds
+from teacher_cache.stages.training.auxiliaries import StudentWithProjection
+from teacher_cache.stages.training.batches import (
+    AlignedCollator,
+    AlignedSamples,
+    AlternatingBatches,
+    Batch,
+    BothKinds,
+    PackedCollator,
+)
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.mapped_targets import FixedMap
-from teacher_cache.stages.training.packed_batches import PackedCollator
 from teacher_cache.stages.training.processes import share_of
-from teacher_cache.stages.training.student_with_projection import StudentWithProjection
+from teacher_cache.stages.training.targets import FixedMap
+from teacher_cache.stages.training.vocabulary_projection import (
+    Candidates,
+    LearnedProjection,
+    learned_share_at,
+)
 from tests.stages.training.test_language_model_trainer import (
     NUM_IDS,
     NUM_LABELED,

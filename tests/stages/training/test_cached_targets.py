@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.stages.losses.draws import SampledTargets
-from teacher_cache.stages.training.cached_targets import sampled_targets
+from teacher_cache.stages.training.targets import sampled_targets
 from tests.cache.codecs.test_sampled import stored_by
 from tests.reference_codecs import log_softmax, realistic_logits
 

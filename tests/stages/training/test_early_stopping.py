@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from teacher_cache.stages.training.early_stopping import OBJECTIVE, EarlyStopping
+from teacher_cache.stages.training.measures import OBJECTIVE, EarlyStopping
 
 
 def stops(accuracies: list[float], patience: int) -> bool:

@@ -28,10 +28,15 @@ from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.training.arguments import training_arguments
-from teacher_cache.stages.training.batches import AlternatingBatches, Batch, BothKinds
+from teacher_cache.stages.training.batches import (
+    AlternatingBatches,
+    Batch,
+    BothKinds,
+    PackedCollator,
+    PackedSamples,
+)
 from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
-from teacher_cache.stages.training.packed_batches import PackedCollator, PackedSamples
 from teacher_cache.stages.training.processes import share_of
 from tests.tiny_language_models import MAX_LENGTH, WIDTH, cached, tiny_teacher
 

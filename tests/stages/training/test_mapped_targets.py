@@ -14,8 +14,7 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.draws import MappedDraws, mapped_draws_kl
 from teacher_cache.stages.losses.language_model import language_model_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
-from teacher_cache.stages.training.cached_targets import CachedTargets
-from teacher_cache.stages.training.mapped_targets import FixedMap, MappedTargets
+from teacher_cache.stages.training.targets import CachedTargets, FixedMap, MappedTargets
 
 NUM_TEACHER, NUM_STUDENT, NUM_DRAWS = 7, 6, 5
 TO = [

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.stages.training.metrics import (
+from teacher_cache.stages.training.measures import (
     agreement_metrics,
     classification_metrics,
     expected_calibration_error,

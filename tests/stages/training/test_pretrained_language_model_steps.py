@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.stages.models.causal import check_language_model
 from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
-from teacher_cache.stages.teacher.language_model import check_language_model
 from tests.stages.training.test_language_model_trainer import (
     CODECS,
     NUM_LABELED,

@@ -17,6 +17,7 @@ from teacher_cache.stages import train_student
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training.arguments import training_arguments
+from teacher_cache.stages.training.auxiliaries import ProjectedStudent
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
@@ -24,7 +25,6 @@ from teacher_cache.stages.training.batches import (
     Collator,
 )
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.projected_student import ProjectedStudent
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
 from teacher_cache.stages.training.trainer import DistillationTrainer
 from tests import reference_losses as reference

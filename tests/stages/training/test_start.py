@@ -16,8 +16,7 @@ from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.report import Difference, JoinReport
 from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
-from teacher_cache.stages.teacher.embedding_table import read_embedding_table
-from teacher_cache.stages.teacher.token_states import read_token_states
+from teacher_cache.stages.teacher.tables import read_embedding_table, read_token_states
 from teacher_cache.stages.training.start import StartingStudent, start_student
 from tests.tiny_runs import MAX_LENGTH, cache_reviews, student_config
 

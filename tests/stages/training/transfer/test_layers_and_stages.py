@@ -7,8 +7,7 @@ from pydantic import ValidationError
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import LAST_STATES, TransferConfig
-from teacher_cache.stages.training.transfer.layer_map import layer_pairs
-from teacher_cache.stages.training.transfer.schedule import ALL, Schedule
+from teacher_cache.stages.training.layers import ALL, Schedule, layer_pairs
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teacher_cache.stages.student.position_map import PositionMap
-from teacher_cache.stages.training.transfer.teacher_maps import (
+from teacher_cache.stages.training.layers import (
     allowed_pairs,
     pooled_rows,
     targets,

@@ -20,18 +20,18 @@ from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.arguments import training_arguments
-from teacher_cache.stages.training.batches import BothKinds, CachedSamples, Collator
-from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.processes import share_of
-from teacher_cache.stages.training.projected_student import ProjectedStudent
-from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
-from teacher_cache.stages.training.trainer import DistillationTrainer
-from teacher_cache.stages.training.transfer.cached_layers import CachedLayers
-from teacher_cache.stages.training.transfer.projected_layers import (
+from teacher_cache.stages.training.auxiliaries import (
     ProjectedLayers,
+    ProjectedStudent,
     with_projected_layers,
 )
-from teacher_cache.stages.training.transfer.transfer import TransferTerms
+from teacher_cache.stages.training.batches import BothKinds, CachedSamples, Collator
+from teacher_cache.stages.training.cached_layers import CachedLayers
+from teacher_cache.stages.training.config import OptimizationConfig
+from teacher_cache.stages.training.layers import TransferTerms
+from teacher_cache.stages.training.processes import share_of
+from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
+from teacher_cache.stages.training.trainer import DistillationTrainer
 from tests import reference_losses as reference
 from tests.stages.losses.transfer.test_attention import row_distance
 from tests.stages.training.test_projected_student import (

@@ -1,1 +1,0 @@
-"""From one cache to another: formats exactly, codecs where the cache holds what they keep."""

@@ -1,0 +1,486 @@
+"""Listen to a teacher's layers during its forward passes and hand on what is asked of them.
+
+Nothing is kept here: each map or state of a piece goes to the listener as soon as its layer has
+made it, so beside the model there is one layer's maps of one batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from teacher_cache.cache.codecs.attention import AttentionCodec, PooledAt, attention_field, row_kl
+from teacher_cache.cache.codecs.hidden import HIDDEN
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import Fields, FieldSpec, Ragged, Schema
+from teacher_cache.stages.models.causal import PlacedPiece
+from teacher_cache.stages.models.pretrained import EAGER
+from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.load import Teacher
+from teacher_cache.stages.teacher.options import (
+    HiddenOptions,
+    chosen_layers,
+    hidden_options,
+    require_states,
+)
+
+LARGEST_HALF = float(np.finfo(np.float16).max)  # 65,504
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """Maps and states to cache; of neither, where none is asked for.
+
+    Attributes:
+        attention: how maps are stored; None where none are.
+        source: where the model makes them; None where none are stored.
+        hidden: states that are asked for; pooled ones are a classifier's, and not of this plan.
+        widths: D of each field of states, by its name.
+    """
+
+    attention: AttentionCodec | None
+    source: MapSource | None
+    hidden: HiddenOptions
+    widths: Mapping[str, int]
+
+    @classmethod
+    def prepared(
+        cls, config: ShardConfig, teacher: Teacher, *, is_packed: bool = False
+    ) -> LayerPlan:
+        """Look at the teacher and settle what the options mean for it.
+
+        Args:
+            config: that `check_layer_options` let pass.
+            teacher: on its device.
+            is_packed: samples hold several documents.
+
+        Raises:
+            UserError: if the teacher gives no maps or states, or not those of a layer asked for.
+        """
+        source = None if config.attention == "none" else find_maps(teacher)
+        hidden = hidden_options(config)
+        return cls(
+            attention=None
+            if source is None
+            else _attention_codec(config, teacher, source, is_packed=is_packed),
+            source=source,
+            hidden=hidden,
+            widths=_widths(hidden, teacher),
+        )
+
+    @property
+    def fields(self) -> Schema:
+        """What a sample gets of it."""
+        states = tuple(
+            FieldSpec(name=name, dtype="float16", shape=("S", width))
+            for name, width in self.widths.items()
+        )
+        return states if self.attention is None else (*self.attention.fields, *states)
+
+    @property
+    def states(self) -> dict[str, int | None]:
+        """The layer of each field of states; None for the last states."""
+        last: dict[str, int | None] = {HIDDEN: None} if self.hidden.last else {}
+        return last | {hidden_field(layer): layer for layer in self.hidden.layers}
+
+    def settings(self) -> dict[str, Any]:
+        """For the fingerprint; absent where nothing is asked for, so older caches keep theirs."""
+        named = self.hidden.named()
+        found: dict[str, Any] = {} if named is None else {"hidden": named}
+        if self.attention is not None:
+            found["attention"] = self.attention.settings | {"implementation": EAGER}
+        return found
+
+    def num_bytes(self, lengths: Sequence[int]) -> int:
+        """Of a sample's fields, and of their ends.
+
+        Args:
+            lengths: of its pieces: one, but where several documents are packed.
+        """
+        maps = 0 if self.attention is None else self.attention.num_bytes(lengths)
+        states = 2 * sum(self.widths.values()) * sum(lengths)
+        return maps + states + 4 * len(self.fields)
+
+    def encode(self, name: str, values: Tensor) -> np.ndarray:
+        """One piece of a field as it is stored.
+
+        Args:
+            name: of the field.
+            values: a map as `AttentionCodec.encode` takes it, or states [n, D].
+
+        Raises:
+            UserError: if a state has a value that float16 does not hold.
+        """
+        if name in self.widths:
+            exact = values.float().cpu().numpy()
+            return half(exact, what="states", option=f"--hidden {self.hidden.named()}")
+        assert self.attention is not None, "no other field is of a plan"
+        return self.attention.encode(values)
+
+
+NO_LAYERS = LayerPlan(attention=None, source=None, hidden=HiddenOptions(), widths={})
+"""Neither maps nor states."""
+
+
+def hidden_field(layer: int) -> str:
+    """The name of a layer's states."""
+    return f"{HIDDEN}_{layer}"
+
+
+def half(states: np.ndarray, *, what: str, option: str) -> np.ndarray:
+    """States [N, D] in float16.
+
+    Args:
+        states: float32.
+        what: they are called in a message.
+        option: that asked for them.
+
+    Raises:
+        UserError: if a value is too large for it, or no number.
+    """
+    fits = (np.abs(states) <= LARGEST_HALF).all(axis=1)
+    if not fits.all():
+        raise UserError(
+            f"{int((~fits).sum())} of the teacher's {what} have values beyond {LARGEST_HALF:,.0f}, "
+            f"the most that float16 holds: make the cache without {option}"
+        )
+    return states.astype(np.float16)
+
+
+def _attention_codec(
+    config: ShardConfig, teacher: Teacher, source: MapSource, *, is_packed: bool
+) -> AttentionCodec:
+    layers = chosen_layers(config.attention_layers, source.layers, teacher.name)
+    heads = {h for layer, h in zip(source.layers, source.num_heads, strict=True) if layer in layers}
+    if len(heads) > 1:
+        raise UserError(
+            f"layers of {teacher.name} have {' and '.join(map(str, sorted(heads)))} heads: give "
+            "--attention-layers that have as many"
+        )
+    assert config.attention != "none", "asked before"
+    return AttentionCodec(
+        mode=config.attention,
+        layers=layers,
+        num_heads=heads.pop(),
+        is_causal=source.is_causal,
+        is_packed=is_packed,
+        pooled_at=_pooled_at(teacher, source) if config.attention == "cls" else None,
+    )
+
+
+def _pooled_at(teacher: Teacher, source: MapSource) -> PooledAt:
+    """A causal model pools at its last token, others at the tokenizer's [CLS].
+
+    Raises:
+        UserError: if there is no such token.
+    """
+    if source.is_causal:
+        return "last"
+    ids = teacher.tokenizer(PROBE_TEXT)["input_ids"]
+    cls_id = teacher.tokenizer.cls_token_id
+    if cls_id in (ids[0], ids[-1]):
+        return "first" if cls_id == ids[0] else "last"
+    raise UserError(
+        f"--attention cls needs a pooled position, and the tokenizer of {teacher.name} begins or "
+        "ends no text with a [CLS] token: give --attention mean"
+    )
+
+
+def _widths(hidden: HiddenOptions, teacher: Teacher) -> dict[str, int]:
+    """D of each field of states, from one short text."""
+    if not (hidden.last or hidden.layers):
+        return {}
+    ids = torch.tensor([teacher.tokenizer(PROBE_TEXT)["input_ids"]], device=teacher.device)
+    with torch.inference_mode():
+        output = teacher.model.base_model(input_ids=ids, output_hidden_states=True)
+    states = getattr(output, "hidden_states", None)
+    if not states or output.last_hidden_state is None:
+        raise UserError(
+            f"{teacher.name} ({type(teacher.model).__name__}) gives no hidden states of its "
+            f"layers: leave --hidden {hidden.named()} out"
+        )
+    require_states(hidden, len(states) - 1, teacher.name)
+    last = {HIDDEN: output.last_hidden_state.shape[-1]} if hidden.last else {}
+    return last | {hidden_field(i): states[i + 1].shape[-1] for i in hidden.layers}
+
+
+def maps_of(attention: AttentionCodec) -> dict[int, str]:
+    """The field of each layer's map."""
+    return {layer: attention_field(layer) for layer in attention.layers}
+
+
+PROBE_TEXT = "It was a fine film, and then it was not."
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MapSource:
+    """The calls of a forward pass that make maps, in their order.
+
+    Attributes:
+        modules: called; a model that shares its layers calls one several times.
+        places: of the map in what each call puts out.
+        layers: of each call, from 0.
+        num_heads: H of each.
+        is_causal: whether no position looks behind itself, in any layer.
+    """
+
+    modules: tuple[nn.Module, ...]
+    places: tuple[int, ...]
+    layers: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    is_causal: bool
+
+
+def find_maps(teacher: Teacher) -> MapSource:
+    """Run the teacher on a short text and look where its maps come from.
+
+    Args:
+        teacher: loaded `with_maps`, on its device.
+
+    Raises:
+        UserError: if it gives no attention maps, or they cannot be traced to modules.
+    """
+    base = teacher.model.base_model
+    ids = torch.tensor([teacher.tokenizer(PROBE_TEXT)["input_ids"]], device=teacher.device)
+    seen: list[tuple[nn.Module, int, Tensor]] = []
+
+    def remember(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            seen.extend(
+                (module, place, one)
+                for place, one in enumerate(output)
+                if isinstance(one, Tensor) and one.shape[2:] == (ids.shape[1], ids.shape[1])
+            )
+
+    hooks = [module.register_forward_hook(remember) for module in base.modules()]
+    try:
+        with torch.inference_mode():
+            output = base(input_ids=ids, output_attentions=True)
+        maps = [one for one in getattr(output, "attentions", None) or () if one is not None]
+    except TypeError:  # of a model that knows no such argument
+        maps = []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not maps:
+        raise UserError(
+            f"{teacher.name} ({type(teacher.model).__name__}) gives no attention maps: leave "
+            "--attention out, or give a transformer as the teacher"
+        )
+    # Inner modules end before those around them, so the first is the innermost.
+    found = [next((one for one in seen if one[2] is wanted), None) for wanted in maps]
+    calls = [one for one in found if one is not None]
+    if len(calls) < len(maps):
+        raise UserError(
+            f"the attention maps of {teacher.name} ({type(teacher.model).__name__}) cannot be "
+            "traced to the parts of it that make them: leave --attention out"
+        )
+    names = {id(module): name for name, module in base.named_modules()}
+    return MapSource(
+        modules=tuple(module for module, _, _ in calls),
+        places=tuple(place for _, place, _ in calls),
+        layers=_layers([names[id(module)] for module, _, _ in calls]),
+        num_heads=tuple(one.shape[1] for _, _, one in calls),
+        is_causal=all(not one.triu(diagonal=1).any() for _, _, one in calls),
+    )
+
+
+def _layers(names: Sequence[str]) -> tuple[int, ...]:
+    """By the modules' names, where these number them; hybrids have layers without maps between."""
+    matches = [_NUMBER.search(name) for name in names]
+    numbers = [int(match.group(1)) for match in matches if match is not None]
+    ascend = all(a < b for a, b in pairwise(numbers))
+    return tuple(numbers if len(numbers) == len(names) and ascend else range(len(names)))
+
+
+Listener = Callable[[str, int, int, Tensor], None]
+"""Told a field's name, sample and piece, and the values: a map [n], [n, n] or [H, n, n] in float32,
+or states [n, D]."""
+
+
+class LayerTap:
+    """A context in which the model's forward passes are listened to.
+
+    Args:
+        model: in evaluation mode.
+        plan: what is asked for.
+        listener: told of every piece that `expect` named, for every field of the plan.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: LayerPlan, listener: Listener):
+        self._model = model
+        self._plan = plan
+        self._listener = listener
+        self._stack = ExitStack()
+        self._pieces: Sequence[PlacedPiece] = ()
+        self._num_calls = 0
+        self._names = {} if plan.attention is None else maps_of(plan.attention)
+
+    def __enter__(self) -> LayerTap:
+        base = self._model.base_model
+        hooks = [base.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        if self._plan.widths:
+            hooks.append(base.register_forward_hook(self._hear_states))
+        if self._plan.source is not None:
+            modules = {id(module): module for module in self._plan.source.modules}
+            hooks += [one.register_forward_hook(self._hear_map) for one in modules.values()]
+        for hook in hooks:
+            self._stack.callback(hook.remove)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def expect(self, pieces: Sequence[PlacedPiece]) -> None:
+        """Say what the next forward pass reads."""
+        self._pieces = pieces
+
+    def _begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._num_calls = 0
+        return (args, kwargs | {"output_hidden_states": True}) if self._plan.widths else None
+
+    def _hear_states(self, _: nn.Module, __: Any, output: Any) -> None:
+        for name, layer in self._plan.states.items():
+            of_layer = (
+                output.last_hidden_state if layer is None else output.hidden_states[layer + 1]
+            )
+            for one in self._pieces:
+                self._tell(name, one, of_layer[one.row, one.start : one.stop])
+
+    def _hear_map(self, _: nn.Module, __: Any, output: Any) -> None:
+        source = self._plan.source
+        assert source is not None, "only then is there such a hook"
+        call, self._num_calls = self._num_calls, self._num_calls + 1
+        name = self._names.get(source.layers[call])
+        if name is None:
+            return
+        found = output[source.places[call]] if isinstance(output, tuple) else None
+        if found is None:
+            raise UserError(
+                f"{type(self._model).__name__} gives its attention maps only where all are kept "
+                "at once, which takes too much memory: leave --attention out"
+            )
+        for one in self._pieces:
+            inside = slice(one.start, one.stop)
+            self._tell(name, one, self._reduced(found[one.row, :, inside, inside]))
+
+    def _reduced(self, heads: Tensor) -> Tensor:
+        """What the mode keeps of one layer's maps [H, n, n] of a piece, in float32."""
+        attention = self._plan.attention
+        assert attention is not None, "only then are maps heard"
+        if attention.mode == "full":
+            return heads.float()
+        if attention.mode == "mean":
+            return heads.float().mean(dim=0)
+        return heads[:, 0 if attention.pooled_at == "first" else -1].float().mean(dim=0)
+
+    def _tell(self, name: str, one: PlacedPiece, values: Tensor) -> None:
+        self._listener(name, one.sample, one.piece, values)
+
+
+class KeptLayers:
+    """A listener that keeps what it hears as it is stored, for the shard.
+
+    Args:
+        plan: what is kept.
+    """
+
+    def __init__(self, plan: LayerPlan):
+        self._plan = plan
+        self._parts: dict[str, dict[tuple[int, int], np.ndarray]] = {
+            spec.name: {} for spec in plan.fields
+        }
+
+    def __call__(self, name: str, sample: int, piece: int, values: Tensor) -> None:
+        """Encode a piece; one that is heard again, after memory ran out, replaces itself."""
+        self._parts[name][sample, piece] = self._plan.encode(name, values)
+
+    def fields(self, num_samples: int) -> Fields:
+        """The plan's fields of all samples."""
+        fields: Fields = {}
+        for spec in self._plan.fields:
+            pieces: list[list[np.ndarray]] = [[] for _ in range(num_samples)]
+            parts = self._parts.pop(spec.name)
+            for sample, piece in sorted(parts):
+                pieces[sample].append(parts[sample, piece])
+            arrays = [one[0] if len(one) == 1 else np.concatenate(one) for one in pieces]
+            fields[spec.name] = Ragged.from_arrays(arrays, spec.dtype, spec.inner_shape)
+        return fields
+
+
+NUM_POSITIONS = 1024
+
+
+class HasIds(Protocol):
+    """A sample of either task."""
+
+    @property
+    def input_ids(self) -> Any:
+        """uint32 [S]."""
+        ...
+
+
+AnySample = TypeVar("AnySample", bound=HasIds)
+
+
+def first_samples(samples: Sequence[AnySample]) -> list[AnySample]:
+    """The first few, of `NUM_POSITIONS` positions or just above."""
+    chosen: list[AnySample] = []
+    num_positions = 0
+    for sample in samples:
+        if num_positions >= NUM_POSITIONS:
+            break
+        chosen.append(sample)
+        num_positions += len(sample.input_ids)
+    return chosen
+
+
+class RowErrors:
+    """A listener that compares each row of a map with what the cache gives back of it.
+
+    Compared is with the exact map of the same mode: what the mean over heads or leaving out rows
+    costs is no part of it.
+
+    Args:
+        attention: how maps are stored.
+    """
+
+    def __init__(self, attention: AttentionCodec):
+        self._attention = attention
+        self._sum = self._largest = 0.0
+        self._num_rows = 0
+
+    def __call__(self, name: str, sample: int, piece: int, values: Tensor) -> None:
+        """Store and read a map again; other fields are stored exactly enough."""
+        if name not in {spec.name for spec in self._attention.fields}:
+            return
+        exact = values.cpu().numpy()
+        again = self._attention.decode(self._attention.encode(exact), exact.shape[-1])
+        kl = row_kl(exact, again)
+        self._sum += float(kl.sum())
+        self._largest = max(self._largest, float(kl.max()))
+        self._num_rows += kl.size
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest: rows compared, their mean and largest KL in nats, to four digits."""
+        return {
+            "num_rows": self._num_rows,
+            "row_kl": float(f"{self._sum / max(1, self._num_rows):.4g}"),
+            "largest_row_kl": float(f"{self._largest:.4g}"),
+        }

@@ -1,0 +1,197 @@
+"""From the options of stage one to a codec; what an option does not belong to is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.codecs.options import (
+    DEFAULT_CODEC,
+    flag_of,
+    given_options,
+    refuse_foreign_options,
+)
+from teacher_cache.stages.teacher.config import AlignmentConfig, ShardConfig
+
+
+def check_options(config: ShardConfig) -> None:
+    """Refuse what the task or the codec has no use for; nothing is left out in silence.
+
+    Raises:
+        UserError: naming the option and what it belongs to.
+    """
+    check_alignment(config)
+    check_layer_options(config)
+    given = given_options(config)
+    if config.task == "classification":
+        if given:
+            raise UserError(
+                f"{flag_of(given[0])} is of language models, and this run caches a classifier: "
+                "leave it out, or give --task lm"
+            )
+        return
+    if config.views:
+        raise UserError(
+            f"--views {config.views} is of classifiers, which label a perturbed text as a whole: "
+            "leave it out with --task lm"
+        )
+    refuse_foreign_options(config, config.codec or DEFAULT_CODEC)
+
+
+NO_ALIGNMENT = "none"
+WHOLE = ("hidden", "dense")  # codecs that lose no id: what they hold can be mapped at any time
+
+
+def check_alignment(config: ShardConfig) -> None:
+    """Refuse what the task or the codec has no use for, before anything is loaded.
+
+    Raises:
+        UserError: naming the option and what it belongs to.
+    """
+    for name in AlignmentConfig.model_fields:
+        if config.task == "classification" and getattr(config, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is of language models, and this run caches a "
+                "classifier: leave it out, or give --task lm"
+            )
+    align = config.align or NO_ALIGNMENT
+    if align != NO_ALIGNMENT and config.student_tokenizer is None:
+        raise UserError(
+            f"--align {align} needs the ids that it aligns to: give --student-tokenizer, the "
+            "student's tokenizer"
+        )
+    if align == "map" and config.codec in WHOLE:
+        raise UserError(
+            f"--align map is of --codec topk and sampled, which keep a part of what they map; "
+            f"--codec {config.codec} keeps the teacher's whole distribution, which loses nothing "
+            "by being mapped later: leave --align out, or give the other codec"
+        )
+
+
+DEFAULT_LAYERS = "last"
+_NUMBERS = re.compile(r"\d+( *, *\d+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenOptions:
+    """Which states are asked for.
+
+    Attributes:
+        pooled: what a classification head reads.
+        last: each position's last state.
+        layers: each position's states behind these, ascending, from 0.
+    """
+
+    pooled: bool = False
+    last: bool = False
+    layers: tuple[int, ...] = ()
+
+    def named(self) -> str | None:
+        """In one order, for the fingerprint; None where nothing is asked for."""
+        names = [name for name, asked in (("pooled", self.pooled), ("last", self.last)) if asked]
+        return ",".join([*names, *map(str, self.layers)]) or None
+
+
+def hidden_options(config: ShardConfig) -> HiddenOptions:
+    """What `--hidden` asks for.
+
+    Raises:
+        UserError: if it is not of its form.
+    """
+    if config.hidden == "none":
+        return HiddenOptions()
+    parts = [part.strip() for part in config.hidden.split(",")]
+    numbers = [part for part in parts if part.isdecimal()]
+    if set(parts) - {"pooled", "last", *numbers}:
+        raise UserError(
+            f"--hidden is {config.hidden!r}, expected none or, comma-separated, pooled, last and "
+            "numbers of layers from 0, as in last,0,5"
+        )
+    return HiddenOptions(
+        pooled="pooled" in parts,
+        last="last" in parts,
+        layers=tuple(sorted({int(number) for number in numbers})),
+    )
+
+
+def check_layer_options(config: ShardConfig) -> None:
+    """Refuse what has no meaning for the task, before anything is loaded.
+
+    Raises:
+        UserError: naming the option and what it belongs to.
+    """
+    hidden = hidden_options(config)
+    if config.attention == "none" and config.attention_layers is not None:
+        raise UserError(
+            f"--attention-layers {config.attention_layers} is of attention maps, and this run "
+            "caches none: leave it out, or give --attention mean"
+        )
+    asked = config.attention_layers
+    if asked not in (None, "last", "all") and not _NUMBERS.fullmatch(asked):
+        raise UserError(
+            f"--attention-layers is {asked!r}, expected last, all or numbers of layers from 0, "
+            "comma-separated, as in 0,5"
+        )
+    if config.task != "lm":
+        return
+    if config.attention == "cls":
+        raise UserError(
+            "--attention cls is of classifiers, which pool at one position: give --attention mean "
+            "or full, or leave it out with --task lm"
+        )
+    if hidden.pooled:
+        raise UserError(
+            f"--hidden {config.hidden} is of classifiers: leave pooled out with --task lm; last "
+            "caches each position's last state"
+        )
+    if hidden.last and config.codec == "hidden":
+        raise UserError(
+            f"--hidden {config.hidden} with --codec hidden would cache the last states twice: "
+            "leave last out"
+        )
+
+
+def chosen_layers(asked: str | None, available: Sequence[int], teacher: str) -> tuple[int, ...]:
+    """The layers of which maps are cached.
+
+    Args:
+        asked: of `--attention-layers`, that `check_layer_options` let pass.
+        available: layers that give maps, ascending.
+        teacher: its name, for a message.
+
+    Raises:
+        UserError: if one of them gives no map.
+    """
+    asked = asked or DEFAULT_LAYERS
+    if asked == "last":
+        return (available[-1],)
+    if asked == "all":
+        return tuple(available)
+    wanted = sorted({int(part) for part in asked.split(",")})
+    _require(wanted, available, f"--attention-layers {asked}", teacher, "give attention maps")
+    return tuple(wanted)
+
+
+def require_states(hidden: HiddenOptions, num_layers: int, teacher: str) -> None:
+    """Refuse layers that the teacher does not have.
+
+    Raises:
+        UserError: naming the layers.
+    """
+    option = f"--hidden {hidden.named()}"
+    _require(hidden.layers, range(num_layers), option, teacher, "have states")
+
+
+def _require(
+    wanted: Sequence[int], available: Sequence[int], option: str, teacher: str, what: str
+) -> None:
+    missing = [layer for layer in wanted if layer not in available]
+    if missing:
+        is_range = list(available) == list(range(len(available)))
+        known = f"0 to {len(available) - 1}" if is_range else ", ".join(map(str, available))
+        raise UserError(
+            f"{option} names layer {missing[0]}, and of {teacher} the layers {known} {what}: give "
+            "some of these"
+        )

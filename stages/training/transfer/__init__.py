@@ -1,1 +1,0 @@
-"""Matching a teacher's attention maps and hidden states: layers, positions, stages, terms."""
