@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from safetensors import SafetensorError
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.losses.distributions import widened
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
 from teacher_cache.stages.ranks import num_processes
@@ -41,17 +43,17 @@ from teacher_cache.stages.training.arguments import (
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
-    Collator,
+    SampleCollator,
     batches_per_epoch,
     held_out,
 )
 from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.measures import classification_metrics
+from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.task import TrainingObserver
-from teacher_cache.stages.training.trainer import ClassificationTrainer
 
 
 class FinetuneTeacherConfig(FinetuneOptions):
@@ -128,6 +130,37 @@ def run(
     return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
 
 
+class LabelTrainer(OrderedTrainer):
+    """Fine-tune a classifier on labels: their mean cross-entropy over the whole optimizer step."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        # compute_loss divides by the step's labels; Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+
+    def step_totals(self, batches: list[dict[str, torch.Tensor]]) -> int:
+        """The number of labels."""
+        return sum(len(batch["labels"]) for batch in batches)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss; many models' own ignores the step."""
+        labels = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        logits = outputs.logits[: len(labels)]  # none of a share without samples
+        total = F.cross_entropy(widened(logits), labels, reduction="sum")
+        loss = total / (num_items_in_batch if model.training else len(labels))
+        if model.training:
+            # Data parallelism averages over processes what is a sum over them.
+            loss = loss * self.args.world_size
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+
 def _train(
     config: FinetuneTeacherConfig,
     folder: Path,
@@ -146,7 +179,7 @@ def _train(
     observer.on_start(folder, num_steps, checkpoint)
     pad_id = settle_pad_id(config.model, model.config, tokenizer)
     data = BothKinds(training)
-    trainer = ClassificationTrainer(
+    trainer = LabelTrainer(
         model=model,
         args=training_arguments(
             config,
@@ -167,7 +200,7 @@ def _train(
         ),
         train_dataset=data,
         eval_dataset=evaluation,
-        data_collator=Collator(pad_id),
+        data_collator=SampleCollator(pad_id),
         compute_metrics=_metrics,
         callbacks=observer.callbacks(),
     )

@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError, did_you_mean
@@ -32,17 +29,17 @@ from teacher_cache.stages.training.config import (
     ArchitectureConfig,
     TrainStudentConfig,
 )
-from teacher_cache.stages.training.data import TrainingData, open_splits
-from teacher_cache.stages.training.language_model import LanguageModelStudents
+from teacher_cache.stages.training.data import open_splits
+from teacher_cache.stages.training.language_modeling import LanguageModelStudents
 from teacher_cache.stages.training.measures import EarlyStopping
-from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.start import (
     StartingStudent,
     with_own_tokenizer,
 )
-from teacher_cache.stages.training.task import StudentTask, TrainingObserver
+from teacher_cache.stages.training.task import Course, StudentTask, TrainingObserver
+from teacher_cache.stages.training.trainer import StudentTrainer
 
 TASKS: dict[str, Callable[[TrainStudentConfig, Sequence[CacheReader]], StudentTask]] = {
     "classification": ClassificationStudents,
@@ -93,10 +90,9 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     joined = join(config.cache, own, longest_sample=longest_sample)
     observer.on_join(joined)
     # All that can be refused is refused before the folder of the run is made.
-    data = task.data(joined)
-    student = task.start(joined)
+    course = task.course(joined)
 
-    record = _record(config, readers, joined, student)
+    record = _record(config, readers, joined, course.student)
     folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
     with (
         process_group(resolve_device(config)),
@@ -104,7 +100,7 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     ):
         if record.complete:
             return TrainStudentResult(run=folder, record=record, was_complete=True)
-        record = _train(config, folder, record, task, student, data, joined, observer)
+        record = _train(config, folder, record, task, course, joined, observer)
     return TrainStudentResult(run=folder, record=record, was_complete=False)
 
 
@@ -124,15 +120,14 @@ def _train(
     folder: Path,
     record: RunRecord,
     task: StudentTask,
-    student: StartingStudent,
-    data: TrainingData,
+    course: Course,
     joined: Joined,
     observer: StageTwoObserver,
 ) -> RunRecord:
     """Train from the newest checkpoint on and commit the student."""
     checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config, folder))
-    observer.on_start(folder, data.num_steps, checkpoint)
-    trainer = _trainer(config, folder, task, student, data, observer)
+    observer.on_start(folder, course.data.num_steps, checkpoint)
+    trainer = _trainer(config, folder, task, course, observer)
     started = time.monotonic()
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     record = replace(
@@ -142,13 +137,12 @@ def _train(
             "num_steps": output.global_step,
             "num_processes": num_processes(),
             "seconds": round(time.monotonic() - started, 1),
-            "evaluation": trainer.final_evaluation() if data.evaluation else None,
+            "evaluation": trainer.final_evaluation() if course.data.evaluation else None,
             "best_step": _best_step(trainer),
             "log": trainer.state.log_history,
         },
     )
-    trained: Any = trainer.model  # as it is, not as a data-parallel wrapper
-    return outcome_of_main(lambda: _saved(folder, task, student, trained, joined, record))
+    return outcome_of_main(lambda: _saved(folder, course, joined, record))
 
 
 def _record(
@@ -196,11 +190,10 @@ def _trainer(
     config: TrainStudentConfig,
     folder: Path,
     task: StudentTask,
-    student: StartingStudent,
-    data: TrainingData,
+    course: Course,
     observer: StageTwoObserver,
-) -> ObjectiveTrainer:
-    callbacks = observer.callbacks()
+) -> StudentTrainer:
+    data, callbacks = course.data, observer.callbacks()
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping(config.early_stopping, task.measure))
     args = training_arguments(
@@ -210,33 +203,37 @@ def _trainer(
         steps_per_epoch=data.steps_per_epoch,
         evaluates=data.evaluation is not None,
         keeps_best=config.early_stopping is not None,
-        label_names=task.label_names,
+        label_names=course.held_out.label_names,
         measure=task.measure,
         uses_all_weights=config.pretrained is None,
     )
-    return task.trainer(student, data, args=args, callbacks=callbacks)
+    return StudentTrainer(
+        model=course.trained,
+        args=args,
+        lesson=course.lesson(args.device),
+        held_out=course.held_out,
+        embedding_lr_scale=config.embedding_lr_scale,
+        batches=data.batches,
+        train_dataset=data.training,
+        eval_dataset=data.evaluation,
+        data_collator=course.collator,
+        callbacks=callbacks,
+    )
 
 
-def _best_step(trainer: ObjectiveTrainer) -> int | None:
+def _best_step(trainer: StudentTrainer) -> int | None:
     return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 
-def _saved(
-    folder: Path,
-    task: StudentTask,
-    student: StartingStudent,
-    trained: torch.nn.Module,
-    joined: Joined,
-    record: RunRecord,
-) -> RunRecord:
+def _saved(folder: Path, course: Course, joined: Joined, record: RunRecord) -> RunRecord:
     """Model and tokenizer, then `run.json`, which makes them the result."""
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.model_max_length = joined.max_length
     with saved(folder):
-        student.model.save_pretrained(folder)
+        course.student.model.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)
-    task.write_files(folder, trained)
+    course.write_files(folder)
     record.write(folder)
     return record

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.codec_table.rows import TEMPERATURE
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.linear_head import linear_language_model_objective
+from teacher_cache.stages.losses.linear_head import linear_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.training.batches import Batch, at
@@ -112,7 +112,7 @@ def step_gradient(
     )
     weight = student.lm_head.weight
     stored: Mapping[str, Any] = {spec.name: at(batch[spec.name], mask) for spec in codec.fields}
-    terms = linear_language_model_objective(
+    terms = linear_objective(
         output.final_states[mask],
         weight,
         CachedTargets(
@@ -120,7 +120,7 @@ def step_gradient(
         ),
         batch["next_ids"][mask],
         config=ObjectiveConfig(alpha=alpha, temperature=TEMPERATURE),
-        totals=StepTotals(num_labeled=num, num_next_tokens=num),
+        totals=StepTotals(num_labeled=num, num_labels=num),
         support=support,
     )
     parameters = list(student.parameters())

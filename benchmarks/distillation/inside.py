@@ -13,8 +13,7 @@ from torch import Tensor
 
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
-from teacher_cache.stages.losses.layers import attention_distance
-from teacher_cache.stages.losses.pooled import pooled_distance
+from teacher_cache.stages.losses.layers import attention_distance, pooled_distance
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 from teacher_cache.stages.training.batches import Batch
 from teacher_cache.stages.training.layers import Transfer

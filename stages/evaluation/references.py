@@ -19,7 +19,7 @@ from teacher_cache.cache.schema import NEXT_LOG_PROB
 from teacher_cache.stages.evaluation.models import TeacherModel
 from teacher_cache.stages.evaluation.packed_text import PackedRow
 from teacher_cache.stages.losses.distributions import TeacherDistribution
-from teacher_cache.stages.losses.language_model import Targets
+from teacher_cache.stages.losses.objective import Targets
 from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.training.batches import PackedCollator, PackedSamples, at

@@ -20,7 +20,7 @@ from teacher_cache.stages.evaluation.packed_text import PackedRow, num_bytes_by_
 from teacher_cache.stages.evaluation.references import TEMPERATURE, Reference
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
-from teacher_cache.stages.losses.language_model import Targets, language_model_objective
+from teacher_cache.stages.losses.objective import Targets, distillation_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.models.inference import for_each_batch
 from teacher_cache.stages.tokens.support import Support
@@ -137,12 +137,12 @@ def _sums(
     if targets is None:
         nll = torch.nn.functional.cross_entropy(logits, next_ids, reduction="sum")
         return np.array([float(nll), np.nan, np.nan])
-    terms = language_model_objective(
+    terms = distillation_objective(
         logits,
         _over(targets, logits.shape[-1]),
         next_ids,
         config=PLAIN,
-        totals=StepTotals(num_labeled=num, num_next_tokens=num),
+        totals=StepTotals(num_labeled=num, num_labels=num),
         support=support,
     )
     assert terms.ce is not None, "the positions have next tokens"

@@ -9,6 +9,7 @@ draw counts with the ratio of teacher to proposal, so what is linear in the teac
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,34 @@ def log_probs_at(
     return relative / new_temperature - widened(new_lse).unsqueeze(-1)
 
 
+class Draws(ABC):
+    """Draws from a teacher at some positions, by which its forward KL is estimated without bias.
+
+    Attributes:
+        temperature: at which teacher and student are compared.
+    """
+
+    temperature: float
+
+    @abstractmethod
+    def at_positions(self, where: Any) -> Draws:
+        """The same at a part of the positions; `where` indexes their dimensions."""
+
+    @abstractmethod
+    def forward_kl(self, student_logits: Tensor, *, support: Tensor | None = None) -> Tensor:
+        """[...] nats, an estimate whose gradient is unbiased."""
+
+    @abstractmethod
+    def coarse(self) -> TeacherDistribution:
+        """The drawn outcomes as a head with exact probabilities, for all other divergences."""
+
+    @abstractmethod
+    def num_effective(self) -> Tensor:
+        """[...] effective sample size."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class SampledTargets:
+class SampledTargets(Draws):
     """The distinct ids that were drawn at each position, and how often.
 
     Attributes:
@@ -123,7 +150,7 @@ class SampledTargets:
         share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
         return share * self._ratios()
 
-    def effective_draws(self) -> Tensor:
+    def num_effective(self) -> Tensor:
         """[...] effective sample size, `(sum w)^2 / sum w^2` over the N draws; 0 of none.
 
         N where the proposal is the teacher itself (Kong 1992).
@@ -147,6 +174,10 @@ class SampledTargets:
         return TeacherDistribution(
             log_probs=head, temperature=self.temperature, head_ids=self.ids, tail_log_prob=tail
         )
+
+    def forward_kl(self, student_logits: Tensor, *, support: Tensor | None = None) -> Tensor:
+        """`sampled_kl` from these draws."""
+        return sampled_kl(student_logits, self, support=support)
 
     def _ratios(self) -> Tensor:
         """[..., D] of the teacher's probability to the proposal's; 0 in empty slots."""
@@ -189,7 +220,7 @@ def sampled_kl(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MappedDraws:
+class MappedDraws(Draws):
     """The student's ids that were drawn at each position, and how much each counts.
 
     Attributes:
@@ -216,9 +247,21 @@ class MappedDraws:
     head: TeacherDistribution
 
     @property
-    def temperature(self) -> float:
+    def temperature(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """At which teacher and student are compared."""
         return self.head.temperature
+
+    def forward_kl(self, student_logits: Tensor, *, support: Tensor | None = None) -> Tensor:
+        """`mapped_draws_kl` from these draws."""
+        return mapped_draws_kl(student_logits, self, support=support)
+
+    def coarse(self) -> TeacherDistribution:
+        """The head."""
+        return self.head
+
+    def num_effective(self) -> Tensor:
+        """As it was before the draws were mapped."""
+        return self.effective_draws
 
     def at_positions(self, where: Any) -> MappedDraws:
         """The same at a part of the positions; `where` indexes the dimensions before D."""

@@ -1,4 +1,4 @@
-"""How far a student's mixing matrices are from its teacher's attention maps, row by row."""
+"""How far the inside of a student is from its teacher's: maps row by row, states, pooled states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from teacher_cache.stages.losses.config import AttentionLoss
 from teacher_cache.stages.losses.distributions import widened
-from teacher_cache.stages.losses.pooled import pooled_distance
 
 SMOOTHING = 1e-6
 """Share of a student's row that is spread evenly for the KL: an entry that a strong decay has made
@@ -109,3 +108,27 @@ def hidden_distance(projected: Tensor, teacher: Tensor, sources: Tensor) -> Tens
     """
     sample, position = (sources >= 0).nonzero(as_tuple=True)
     return pooled_distance(projected[sample, position], teacher[sample, sources[sample, position]])
+
+
+def pooled_distance(projected: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine between the student's pooled states and the teacher's.
+
+    As DistilBERT matches hidden states (Sanh et al. 2019, section 3, arXiv:1910.01108), here after
+    a projection to the teacher's width. A vector of zeros is at distance 1 from every other.
+
+    Args:
+        projected: [B, D] the student's, in the teacher's width; carry the gradient.
+        teacher: [B, D] as cached.
+
+    Returns:
+        [B] in 0..2, float32 or wider.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    if projected.shape != teacher.shape:
+        raise ValueError(
+            f"pooled states of shape {tuple(projected.shape)} against the teacher's "
+            f"{tuple(teacher.shape)}"
+        )
+    return 1 - F.cosine_similarity(widened(projected), widened(teacher), dim=-1)

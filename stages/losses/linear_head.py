@@ -1,25 +1,25 @@
-"""The language model's objective from a linear head, without the logits of all positions.
+"""What is computed of a linear head over a large vocabulary, without the logits of all positions.
 
-As in `linear_cross_entropy`: a chunk of positions at a time gets its logits, its share of the loss
-and its gradients, in the forward pass, and its logits are dropped. Every term is a sum over
-positions by counts of the step, so the chunks' shares add up like those of micro-batches.
+The objective, a cross-entropy and the log-probs of given tokens: a chunk of positions at a time gets
+its logits, its share of the result and its gradients, and its logits are dropped. Every term is a
+sum over positions by counts of the step, so the chunks' shares add up like those of micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.language_model import (
-    LanguageModelTerms,
-    Targets,
-    language_model_objective,
+from teacher_cache.stages.losses.objective import (
+    ObjectiveTerms,
+    TargetsByPosition,
+    distillation_objective,
 )
 from teacher_cache.stages.losses.step_totals import StepTotals
 
@@ -112,19 +112,11 @@ def _loss_and_gradients(
     return loss, hidden_gradient, weight_gradient
 
 
-class TargetsByPosition(Protocol):
-    """A teacher's targets, or what makes them of a few positions at a time."""
-
-    def at_positions(self, where: slice, /) -> Targets:
-        """Those of a run of positions."""
-        ...
-
-
-def linear_language_model_objective(
+def linear_objective(
     hidden: Tensor,
     weight: Tensor,
     targets: TargetsByPosition,
-    next_ids: Tensor | None,
+    labels: Tensor | None,
     *,
     config: ObjectiveConfig,
     totals: StepTotals,
@@ -135,8 +127,8 @@ def linear_language_model_objective(
     support: Tensor | None = None,
     learned: Sequence[Tensor] = (),
     max_logits: int = MAX_LOGITS,
-) -> LanguageModelTerms:
-    """`language_model_objective` of `cap(hidden @ weight.T + bias)`, with the head's arguments.
+) -> ObjectiveTerms:
+    """`distillation_objective` of `cap(hidden @ weight.T + bias)`, with the head's arguments.
 
     Logits and gradients are float32 or wider, under autocast too. The gradient cannot be
     differentiated again.
@@ -145,7 +137,7 @@ def linear_language_model_objective(
         hidden: [N, D] the student's states at the counted positions.
         weight: [V, D] its head.
         targets: the teacher's; asked for a chunk of positions at a time.
-        next_ids: [N], or None for an unlabelled batch.
+        labels: [N], or None for an unlabelled batch.
         config: the weights of the terms.
         totals: of the whole optimizer step.
         bias: [V] of the head, or None.
@@ -159,8 +151,8 @@ def linear_language_model_objective(
             one position's do.
 
     Raises:
-        ValueError: if hidden and weight do not fit, or as `language_model_objective`.
-        UserError: as `language_model_objective`.
+        ValueError: if hidden and weight do not fit, or as `distillation_objective`.
+        UserError: as `distillation_objective`.
     """
     if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(
@@ -170,7 +162,7 @@ def linear_language_model_objective(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"a bias {tuple(bias.shape)} for {len(weight)} outcomes")
     num_taught = len(hidden) if has_teacher is None else int(has_teacher.sum())
-    totals.check_covers(num_taught, labeled=next_ids is not None)
+    totals.check_covers(num_taught, labeled=labels is not None)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     head, size = weight.detach().to(dtype), max(1, max_logits // len(weight))
     has_gradient = torch.is_grad_enabled()
@@ -190,10 +182,10 @@ def linear_language_model_objective(
             if bias is not None:
                 logits += bias.detach()
             logits.requires_grad_(of_hidden or of_weight or of_bias)
-            share = language_model_objective(
+            share = distillation_objective(
                 logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap),
                 targets.at_positions(chunk),
-                None if next_ids is None else next_ids[chunk],
+                None if labels is None else labels[chunk],
                 config=config,
                 totals=totals,
                 top1_log_prob=None if top1_log_prob is None else top1_log_prob[chunk],
@@ -223,7 +215,7 @@ def linear_language_model_objective(
     inputs = [hidden, weight, bias, *(learned if has_gradient else ())]
     gradients = [hidden_gradient, weight_gradient, bias_gradient, *learned_gradients]
     sums["loss"] = _WithGradients.apply(sums["loss"], len(inputs), *inputs, *gradients)
-    return LanguageModelTerms(**sums)
+    return ObjectiveTerms(**sums)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -12,30 +12,25 @@ from teacher_cache.stages.losses.distributions import widened
 
 
 @torch.no_grad()
-def confidence_weights(teacher_logits: Tensor, conf_power: float) -> Tensor:
+def top1_log_prob(teacher_logits: Tensor) -> Tensor:
+    """Log-prob of the teacher's most probable outcome at T = 1.
+
+    Args:
+        teacher_logits: [..., C], before temperature.
+
+    Returns:
+        [...] nats, float32 or wider, without gradient.
+    """
+    return torch.log_softmax(widened(teacher_logits), dim=-1).amax(dim=-1)
+
+
+@torch.no_grad()
+def confidence_weights(top1_log_prob: Tensor, conf_power: float) -> Tensor:
     """Raw weights, `max_c p(c) ** conf_power` at T = 1, whatever the distillation temperature.
 
     Raw: the objective divides them by their mean over the optimizer step. At `conf_power` 0 every
     weight is 1, but a product with 1 and a division by a sum of ones need not give the same bits
     as no weighting, so callers skip the weighting instead of calling this.
-
-    Args:
-        teacher_logits: [..., C], before temperature.
-        conf_power: at least 0.
-
-    Returns:
-        [...] in (0, 1], float32 or wider, without gradient.
-
-    Raises:
-        ValueError: if `conf_power` is negative.
-    """
-    top1_log_prob = torch.log_softmax(widened(teacher_logits), dim=-1).amax(dim=-1)
-    return weights_of_top1(top1_log_prob, conf_power)
-
-
-@torch.no_grad()
-def weights_of_top1(top1_log_prob: Tensor, conf_power: float) -> Tensor:
-    """The same from the cached log-prob of the teacher's most probable outcome, at T = 1.
 
     Args:
         top1_log_prob: [...] nats, of the full distribution; float16 as cached will do.
@@ -59,21 +54,20 @@ class StepTotals:
     Known from the cache before the step's first backward. Totals of parts add up:
     `sum((StepTotals.of(...), ...), StepTotals())`, and an all-reduce of these numbers.
 
-    A classifier counts samples, a language model the positions at which it has a teacher; there
-    the labelled ones are those of the corpus whose next tokens are learned, too.
+    What is counted are positions at which a teacher spoke: one in each of a classifier's samples.
 
     Attributes:
-        num_labeled: labelled samples.
-        num_unlabeled: unlabelled samples.
-        conf_weight_sum_labeled: sum of the labelled samples' raw confidence weights; unused when
+        num_labeled: those of the corpus whose labels are learned, too.
+        num_unlabeled: those of others.
+        conf_weight_sum_labeled: sum of the labelled ones' raw confidence weights; unused when
             `conf_power` is 0.
         conf_weight_sum_unlabeled: the same for the unlabelled ones.
-        num_next_tokens: positions that have a next token to learn. Of a classifier: of both
-            kinds, and unused when `lm_weight` is 0. Of a language model: of the labelled kind.
+        num_labels: positions that have a label to learn, a class or a next token; of the labelled
+            kind, with a teacher or without.
+        num_next_tokens: tokens of both kinds that a classifier predicts besides.
         num_map_rows: rows of attention maps that are matched, over all layers, of both kinds.
         num_hidden_states: hidden states that are matched, over all layers, of both kinds.
-        num_chunks_labeled: of a language model, chunks of text whose likelihoods are compared, in
-            labelled samples.
+        num_chunks_labeled: chunks of text whose likelihoods are compared, in labelled samples.
         num_chunks_unlabeled: the same in unlabelled ones.
     """
 
@@ -81,6 +75,7 @@ class StepTotals:
     num_unlabeled: int = 0
     conf_weight_sum_labeled: float = 0.0
     conf_weight_sum_unlabeled: float = 0.0
+    num_labels: int = 0
     num_next_tokens: int = 0
     num_map_rows: int = 0
     num_hidden_states: int = 0
@@ -95,60 +90,30 @@ class StepTotals:
     @classmethod
     def of(
         cls,
-        teacher_logits: Tensor,
+        num: int,
         *,
         labeled: bool,
-        conf_power: float,
-        num_next_tokens: int = 0,
+        num_labels: int | None = None,
+        conf_weights: Tensor | None = None,
     ) -> StepTotals:
         """The totals of one micro-batch.
 
         Args:
-            teacher_logits: [B, C], before temperature.
+            num: positions at which there is a teacher.
             labeled: which kind the batch is; all its samples are of one kind.
-            conf_power: the objective's; at 0 no weight is computed.
-            num_next_tokens: the batch's, where `lm_weight` is above 0.
+            num_labels: positions with a label to learn; of an unlabelled batch there is none, of a
+                labelled one every counted position has one unless this says otherwise.
+            conf_weights: [num] raw, the very ones that the objective will apply; None where
+                `conf_power` is 0.
         """
-        # The very weights that the objective will apply.
-        weights = confidence_weights(teacher_logits, conf_power) if conf_power else None
-        return cls._of_kind(len(teacher_logits), weights, labeled, num_next_tokens)
-
-    @classmethod
-    def of_positions(
-        cls,
-        top1_log_prob: Tensor,
-        *,
-        labeled: bool,
-        conf_power: float,
-        num_next_tokens: int = 0,
-    ) -> StepTotals:
-        """The totals of one micro-batch of a language model.
-
-        Args:
-            top1_log_prob: [N] as cached, of the positions at which there is a teacher.
-            labeled: whether the batch's next tokens are learned, too.
-            conf_power: the objective's; at 0 no weight is computed.
-            num_next_tokens: positions that have a next token; 0 of an unlabelled batch.
-        """
-        weights = weights_of_top1(top1_log_prob, conf_power) if conf_power else None
-        return cls._of_kind(len(top1_log_prob), weights, labeled, num_next_tokens)
-
-    @classmethod
-    def _of_kind(
-        cls, num: int, weights: Tensor | None, labeled: bool, num_next_tokens: int
-    ) -> StepTotals:
         # Summed in float64 on the CPU, since not every device has it.
-        weight_sum = 0.0 if weights is None else weights.cpu().double().sum().item()
-        if labeled:
-            return cls(
-                num_labeled=num,
-                conf_weight_sum_labeled=weight_sum,
-                num_next_tokens=num_next_tokens,
-            )
+        weight_sum = 0.0 if conf_weights is None else conf_weights.cpu().double().sum().item()
+        if not labeled:
+            return cls(num_unlabeled=num, conf_weight_sum_unlabeled=weight_sum)
         return cls(
-            num_unlabeled=num,
-            conf_weight_sum_unlabeled=weight_sum,
-            num_next_tokens=num_next_tokens,
+            num_labeled=num,
+            conf_weight_sum_labeled=weight_sum,
+            num_labels=num if num_labels is None else num_labels,
         )
 
     def num(self, *, labeled: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,15 +20,6 @@ from teacher_cache.stages.join.config import ProjectionConfig
 from teacher_cache.stages.tokens.record import id_to_string
 from teacher_cache.stages.tokens.tokenizers import could_not_load, is_local_only, load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import write_map
-from teacher_cache.stages.training.aligned_trainer import (
-    AlignedTrainer,
-    ProjectionTrainer,
-    SpansTrainer,
-)
-from teacher_cache.stages.training.auxiliaries import (
-    StudentWithProjection,
-    write_projection,
-)
 from teacher_cache.stages.training.batches import (
     AlignedCollator,
     AlignedSamples,
@@ -38,10 +28,8 @@ from teacher_cache.stages.training.batches import (
     PackedSamples,
 )
 from teacher_cache.stages.training.cached_layers import CachedLayers
-from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.targets import FixedMap
 from teacher_cache.stages.training.vocabulary_projection import (
-    Candidates,
     LearnedProjection,
     candidates_by_embeddings,
     candidates_by_strings,
@@ -49,29 +37,6 @@ from teacher_cache.stages.training.vocabulary_projection import (
 )
 
 OPTION = "--projection-embeddings"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectionStart:
-    """The rows before the first step.
-
-    Attributes:
-        fixed: of the map.
-        learned: where the learned rows begin.
-    """
-
-    fixed: Candidates
-    learned: Candidates
-
-    @property
-    def sha256(self) -> str:
-        """Of the learned rows, which a run's settings record."""
-        parts = (self.learned.student_ids, self.learned.weights)
-        return hashlib.sha256(b"".join(one.numpy().tobytes() for one in parts)).hexdigest()
-
-    def projection(self) -> LearnedProjection:
-        """A fresh projection."""
-        return LearnedProjection(self.fixed, self.learned)
 
 
 def student_embeddings(name: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -118,14 +83,6 @@ def require_teacher_table(table: Tensor | None) -> Tensor:
             "`pipe cache-teacher` again, it adds them, or leave the option out"
         )
     return table.float()
-
-
-TRAINERS: dict[str, type[LanguageModelTrainer]] = {
-    "map": AlignedTrainer,
-    "spans": SpansTrainer,
-    "projection": ProjectionTrainer,
-}
-"""Of the kinds that read the text again; the others take `LanguageModelTrainer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +150,8 @@ class AlignedStudents:
         used[list(self.alignment.student.get_vocab().values())] = True
         return used
 
-    def projection_start(self, teacher_table: Tensor | None) -> ProjectionStart | None:
-        """Where the learned projection begins; None where none is learned.
+    def projection(self, teacher_table: Tensor | None) -> LearnedProjection | None:
+        """The learned projection before its first step; None where none is learned.
 
         Args:
             teacher_table: [V_t, D] of the teacher's head, where the cache holds it.
@@ -224,26 +181,18 @@ class AlignedStudents:
             teacher, theirs = self.alignment.tables
             ours = replace(teacher, content=teacher.content[: self.support_size])
             learned = candidates_by_strings(ours, theirs, cut, num_candidates=num)
-        return ProjectionStart(fixed=candidates_of_map(cut), learned=learned)
+        return LearnedProjection(candidates_of_map(cut), learned)
 
-    def trainer_arguments(self, num_steps: int) -> dict[str, Any]:
-        """What the kind's trainer takes besides."""
-        if self.alignment.kind != "projection":
-            return {}
+    def projection_steps(self, num_steps: int) -> tuple[int, int]:
+        """Between which steps of a training the fixed map passes into the learned projection."""
         start, end = self.config.projection_start, self.config.projection_end
-        return {"projection_steps": (round(start * num_steps), round(end * num_steps))}
+        return round(start * num_steps), round(end * num_steps)
 
-    def trainer_type(self) -> type[LanguageModelTrainer]:
-        """The kind's trainer."""
-        return TRAINERS.get(self.alignment.kind, LanguageModelTrainer)
-
-    def write_files(self, folder: Path, trained: torch.nn.Module) -> None:
-        """The map, and what was learned, beside the student.
+    def write_map(self, folder: Path) -> None:
+        """The map, beside the student.
 
         Raises:
             UserError: where the file system refuses.
         """
         if self.alignment.rereads:
             write_map(folder, self.alignment.vocabulary_map)
-        if isinstance(trained, StudentWithProjection):
-            write_projection(folder, trained.projection)

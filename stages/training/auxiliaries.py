@@ -1,11 +1,10 @@
-"""A student and the projection that takes its pooled state to the teacher's, in one module."""
+"""What is trained beside the student, and is no part of the result: projections."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from safetensors.torch import save
@@ -13,130 +12,148 @@ from torch import Tensor, nn
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.stages.models.head import LinearHead
-from teacher_cache.stages.student.classifier import (
-    MambaStudentClassifierOutput,
-    MambaStudentForSequenceClassification,
-)
-from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
 from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
-from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.vocabulary_projection import LearnedProjection
-
-
-@dataclass
-class ProjectedStudentOutput(MambaStudentClassifierOutput):
-    """What the student says, and its pooled state as the teacher's is compared with it.
-
-    Attributes:
-        projected: [B, D] float32 or wider.
-    """
-
-    projected: Tensor | None = None
-
-
-class ProjectedStudent(nn.Module):
-    """What is trained where pooled states are matched: the student and a projection.
-
-    One module with one forward, so that checkpoints hold both and data parallelism sees the
-    gradients of both. Only `student` is the result.
-
-    Args:
-        student: to be trained; shared, not copied.
-        teacher_width: D of the teacher's pooled states.
-        seed: of the projection's first weights, which depend on it alone; the global random state
-            is neither read nor changed.
-    """
-
-    def __init__(
-        self, student: MambaStudentForSequenceClassification, *, teacher_width: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.student = student
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.projection = nn.Linear(student.config.d_model, teacher_width, bias=False)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        next_token_loss: bool = False,
-        output_hidden_states: bool = False,
-        output_mixers: bool = False,
-    ) -> ProjectedStudentOutput:
-        """Classify a batch and project its pooled states.
-
-        Args:
-            input_ids: [B, S], as the student takes them.
-            attention_mask: [B, S].
-            next_token_loss: as the student's.
-            output_hidden_states: as the student's.
-            output_mixers: as the student's.
-        """
-        outputs = self.student(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            next_token_loss=next_token_loss,
-            pooled_state=True,
-            output_hidden_states=output_hidden_states,
-            output_mixers=output_mixers,
-        )
-        # In full precision, as the head.
-        with torch.autocast(input_ids.device.type, enabled=False):
-            projected = self.projection(outputs.pooled.to(self.projection.weight.dtype))
-        return ProjectedStudentOutput(
-            logits=outputs.logits,
-            next_token_loss_sum=outputs.next_token_loss_sum,
-            projected=projected,
-            hidden_states=outputs.hidden_states,
-            mixers=outputs.mixers,
-        )
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The student's."""
-        return self.student.get_input_embeddings()
-
-    def num_next_tokens(self, attention_mask: Tensor) -> int:
-        """As the student counts them."""
-        return self.student.num_next_tokens(attention_mask)
-
 
 PROJECTION_FILE = "projection.safetensors"
 
 
-class StudentWithProjection(nn.Module):
-    """What is trained with a learned projection, so that checkpoints and optimizer hold both.
+class Auxiliary(Protocol):
+    """A module that learns beside a student.
 
-    Only the student runs in `forward`; the projection makes targets. The state has each tied weight
-    once.
-
-    Args:
-        student: to be trained, as it is without a projection; shared, not copied.
-        projection: trained with it.
+    Attributes:
+        name: under which checkpoints hold it.
+        decays: whether weight decay is good for it.
+        requests: what the student's forward is asked for.
     """
 
-    def __init__(
-        self, student: MambaStudentForCausalLM | PackedLanguageModel, projection: LearnedProjection
-    ):
+    name: ClassVar[str]
+    decays: ClassVar[bool]
+    requests: ClassVar[Mapping[str, bool]]
+
+    def heard(self, outputs: Any) -> None:
+        """Add to the student's outputs what this makes of them.
+
+        As keys, so that data parallelism finds them.
+        """
+        ...
+
+
+class PooledProjection(nn.Linear):
+    """Takes the student's pooled state to the teacher's width: `projected` [B, D], full precision.
+
+    Args:
+        d_model: the student's width.
+        teacher_width: D of the teacher's pooled states.
+        seed: of the first weights, which depend on it alone; the global random state is neither
+            read nor changed.
+    """
+
+    name: ClassVar[str] = "projection"
+    decays: ClassVar[bool] = True
+    requests: ClassVar[Mapping[str, bool]] = {"pooled_state": True}
+
+    def __init__(self, d_model: int, *, teacher_width: int, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            super().__init__(d_model, teacher_width, bias=False)
+
+    def heard(self, outputs: Any) -> None:
+        """Add `projected`."""
+        with torch.autocast(outputs.pooled.device.type, enabled=False):
+            outputs["projected"] = self(outputs.pooled.to(self.weight.dtype))
+
+
+class LayerProjections(nn.ModuleDict):
+    """Take the outputs of a student's layers to the teacher's width, a linear map a layer.
+
+    `projected_hidden` is [B, S', D] by layer, float32 or wider.
+
+    Args:
+        d_model: the student's width.
+        widths: D of the states that a layer's output is matched with, by layer.
+        seed: as `PooledProjection` takes it.
+    """
+
+    name: ClassVar[str] = "projections"
+    decays: ClassVar[bool] = True
+    requests: ClassVar[Mapping[str, bool]] = {"output_hidden_states": True}
+
+    def __init__(self, d_model: int, *, widths: Mapping[int, int], seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            super().__init__(
+                {
+                    str(layer): nn.Linear(d_model, width, bias=False)
+                    for layer, width in widths.items()
+                }
+            )
+
+    def heard(self, outputs: Any) -> None:
+        """Add `projected_hidden`."""
+        projected: dict[int, Tensor] = {}
+        for name, projection in self.items():
+            states = outputs.hidden_states[int(name) + 1]  # the first are before all layers
+            weight = cast(nn.Linear, projection).weight
+            with torch.autocast(states.device.type, enabled=False):  # in full precision
+                projected[int(name)] = projection(states.to(weight.dtype))
+        outputs["projected_hidden"] = projected
+
+
+class WithAuxiliaries(nn.Module):
+    """A student and what learns beside it, in one module with one forward.
+
+    So checkpoints and optimizer hold all of it, and data parallelism sees all gradients. Only
+    `student` is the result. The state has each tied weight once.
+
+    Args:
+        student: to be trained, as it is without them; shared, not copied.
+        *auxiliaries: at least one, of different names.
+    """
+
+    def __init__(self, student: nn.Module, *auxiliaries: Auxiliary) -> None:
         super().__init__()
         self.student = student
-        self.projection = projection
+        self.auxiliaries = auxiliaries
+        for one in auxiliaries:
+            self.add_module(one.name, cast(nn.Module, one))
+        self.register_load_state_dict_pre_hook(_flatten_older_names)
         hold_tied_weights_once(self)
+
+    def forward(self, **inputs: Any) -> Any:
+        """The student's outputs, with what the auxiliaries make of them.
+
+        Args:
+            **inputs: as the student takes them.
+        """
+        requests = {name: True for one in self.auxiliaries for name in one.requests}
+        outputs = self.student(**inputs, **requests)
+        for one in self.auxiliaries:
+            one.heard(outputs)
+        return outputs
+
+    @property
+    def undecayed(self) -> list[str]:
+        """How the names of parameters begin that weight decay would harm."""
+        return [f"{one.name}." for one in self.auxiliaries if not one.decays]
 
     @property
     def output_head(self) -> LinearHead:
-        """The student's."""
-        return self.student.output_head
+        """A language model's."""
+        return cast(LinearHead, self.student.output_head)
 
-    def forward(self, **inputs: Any) -> Any:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The student's."""
-        return self.student(**inputs)
+        return cast(Any, self.student).get_input_embeddings()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The student's."""
-        return self.student.get_input_embeddings()
+    def num_next_tokens(self, attention_mask: Tensor) -> int:
+        """As the student counts them."""
+        return cast(Any, self.student).num_next_tokens(attention_mask)
+
+
+def with_auxiliaries(student: nn.Module, *auxiliaries: Auxiliary) -> nn.Module:
+    """The student, in `WithAuxiliaries` where anything learns beside it."""
+    return WithAuxiliaries(student, *auxiliaries) if auxiliaries else student
 
 
 def write_projection(folder: Path, projection: LearnedProjection) -> None:
@@ -152,70 +169,14 @@ def write_projection(folder: Path, projection: LearnedProjection) -> None:
     write_bytes_atomically(folder / PROJECTION_FILE, save(tensors))
 
 
-def with_projected_layers(student: nn.Module, layers: CachedLayers | None) -> nn.Module:
-    """The student, in `ProjectedLayers` where hidden states are matched.
+def _flatten_older_names(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Older checkpoints had one wrapper within another, which named what is in the inner one twice.
 
-    Args:
-        student: to be trained.
-        layers: what is matched, or none.
+    A student that is a wrapper itself has such names of right.
     """
-    if layers is None or layers.hidden is None:
-        return student
-    return ProjectedLayers(student, widths=layers.hidden_widths, seed=layers.config.seed)
-
-
-class ProjectedLayers(nn.Module):
-    """What is trained where hidden states are matched: a student and a projection for each layer.
-
-    One module with one forward, as `ProjectedStudent`, which may be inside. Only the student is the
-    result.
-
-    Args:
-        student: a Mamba student, to be trained; shared, not copied.
-        widths: D of the states that a layer's output is matched with, by layer.
-        seed: of the projections' first weights, which depend on it alone; the global random state
-            is neither read nor changed.
-    """
-
-    def __init__(self, student: nn.Module, *, widths: Mapping[int, int], seed: int) -> None:
-        super().__init__()
-        self.student = student
-        d_model = self.get_input_embeddings().embedding_dim
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.projections = nn.ModuleDict(
-                {
-                    str(layer): nn.Linear(d_model, width, bias=False)
-                    for layer, width in widths.items()
-                }
-            )
-        hold_tied_weights_once(self)
-
-    def forward(self, **inputs: Any) -> Any:
-        """The student's outputs, with `projected_hidden`: [B, S', D] by layer, float32 or wider.
-
-        Args:
-            **inputs: as the student takes them.
-        """
-        outputs = self.student(**inputs, output_hidden_states=True)
-        projected: dict[int, torch.Tensor] = {}
-        for name, projection in self.projections.items():
-            states = outputs.hidden_states[int(name) + 1]  # the first are before all layers
-            weight = cast(nn.Linear, projection).weight
-            with torch.autocast(states.device.type, enabled=False):  # in full precision
-                projected[int(name)] = projection(states.to(weight.dtype))
-        outputs["projected_hidden"] = projected  # a key, so that data parallelism finds it
-        return outputs
-
-    @property
-    def output_head(self) -> LinearHead:
-        """A language model's."""
-        return cast(LinearHead, self.student.output_head)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The student's."""
-        return cast(Any, self.student).get_input_embeddings()
-
-    def num_next_tokens(self, attention_mask: torch.Tensor) -> int:
-        """As the student counts them."""
-        return cast(Any, self.student).num_next_tokens(attention_mask)
+    if isinstance(getattr(module.student, "student", None), nn.Module):
+        return
+    for name in list(state):
+        rest = name.removeprefix(f"{prefix}student.")
+        if rest != name and rest.split(".")[0] in ("student", "projection"):
+            state[prefix + rest] = state.pop(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -193,12 +194,11 @@ def stacked(arrays: Sequence[np.ndarray], behind: str = "constant") -> np.ndarra
     return np.stack(padded)
 
 
-class Collator:
-    """Stack samples of one kind into a batch.
+class Collator(ABC):
+    """Stack samples of one kind into a batch, padded on the right.
 
-    Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64 and, where the samples have
-    them, `teacher_logits` [B, C] float32, `teacher_pooled` [B, D] float16 and `labels` [B] int64;
-    and the fields that `layers` makes of a sample, padded.
+    Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64, what `arrays` adds, and the
+    fields that `layers` makes of a sample.
 
     Args:
         pad_id: fills `input_ids`.
@@ -211,21 +211,40 @@ class Collator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """Collate the samples."""
-        input_ids, mask = pad_batch([sample["input_ids"] for sample in samples], self._pad_id)
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        input_ids, mask = pad_batch(self.ids_of(samples), self._pad_id)
+        arrays = {
+            "input_ids": input_ids,
+            "attention_mask": mask.astype(np.int64),
+            **self.arrays(samples),
         }
-        if "class_logits" in samples[0]:
-            logits = np.stack([sample["class_logits"] for sample in samples])
-            batch["teacher_logits"] = torch.from_numpy(logits)
-        if POOLED in samples[0]:
-            pooled = np.stack([sample[POOLED] for sample in samples])
-            batch["teacher_pooled"] = torch.from_numpy(pooled)
-        if "label" in samples[0]:
-            labels = np.array([sample["label"] for sample in samples], np.int64)
-            batch["labels"] = torch.from_numpy(labels)
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return batch | layer_fields(self._layers, samples)
+
+    def ids_of(self, samples: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """What the student reads of each."""
+        return [sample["input_ids"] for sample in samples]
+
+    @abstractmethod
+    def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """What is compared with the student, stacked."""
+
+
+class SampleCollator(Collator):
+    """Of a classifier, or of documents with labels.
+
+    Adds what the samples have of `teacher_logits` [B, C] float32, `teacher_pooled` [B, D] float16
+    and `labels` [B] int64.
+    """
+
+    def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """One row a sample."""
+        arrays: dict[str, np.ndarray] = {}
+        for field, name in (("class_logits", "teacher_logits"), (POOLED, "teacher_pooled")):
+            if field in samples[0]:
+                arrays[name] = np.stack([sample[field] for sample in samples])
+        if "label" in samples[0]:
+            arrays["labels"] = np.array([sample["label"] for sample in samples], np.int64)
+        return arrays
 
 
 def held_out(sample_ids: Iterable[bytes], fraction: float) -> np.ndarray:
@@ -267,13 +286,11 @@ def next_ids(sample: Mapping[str, np.ndarray]) -> np.ndarray:
     return following
 
 
-class PackedCollator:
-    """Stack samples of one kind into a batch, teacher's fields as stored.
+class PackedCollator(Collator):
+    """Of a language model, what the teacher said as stored.
 
-    Returns `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `seq_idx` [B, S] int32 (the
-    document of each token), `loss_mask` [B, S] bool, the codec's fields [B, S, ...] and, of
-    labelled samples, `next_ids` [B, S] int64; and the fields that `layers` makes of a sample,
-    padded.
+    Adds `seq_idx` [B, S] int32 (the document of each token), `loss_mask` [B, S] bool, the codec's
+    fields [B, S, ...] and, of labelled samples, `next_ids` [B, S] int64.
 
     Args:
         pad_id: fills `input_ids`.
@@ -282,18 +299,13 @@ class PackedCollator:
     """
 
     def __init__(self, pad_id: int, codec: AnyCodec, layers: Expanding | None = None):
-        self._pad_id = pad_id
+        super().__init__(pad_id, layers)
         self._codec = codec
-        self._layers = layers
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Collate the samples."""
-        input_ids, mask = pad_batch([sample["input_ids"] for sample in samples], self._pad_id)
+    def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """A row a position."""
         arrays = {
-            "input_ids": input_ids,
-            "attention_mask": mask.astype(np.int64),
-            # Padding belongs to the last document: it comes after it, so no document reads it.
-            "seq_idx": stacked([sample["segment"].astype(np.int32) for sample in samples], "edge"),
+            "seq_idx": _documents([sample["segment"] for sample in samples]),
             "loss_mask": stacked([sample["loss_mask"] for sample in samples]),
         }
         expanded = [self._codec.expand(sample) for sample in samples]
@@ -301,8 +313,12 @@ class PackedCollator:
         if "next_ids" in samples[0]:
             # What padding holds is masked.
             arrays["next_ids"] = stacked([sample["next_ids"] for sample in samples])
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return batch | layer_fields(self._layers, samples)
+        return arrays
+
+
+def _documents(segments: Sequence[np.ndarray]) -> np.ndarray:
+    """[B, S] int32. Padding belongs to the last document: behind it, so no document reads it."""
+    return stacked([one.astype(np.int32) for one in segments], "edge")
 
 
 def at(field: Tensor, mask: Tensor) -> Tensor:
@@ -358,33 +374,38 @@ class AlignedSamples(PackedSamples):
         return found | {"next_ids": next_ids(vars(aligned))} if self.labeled else found
 
 
-class AlignedCollator:
-    """Stack samples of one kind into a batch.
+class AlignedCollator(Collator):
+    """Of a language model whose text the student reads in tokens of its own.
 
-    Returns what `PackedCollator` does, [B, S] over the student's tokens: `loss_mask` is True where
-    the student has a next token, `has_teacher` [B, S] where the cached fields are those of the
+    Adds what `PackedCollator` does, [B, S] over the student's tokens: `loss_mask` is True where the
+    student has a next token, `has_teacher` [B, S] where the cached fields are those of the
     teacher's position that has read the same bytes. Besides, `following_ids` [B, S] int64 (the next
     tokens, learned or not), `chunk_index` [B, S] int64, `teacher_chunks` [B, C] float32,
     `chunk_mask` [B, C] bool, and of each sample `num_bytes`, `num_teacher_bytes` and `teacher_nll`.
+
+    Args:
+        pad_id: fills `input_ids`.
+        codec: of the cache.
     """
 
     def __init__(self, pad_id: int, codec: AnyCodec):
-        self._pad_id = pad_id
+        super().__init__(pad_id)
         self._codec = codec
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Collate the samples."""
-        aligned: list[AlignedSample] = [_not_empty(one["aligned"], self._pad_id) for one in samples]
-        input_ids, mask = pad_batch([one.input_ids for one in aligned], self._pad_id)
+    def ids_of(self, samples: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """The student's own tokens."""
+        return [one.input_ids for one in self._aligned(samples)]
+
+    def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """A row a position of the student's, and a row a chunk."""
+        aligned = self._aligned(samples)
         following = [next_ids(vars(one)) for one in aligned]
         positions = [
             one["teacher_positions"] if len(one["teacher_positions"]) else np.full(1, NO_POSITION)
             for one in samples
         ]
         arrays = {
-            "input_ids": input_ids,
-            "attention_mask": mask.astype(np.int64),
-            "seq_idx": stacked([one.segment.astype(np.int32) for one in aligned], "edge"),
+            "seq_idx": _documents([one.segment for one in aligned]),
             "loss_mask": stacked([one >= 0 for one in following]),
             "has_teacher": stacked([one >= 0 for one in positions]),
             "following_ids": stacked(following),
@@ -404,7 +425,10 @@ class AlignedCollator:
             arrays["next_ids"] = arrays["following_ids"]
         for name in SUMS:
             arrays[name] = np.array([getattr(one, name) for one in aligned], np.float64)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return arrays
+
+    def _aligned(self, samples: Sequence[dict[str, Any]]) -> list[AlignedSample]:
+        return [_not_empty(sample["aligned"], self._pad_id) for sample in samples]
 
 
 def _not_empty(sample: AlignedSample, pad_id: int) -> AlignedSample:

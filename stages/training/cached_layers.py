@@ -21,15 +21,16 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.losses.config import LAST_STATES
 from teacher_cache.stages.ranks import num_processes
 from teacher_cache.stages.student.position_map import PositionMap
+from teacher_cache.stages.training.auxiliaries import LayerProjections
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.layers import (
     HiddenTransfer,
     MapTransfer,
-    Schedule,
     Transfer,
     layer_pairs,
     shown,
 )
+from teacher_cache.stages.training.terms import AttentionMaps, HiddenStates, Term
 
 logger = logging.getLogger(__name__)
 
@@ -91,16 +92,23 @@ class CachedLayers:
                     "%s matched, student's layer to teacher's: %s", name, shown(matched.pairs)
                 )
 
-    def transfer(self, *, position_map: PositionMap, num_steps: int) -> Transfer:
-        """What the Trainer matches.
+    def terms(self, position_map: PositionMap) -> list[Term]:
+        """What a student with this position map learns of them."""
+        transfer = self.transfer(position_map)
+        terms: list[Term] = [] if self.maps is None else [AttentionMaps(transfer=transfer)]
+        return terms if self.hidden is None else [*terms, HiddenStates(transfer=transfer)]
 
-        Args:
-            position_map: of the student.
-            num_steps: optimizer steps of the whole training.
-        """
+    def projections(self, d_model: int) -> list[LayerProjections]:
+        """What learns beside a student of this width: none where no states are matched."""
+        if self.hidden is None:
+            return []
+        widths = self.hidden_widths
+        return [LayerProjections(d_model, widths=widths, seed=self.config.seed)]
+
+    def transfer(self, position_map: PositionMap) -> Transfer:
+        """What is matched, for a student with this position map."""
         return Transfer(
             config=self.config,
-            schedule=Schedule.of(self.config, num_steps),
             position_map=position_map,
             is_causal=not self.config.bidirectional,
             maps=self.maps,

@@ -1,10 +1,10 @@
-"""What a student matches inside its teacher, batch by batch: layers, targets, terms."""
+"""What a student matches inside its teacher, batch by batch: layers, targets, distances."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from torch import Tensor
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import LAST_STATES, AttentionLoss, TransferConfig
 from teacher_cache.stages.losses.layers import attention_distance, hidden_distance, normalised_rows
-from teacher_cache.stages.losses.objective import weighted_sum
-from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.student.mixing_matrices import chosen_units, mean_absolute_map
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
@@ -84,8 +82,8 @@ def _name(layer: int) -> str:
     return "last" if layer == LAST_STATES else str(layer)
 
 
-Term = Literal["attention", "hidden", "others"]
-ALL: frozenset[Term] = frozenset(("attention", "hidden", "others"))
+Stage = Literal["attention", "hidden", "others"]
+ALL: frozenset[Stage] = frozenset(("attention", "hidden", "others"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +116,8 @@ class Schedule:
         second = round(of_hidden * num_steps) if config.hidden_weight else 0
         return cls(attention_until=first, hidden_until=first + second, is_staged=True)
 
-    def terms(self, step: int) -> frozenset[Term]:
-        """What a step trains; steps count from 0."""
+    def stages(self, step: int) -> frozenset[Stage]:
+        """Of which stages a step trains the terms; steps count from 0."""
         if not self.is_staged:
             return ALL
         if step < self.attention_until:
@@ -225,18 +223,6 @@ def targets(
     return normalised_rows(decode(maps, reach), allowed)
 
 
-class Inside(Protocol):
-    """What a student's forward gives of its inside, in the student's order.
-
-    Attributes:
-        mixers: what each layer's scans ran with.
-        projected_hidden: [B, S', D] by layer, its output in the teacher's width.
-    """
-
-    mixers: Sequence[RecordedMixer] | None
-    projected_hidden: Mapping[int, Tensor] | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class MapTransfer:
     """How attention maps are matched.
@@ -276,14 +262,6 @@ class HiddenTransfer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferTerms:
-    """One micro-batch's share of its optimizer step's terms; scalars, None where a term is off."""
-
-    attention: Tensor | None = None
-    hidden: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class MatchedRows:
     """Rows of one layer's map in the student's order, R of the S' positions of each sample.
 
@@ -307,7 +285,6 @@ class Transfer:
 
     Attributes:
         config: weights.
-        schedule: what each step trains.
         position_map: of the student.
         is_causal: whether the student sees nothing behind a position.
         maps: None where no maps are matched.
@@ -315,69 +292,22 @@ class Transfer:
     """
 
     config: TransferConfig
-    schedule: Schedule = field(default_factory=Schedule)
     position_map: PositionMap = field(default_factory=PositionMap)
     is_causal: bool = True
     maps: MapTransfer | None = None
     hidden: HiddenTransfer | None = None
 
-    @property
-    def requests(self) -> dict[str, bool]:
-        """What to ask the student's forward for."""
-        return {} if self.maps is None else {"output_mixers": True}
+    def num_map_rows(self, batch: Mapping[str, Tensor]) -> int:
+        """Rows of maps that a micro-batch matches, over all layers."""
+        assert self.maps is not None, "maps are matched"
+        mask = batch["attention_mask"]
+        num = len(mask) if self.maps.pooled_row_only else int(mask.sum())
+        return num * len(self.maps.pairs)
 
-    def counted(self, totals: StepTotals, batch: Mapping[str, Tensor]) -> StepTotals:
-        """A micro-batch's totals with its rows and states."""
-        num_positions = int(batch["attention_mask"].sum())
-        rows = states = 0
-        if self.maps is not None:
-            num = len(batch["attention_mask"]) if self.maps.pooled_row_only else num_positions
-            rows = num * len(self.maps.pairs)
-        if self.hidden is not None:
-            states = num_positions * len(self.hidden.pairs)
-        return replace(totals, num_map_rows=rows, num_hidden_states=states)
-
-    def terms(
-        self, inside: Inside, batch: Mapping[str, Tensor], totals: StepTotals
-    ) -> TransferTerms:
-        """A micro-batch's shares.
-
-        Args:
-            inside: of the student's forward on it.
-            batch: with the teacher's fields, in its order; of a share without samples, 0 of them.
-            totals: of the whole optimizer step.
-        """
-        attention = hidden = None
-        if self.maps is not None:
-            assert inside.mixers is not None, "they were asked for"
-            total = self._map_distances(self.maps, inside.mixers, batch)
-            attention = total / max(1, totals.num_map_rows)
-        if self.hidden is not None:
-            assert inside.projected_hidden is not None, "they were asked for"
-            sources = self.position_map.sources(batch["attention_mask"].bool())
-            total = _hidden_distances(self.hidden, inside.projected_hidden, batch, sources)
-            hidden = total / max(1, totals.num_hidden_states)
-        return TransferTerms(attention=attention, hidden=hidden)
-
-    def loss(self, terms: TransferTerms, others: Tensor, step: int) -> Tensor:
-        """The weighted sum of what a step trains, gradients and all.
-
-        Args:
-            terms: of the micro-batch.
-            others: its share of the loss without them.
-            step: of the optimizer, counted from 0.
-        """
-        weighted: tuple[tuple[Term, float, Tensor | None], ...] = (
-            ("others", 1.0, others),
-            ("attention", self.config.attention_weight, terms.attention),
-            ("hidden", self.config.hidden_weight, terms.hidden),
-        )
-        trained = self.schedule.terms(step)
-        return weighted_sum(
-            (weight, value)
-            for name, weight, value in weighted
-            if value is not None and name in trained
-        )
+    def num_hidden_states(self, batch: Mapping[str, Tensor]) -> int:
+        """States that a micro-batch matches, over all layers."""
+        assert self.hidden is not None, "states are matched"
+        return int(batch["attention_mask"].sum()) * len(self.hidden.pairs)
 
     def rows(self, sources: Tensor) -> Tensor:
         """The student's positions whose rows of the maps are matched, [B, R] int64.
@@ -397,7 +327,7 @@ class Transfer:
 
         Args:
             mixers: of the student's forward on the batch.
-            batch: as `terms` takes it.
+            batch: with the teacher's fields, in its order; of a share without samples, 0 of them.
         """
         maps = self.maps
         assert maps is not None, "maps are matched"
@@ -422,30 +352,34 @@ class Transfer:
                     )
             yield MatchedRows(pair=pair, student=found, teacher=wanted, allowed=allowed)
 
-    def _map_distances(
-        self, maps: MapTransfer, mixers: Sequence[RecordedMixer], batch: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The sum over rows and layers."""
+    def map_distances(self, mixers: Sequence[RecordedMixer], batch: Mapping[str, Tensor]) -> Tensor:
+        """The sum over rows and layers; the arguments are those of `map_rows`."""
+        assert self.maps is not None, "maps are matched"
         distances = [
             # A share without samples reads one all the same.
             0 * one.student.sum()
             if one.teacher is None
-            else attention_distance(one.student, one.teacher, one.allowed, loss=maps.loss).sum()
+            else attention_distance(
+                one.student, one.teacher, one.allowed, loss=self.maps.loss
+            ).sum()
             for one in self.map_rows(mixers, batch)
         ]
         return torch.stack(distances).sum()
 
+    def hidden_distances(
+        self, projected: Mapping[int, Tensor], batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The sum over positions and layers.
 
-def _hidden_distances(
-    hidden: HiddenTransfer,
-    projected: Mapping[int, Tensor],
-    batch: Mapping[str, Tensor],
-    sources: Tensor,
-) -> Tensor:
-    """The sum over positions and layers."""
-    distances: list[Tensor] = []
-    for pair, name in zip(hidden.pairs, hidden.fields, strict=True):
-        num = len(batch[name])  # 0 in a share without samples
-        states = projected[pair.student][:num]
-        distances.append(hidden_distance(states, batch[name], sources[:num]).sum())
-    return torch.stack(distances).sum()
+        Args:
+            projected: [B, S', D] by layer of the student, its output in the teacher's width.
+            batch: as `map_rows` takes it.
+        """
+        assert self.hidden is not None, "states are matched"
+        sources = self.position_map.sources(batch["attention_mask"].bool())
+        distances: list[Tensor] = []
+        for pair, name in zip(self.hidden.pairs, self.hidden.fields, strict=True):
+            num = len(batch[name])  # 0 in a share without samples
+            states = projected[pair.student][:num]
+            distances.append(hidden_distance(states, batch[name], sources[:num]).sum())
+        return torch.stack(distances).sum()

@@ -235,7 +235,7 @@ def mapped_draws(
         information=torch.where(counts, information, 0.0).sum(dim=-1),
         ghost_information=ghost_weight * torch.where(ghost_weight != 0, of_ghost, 0.0),
         reached=fixed.reached,
-        effective_draws=found.effective_draws(),
+        effective_draws=found.num_effective(),
         head=head,
     )
 

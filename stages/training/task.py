@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.training.data import TrainingData
+from teacher_cache.stages.training.held_out import HeldOut
+from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import Measure
-from teacher_cache.stages.training.objective_trainer import ObjectiveTrainer
 from teacher_cache.stages.training.start import StartingStudent
 
 
@@ -26,6 +29,29 @@ class TrainingObserver:
         return []
 
 
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """All that a training needs; what can be refused was refused when it was made.
+
+    Attributes:
+        data: samples and their order.
+        student: before its first step.
+        trained: the student with what learns beside it.
+        lesson: what a micro-batch teaches, on a device.
+        held_out: what a held-out one is measured by.
+        collator: stacks samples into batches.
+        write_files: commits what the run keeps beside the student, into the folder it is given.
+    """
+
+    data: TrainingData
+    student: StartingStudent
+    trained: torch.nn.Module
+    lesson: Callable[[torch.device], Lesson]
+    held_out: HeldOut
+    collator: Callable[..., dict[str, torch.Tensor]]
+    write_files: Callable[[Path], None]
+
+
 class StudentTask(Protocol):
     """A cache of one kind, and how students learn from it.
 
@@ -34,47 +60,16 @@ class StudentTask(Protocol):
     """
 
     @property
-    def label_names(self) -> list[str]:
-        """Keys of a held-out batch that hold targets."""
-        ...
-
-    @property
     def measure(self) -> Measure:
         """By which early stopping knows the better of two evaluations."""
         ...
 
-    def data(self, joined: Joined) -> TrainingData:
-        """Samples and their order.
+    def course(self, joined: Joined) -> Course:
+        """Samples, student and losses, once the tokenizations were compared.
 
         Raises:
-            UserError: if there is too little to train on.
-        """
-        ...
-
-    def start(self, joined: Joined) -> StartingStudent:
-        """The student before its first step.
-
-        Raises:
-            UserError: if it cannot be built, or does not fit the tokenizer or the cache.
+            UserError: if there is too little to train on, or the student cannot be built or does
+                not fit the tokenizer or the cache.
             CheckFailed: if it would lose tokens, or a file of the cache is damaged.
-        """
-        ...
-
-    def trainer(
-        self,
-        student: StartingStudent,
-        data: TrainingData,
-        *,
-        args: TrainingArguments,
-        callbacks: list[TrainerCallback],
-    ) -> ObjectiveTrainer:
-        """What trains it; on the device of `args`."""
-        ...
-
-    def write_files(self, folder: Path, trained: torch.nn.Module) -> None:
-        """Commit what the run keeps beside the student.
-
-        Raises:
-            UserError: where the file system refuses.
         """
         ...

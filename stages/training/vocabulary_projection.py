@@ -7,8 +7,12 @@ The teacher's mass is kept at every step: what a row cannot place goes to the gh
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -157,7 +161,11 @@ _LOWEST_WEIGHT = 1e-4  # below it a candidate's score would be out of training's
 
 
 class LearnedProjection(nn.Module):
-    """Teacher ids to student ids by weights, in log space."""
+    """Teacher ids to student ids by weights, in log space; an `Auxiliary` that makes targets."""
+
+    name: ClassVar[str] = "projection"
+    decays: ClassVar[bool] = False  # decay would spread every row evenly
+    requests: ClassVar[Mapping[str, bool]] = MappingProxyType({})
 
     def __init__(self, fixed: Candidates, learned: Candidates | None = None):
         """Begin as the fixed map.
@@ -171,12 +179,23 @@ class LearnedProjection(nn.Module):
         used = start.student_ids >= 0
         scores = torch.where(used, start.weights.clamp_min(_LOWEST_WEIGHT).log(), 0.0)
         self.scores = nn.Parameter(scores)
+        parts = (start.student_ids, start.weights)
+        digest = hashlib.sha256(b"".join(one.numpy().tobytes() for one in parts))
+        self._sha256 = digest.hexdigest()
         self.student_ids: Tensor
         self.fixed_ids: Tensor
         self.fixed_weights: Tensor
         self.register_buffer("student_ids", start.student_ids)
         self.register_buffer("fixed_ids", fixed.student_ids)
         self.register_buffer("fixed_weights", fixed.weights)
+
+    @property
+    def sha256(self) -> str:
+        """Of the rows before the first step, which a run's settings record."""
+        return self._sha256
+
+    def heard(self, outputs: Any) -> None:
+        """Nothing: it reads the teacher, not the student."""
 
     def learned_log_weights(self) -> Tensor:
         """[V_t, M] log of the learned weights; a row sums to 1, or is -inf throughout."""

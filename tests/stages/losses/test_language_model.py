@@ -313,7 +313,7 @@ def test_drawn_targets_estimate_forward_kl_and_are_a_head_for_the_others() -> No
             expected = divergence(step.student, targets.coarse(), chosen_measure(config))
         torch.testing.assert_close(terms[0].kd, expected.mean())
         assert terms[0].agreement is None
-        torch.testing.assert_close(terms[0].effective_draws, targets.effective_draws().mean())
+        torch.testing.assert_close(terms[0].effective_draws, targets.num_effective().mean())
     terms, _ = run(step, ObjectiveConfig(), [], "sparse")
     assert terms[0].effective_draws is None
     agree = step.student.argmax(-1) == step.teacher.argmax(-1)

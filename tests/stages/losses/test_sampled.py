@@ -154,7 +154,7 @@ def test_log_probs_at_another_temperature_are_the_teachers() -> None:
 def test_effective_draws() -> None:
     _, teacher = pair(4)
     targets = draw(teacher, 50)
-    torch.testing.assert_close(targets.effective_draws(), torch.full((4,), 50.0).double())
+    torch.testing.assert_close(targets.num_effective(), torch.full((4,), 50.0).double())
     at_4 = targets.at_temperature(4.0, lse=lse(teacher, 1.0), new_lse=lse(teacher, 4.0))
     for row, weights in enumerate(at_4.weights()):
         each = [  # the weights of the 50 draws, one by one
@@ -163,12 +163,12 @@ def test_effective_draws() -> None:
             for _ in range(count)
         ]
         expected = sum(each) ** 2 / sum(one**2 for one in each)
-        assert float(at_4.effective_draws()[row]) == pytest.approx(expected)
-    assert (at_4.effective_draws() < 40).all()
+        assert float(at_4.num_effective()[row]) == pytest.approx(expected)
+    assert (at_4.num_effective() < 40).all()
     # A flatter proposal is worth more at a high temperature.
     flat = draw(teacher, 50, tau=0.4)
     flat = flat.at_temperature(4.0, lse=lse(teacher, 1.0), new_lse=lse(teacher, 4.0))
-    assert (flat.effective_draws() > at_4.effective_draws()).all()
+    assert (flat.num_effective() > at_4.num_effective()).all()
 
 
 def test_drawn_ids_are_a_head_with_exact_probabilities() -> None:
@@ -222,7 +222,7 @@ def test_excluded_outcomes_and_empty_positions_give_no_nan() -> None:
     values, gradient = gradients(student, lambda z: sampled_kl(z, targets))
     assert values.isfinite().all() and gradient.isfinite().all()
     assert values[2] == 0 and (gradient[2] == 0).all() and (gradient[:, 4] == 0).all()
-    assert targets.effective_draws()[2] == 0
+    assert targets.num_effective()[2] == 0
     coarse = divergence(student, targets.coarse())
     assert coarse.isfinite().all() and coarse[2].abs() < 1e-12
 

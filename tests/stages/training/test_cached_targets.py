@@ -87,6 +87,6 @@ def test_a_flatter_proposal_serves_high_temperatures_better() -> None:
         codec = SampledCodec(
             support_size=1000, temperatures=(1.0, 2.0), draw_temperature=draw_temperature
         )
-        sizes[draw_temperature] = targets_of(codec, logits, 2.0)[0].effective_draws().numpy()
+        sizes[draw_temperature] = targets_of(codec, logits, 2.0)[0].num_effective().numpy()
     np.testing.assert_allclose(sizes[2.0], 50, rtol=1e-6)
     assert np.median(sizes[1.0]) < 25

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
 
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec, codec_from
@@ -31,14 +30,25 @@ from teacher_cache.stages.student.pretrained_language_model import pretrained_la
 from teacher_cache.stages.teacher.tables import TABLE_FILE, read_embedding_table
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.training.alignment import AlignedStudents
-from teacher_cache.stages.training.auxiliaries import StudentWithProjection, with_projected_layers
+from teacher_cache.stages.training.auxiliaries import (
+    Auxiliary,
+    with_auxiliaries,
+    write_projection,
+)
 from teacher_cache.stages.training.cached_layers import CachedLayers
+from teacher_cache.stages.training.cached_teacher import CachedTeacher, ProjectedTeacher
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData, ordered_data
-from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
+from teacher_cache.stages.training.held_out import HeldOutTokens
+from teacher_cache.stages.training.layers import Schedule
+from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import OBJECTIVE, Measure
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
 from teacher_cache.stages.training.targets import require_temperature, serves
+from teacher_cache.stages.training.task import Course
+from teacher_cache.stages.training.terms import Chunks, Term
+from teacher_cache.stages.training.views import TargetsOf, TokensView
+from teacher_cache.stages.training.vocabulary_projection import LearnedProjection
 
 logger = logging.getLogger(__name__)
 
@@ -68,34 +78,61 @@ class LanguageModelStudents:
         _refuse_other_tasks_options(config)
         self._config = config
         self._readers = readers
-        self._trained: MambaStudentForCausalLM | PackedLanguageModel
         self._codec = codec_from(readers[0].manifest.settings["codec"])
         require_temperature(self._codec, config.temperature)
         self._layers = CachedLayers.of(config, readers[0])
-
-    @property
-    def label_names(self) -> list[str]:
-        """The next tokens."""
-        return ["next_ids"]
 
     @property
     def measure(self) -> Measure:
         """What is trained on, at the held-out positions: cross-entropy and KL as weighed."""
         return OBJECTIVE
 
-    def data(self, joined: Joined) -> TrainingData:
-        """Packed sequences, and their order."""
-        assert joined.alignment is not None, "the join aligns a language model's cache"
-        self._support = _support(self._readers[0], joined.alignment)
-        self._aligned = AlignedStudents(
-            alignment=joined.alignment, support_size=self._support.size, config=self._config
+    def course(self, joined: Joined) -> Course:
+        """Packed sequences, and a Mamba with fresh weights or a pre-trained language model."""
+        alignment = joined.alignment
+        assert alignment is not None, "the join aligns a language model's cache"
+        support = _support(self._readers[0], alignment)
+        aligned = AlignedStudents(
+            alignment=alignment, support_size=support.size, config=self._config
         )
         if self._layers is not None:
-            self._aligned.require_same_positions(self._config.cache)
-        if joined.alignment.kind == "truncate":
-            require_known_ids(joined.alignment, max(map(_largest_id, self._readers)))
-        self._say_if_coarse(joined.alignment)
-        return ordered_data(self._config, self._readers, self._aligned.samples)
+            aligned.require_same_positions(self._config.cache)
+        if alignment.kind == "truncate":
+            require_known_ids(alignment, max(map(_largest_id, self._readers)))
+        self._say_if_coarse(alignment)
+        data = ordered_data(self._config, self._readers, aligned.samples)
+        codec = self._opened_codec(support)
+        projection = aligned.projection(self._teacher_table(codec, support))
+        student, runs = self._student(joined, projection)
+        auxiliaries: list[Auxiliary] = [] if projection is None else [projection]
+        if self._layers is not None:
+            width = student.model.get_input_embeddings().embedding_dim
+            auxiliaries += self._layers.projections(width)
+        trained = with_auxiliaries(runs, *auxiliaries)
+        chunks = Chunks(objective=self._config) if alignment.kind == "spans" else None
+
+        def lesson(device: torch.device) -> Lesson:
+            return self._lesson(device, aligned, codec, support, runs, projection, chunks, data)
+
+        def write_files(folder: Path) -> None:
+            aligned.write_map(folder)
+            if projection is not None:
+                write_projection(folder, projection)
+
+        return Course(
+            data=data,
+            student=student,
+            trained=trained,
+            lesson=lesson,
+            held_out=HeldOutTokens(
+                self._config,
+                temperature=1.0 if serves(codec, 1.0) else self._config.temperature,
+                has_bytes=alignment.rereads,
+                chunks=chunks,
+            ),
+            collator=aligned.collator(student.pad_id, codec, self._layers),
+            write_files=write_files,
+        )
 
     def _say_if_coarse(self, alignment: Alignment) -> None:
         if not isinstance(self._codec, SampledCodec):
@@ -110,18 +147,34 @@ class LanguageModelStudents:
                 by,
             )
 
-    def start(self, joined: Joined) -> StartingStudent:
-        """A Mamba with fresh weights, or a pre-trained causal language model."""
-        if isinstance(self._codec, HiddenCodec):
-            reader = self._readers[0]
-            head = read_language_model_head(reader.cache, reader.manifest)
-            self._codec = replace(self._codec, head=head.of_support(self._support))
-        self._projection_start = self._aligned.projection_start(self._teacher_table())
-        if self._config.pretrained is not None:
-            return self._pretrained(self._config.pretrained, joined)
-        return self._mamba(joined)
+    def _opened_codec(self, support: Support) -> AnyCodec:
+        """With the teacher's head, where it decodes through one."""
+        if not isinstance(self._codec, HiddenCodec):
+            return self._codec
+        reader = self._readers[0]
+        head = read_language_model_head(reader.cache, reader.manifest)
+        return replace(self._codec, head=head.of_support(support))
 
-    def _mamba(self, joined: Joined) -> StartingStudent:
+    def _teacher_table(self, codec: AnyCodec, support: Support) -> Tensor | None:
+        """The teacher's input embeddings, else its head, where the cache holds one of them."""
+        reader = self._readers[0]
+        if TABLE_FILE in reader.manifest.teacher_files:
+            return read_embedding_table(reader.cache, reader.manifest)[: support.size]
+        head: Any = codec.head if isinstance(codec, HiddenCodec) else None
+        return None if head is None else head.weight
+
+    def _student(
+        self, joined: Joined, projection: LearnedProjection | None
+    ) -> tuple[StartingStudent, MambaStudentForCausalLM | PackedLanguageModel]:
+        """What becomes the result, and what of it runs on packed rows."""
+        recorded = {} if projection is None else {"projection_sha256": projection.sha256}
+        if self._config.pretrained is not None:
+            return self._pretrained(self._config.pretrained, joined, recorded)
+        student = self._mamba(joined, recorded)
+        assert isinstance(student.model, MambaStudentForCausalLM), "as it was built"
+        return student, student.model
+
+    def _mamba(self, joined: Joined, recorded: dict[str, Any]) -> StartingStudent:
         """One whose table has the ids of the tokenizer."""
         tokenizer = joined.tokenizer
         shape = self._config.model_dump(include=SHAPE)
@@ -134,9 +187,9 @@ class LanguageModelStudents:
             pad_token_id=pad_id,
         )
         model = build_language_model(student_config, seed=self._config.seed)
-        self._trained = model
         random = self._config.embeddings == "random"
-        if not random and self._aligned.alignment.kind != "same":
+        assert joined.alignment is not None, "the join aligns a language model's cache"
+        if not random and joined.alignment.kind != "same":
             raise UserError(
                 f"--embeddings {self._config.embeddings} needs the teacher's ids, and the student "
                 "has others: leave the option out"
@@ -145,77 +198,61 @@ class LanguageModelStudents:
         return StartingStudent(
             model=model,
             pad_id=pad_id,
-            settings={"task": "lm"} | shape | taken | self._of_the_projection(),
+            settings={"task": "lm"} | shape | taken | recorded,
             about={},
         )
 
-    def _pretrained(self, name: str, joined: Joined) -> StartingStudent:
+    def _pretrained(
+        self, name: str, joined: Joined, recorded: dict[str, Any]
+    ) -> tuple[StartingStudent, PackedLanguageModel]:
         """Its own weights, and its own way of keeping packed documents apart."""
         loaded = pretrained_language_model(name, tokenizer=joined.tokenizer, seed=self._config.seed)
         longest = max(int(reader.lengths().max()) for reader in self._readers)
         refuse_too_long(name, loaded.model, longest_sample=longest, max_length=joined.max_length)
-        self._trained = PackedLanguageModel(loaded.model, packs=loaded.packs)
-        return StartingStudent(
+        student = StartingStudent(
             model=loaded.model,
             pad_id=filler_id(joined.tokenizer),
-            settings={"task": "lm", "arch": "hf", "start": identity(loaded.model)}
-            | self._of_the_projection(),
+            settings={"task": "lm", "arch": "hf", "start": identity(loaded.model)} | recorded,
             about={"start": self._config.arch, "packs": loaded.packs},
         )
+        return student, PackedLanguageModel(loaded.model, packs=loaded.packs)
 
-    def trainer(
+    def _lesson(
         self,
-        student: StartingStudent,
+        device: torch.device,
+        aligned: AlignedStudents,
+        codec: AnyCodec,
+        support: Support,
+        runs: MambaStudentForCausalLM | PackedLanguageModel,
+        projection: LearnedProjection | None,
+        chunks: Chunks | None,
         data: TrainingData,
-        *,
-        args: TrainingArguments,
-        callbacks: list[TrainerCallback],
-    ) -> LanguageModelTrainer:
-        """On the positions that count."""
-        aligned, start, trained = self._aligned, self._projection_start, self._trained
-        vocab_size = len(trained.output_head.weight)
-        fixed_map = aligned.fixed_map(vocab_size)
-        keeps_ids = fixed_map is None and not aligned.alignment.rereads
-        transfer = None
+    ) -> Lesson:
+        """The counted positions, through the alignment's map, and what else is matched."""
+        config = self._config
+        vocab_size = len(runs.output_head.weight)
+        fixed = aligned.fixed_map(vocab_size)
+        keeps_ids = fixed is None and not aligned.alignment.rereads
+        mask = _mask(support, vocab_size) if keeps_ids else aligned.support(vocab_size)
+        teacher: TargetsOf = CachedTeacher(
+            codec=_on_device(codec, device), fixed=None if fixed is None else fixed.to(device)
+        )
+        if projection is not None:
+            teacher = ProjectedTeacher(
+                fixed=teacher,
+                projection=projection,
+                between=aligned.projection_steps(data.num_steps),
+            )
+        terms: list[Term] = [] if chunks is None else [chunks]
         if self._layers is not None:
             self._layers.say()
-            transfer = self._layers.transfer(position_map=PositionMap(), num_steps=data.num_steps)
-        return aligned.trainer_type()(
-            model=with_projected_layers(trained, self._layers)
-            if start is None
-            else StudentWithProjection(trained, start.projection()),
-            args=args,
-            objective=self._config,
-            embedding_lr_scale=self._config.embedding_lr_scale,
-            transfer=transfer,
-            codec=_on_device(self._codec, args.device),
-            support=_mask(self._support, vocab_size) if keeps_ids else aligned.support(vocab_size),
-            fixed_map=fixed_map,
-            held_out_temperature=1.0 if serves(self._codec, 1.0) else self._config.temperature,
-            batches=data.batches,
-            train_dataset=data.training,
-            eval_dataset=data.evaluation,
-            data_collator=aligned.collator(student.pad_id, self._codec, self._layers),
-            callbacks=callbacks,
-            **aligned.trainer_arguments(data.num_steps),
+            terms += self._layers.terms(PositionMap())
+        return Lesson(
+            view=TokensView(codec, teacher, None if mask is None else mask.to(device)),
+            objective=config,
+            terms=terms,
+            schedule=Schedule.of(config, data.num_steps),
         )
-
-    def _teacher_table(self) -> Tensor | None:
-        """The teacher's input embeddings, else its head, where the cache holds one of them."""
-        reader = self._readers[0]
-        if TABLE_FILE in reader.manifest.teacher_files:
-            return read_embedding_table(reader.cache, reader.manifest)[: self._support.size]
-        head: Any = self._codec.head if isinstance(self._codec, HiddenCodec) else None
-        return None if head is None else head.weight
-
-    def _of_the_projection(self) -> dict[str, Any]:
-        """What a run's settings record of where a learned projection begins."""
-        start = self._projection_start
-        return {} if start is None else {"projection_sha256": start.sha256}
-
-    def write_files(self, folder: Path, trained: torch.nn.Module) -> None:
-        """Those of the alignment."""
-        self._aligned.write_files(folder, trained)
 
 
 def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:

@@ -1,0 +1,264 @@
+"""What a student is trained on beside its distillation objective: one class a term.
+
+A term says what it is called in the log, what it weighs, what it counts and what a micro-batch adds
+to it. Adding one is a class here and an entry where its task makes the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.losses.chunk_likelihood import (
+    DEFAULT_TAU,
+    chunk_likelihood_loss,
+    chunk_log_likelihoods,
+)
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.layers import pooled_distance
+from teacher_cache.stages.losses.linear_head import linear_next_log_probs
+from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.models.head import LinearHead
+from teacher_cache.stages.training.layers import Stage, Transfer
+
+Kind = Literal["labeled", "unlabeled", "all"]
+"""Which steps a term is a mean over in the log: those with samples of that kind, or all."""
+
+NOTHING: Mapping[str, bool] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """A micro-batch, and what the student made of it.
+
+    Attributes:
+        student: what is trained, as it is, not as a data-parallel wrapper.
+        outputs: of its forward, with what the terms asked for.
+        batch: as collated.
+        positions: what the view makes of both.
+        step: of the optimizer, counted from 0.
+    """
+
+    student: nn.Module
+    outputs: Any
+    batch: dict[str, Any]
+    positions: Any
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one micro-batch adds to a term of its optimizer step.
+
+    Attributes:
+        name: in the log.
+        kind: of the steps that the log's mean is over.
+        weight: in the loss.
+        value: scalar, before the weight; carries the gradient.
+    """
+
+    name: str
+    kind: Kind
+    weight: float
+    value: Tensor
+
+
+class Term(Protocol):
+    """One of the terms.
+
+    Attributes:
+        stage: in which stage of a staged training it is learned.
+        is_held_out: whether held-out samples are measured by it, too.
+        requests: what the student's forward is asked for.
+    """
+
+    stage: ClassVar[Stage]
+    is_held_out: ClassVar[bool]
+    requests: ClassVar[Mapping[str, bool]]
+
+    def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
+        """What a micro-batch holds of what the term is a mean over."""
+        ...
+
+    def share(self, heard: Heard, totals: StepTotals) -> Share:
+        """What a micro-batch adds.
+
+        Args:
+            heard: the micro-batch; of a share without samples, one that is read all the same.
+            totals: of the whole optimizer step.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokens:
+    """A classifier's student also predicts each sample's next tokens, mean over all of them.
+
+    Attributes:
+        weight: in the loss.
+    """
+
+    weight: float
+    stage: ClassVar[Stage] = "others"
+    is_held_out: ClassVar[bool] = True
+    requests: ClassVar[Mapping[str, bool]] = MappingProxyType({"next_token_loss": True})
+
+    def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
+        """The tokens that are predicted."""
+        return StepTotals(num_next_tokens=student.num_next_tokens(batch["attention_mask"]))
+
+    def share(self, heard: Heard, totals: StepTotals) -> Share:
+        """Its cross-entropy, nats; a step of samples of one token has none, and a sum of 0."""
+        is_real = len(heard.batch["teacher_logits"]) > 0
+        total = heard.outputs.next_token_loss_sum * is_real
+        value = total / max(1, totals.num_next_tokens)
+        return Share(name="lm", kind="all", weight=self.weight, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledStates:
+    """The student's pooled state, projected, against the teacher's: mean over all samples.
+
+    Attributes:
+        weight: in the loss; no confidence weights, no T^2.
+    """
+
+    weight: float
+    stage: ClassVar[Stage] = "others"
+    is_held_out: ClassVar[bool] = True
+    requests: ClassVar[Mapping[str, bool]] = NOTHING
+
+    def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
+        """Samples, which the objective counts."""
+        return StepTotals()
+
+    def share(self, heard: Heard, totals: StepTotals) -> Share:
+        """The cosine distance, 0 to 2."""
+        teacher = heard.batch["teacher_pooled"]
+        total = pooled_distance(heard.outputs.projected[: len(teacher)], teacher).sum()
+        value = total / (totals.num_labeled + totals.num_unlabeled)
+        return Share(name="pooled", kind="all", weight=self.weight, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMaps:
+    """The student's mixing matrices against the teacher's maps: mean over rows and layers.
+
+    Attributes:
+        transfer: with maps.
+    """
+
+    transfer: Transfer
+    stage: ClassVar[Stage] = "attention"
+    is_held_out: ClassVar[bool] = False
+    requests: ClassVar[Mapping[str, bool]] = MappingProxyType({"output_mixers": True})
+
+    def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
+        """Rows of maps."""
+        return StepTotals(num_map_rows=self.transfer.num_map_rows(batch))
+
+    def share(self, heard: Heard, totals: StepTotals) -> Share:
+        """The distance that the settings chose."""
+        total = self.transfer.map_distances(heard.outputs.mixers, heard.batch)
+        weight = self.transfer.config.attention_weight
+        value = total / max(1, totals.num_map_rows)
+        return Share(name="attention", kind="all", weight=weight, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStates:
+    """The student's layers' outputs, projected, against the teacher's: mean over states.
+
+    Attributes:
+        transfer: with hidden states.
+    """
+
+    transfer: Transfer
+    stage: ClassVar[Stage] = "hidden"
+    is_held_out: ClassVar[bool] = False
+    requests: ClassVar[Mapping[str, bool]] = NOTHING
+
+    def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
+        """States of positions and layers."""
+        return StepTotals(num_hidden_states=self.transfer.num_hidden_states(batch))
+
+    def share(self, heard: Heard, totals: StepTotals) -> Share:
+        """The cosine distance."""
+        total = self.transfer.hidden_distances(heard.outputs.projected_hidden, heard.batch)
+        weight = self.transfer.config.hidden_weight
+        value = total / max(1, totals.num_hidden_states)
+        return Share(name="hidden", kind="all", weight=weight, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """Likelihoods of chunks of text against the teacher's, mean over the chunks of each kind.
+
+    The weight is that of the distillation term. The loss is multiplied by `tau`, of which its
+    gradient is a fraction, as a distribution's is by T^2.
+
+    Attributes:
+        objective: whose weights of the distillation term these are.
+    """
+
+    objective: ObjectiveConfig
+    stage: ClassVar[Stage] = "others"
+    is_held_out: ClassVar[bool] = True
+    requests: ClassVar[Mapping[str, bool]] = NOTHING
+
+    def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
+        """The chunks."""
+        num = int(batch["chunk_mask"].sum())
+        is_labeled = "next_ids" in batch
+        return (
+            StepTotals(num_chunks_labeled=num)
+            if is_labeled
+            else StepTotals(num_chunks_unlabeled=num)
+        )
+
+    def share(self, heard: Heard, totals: StepTotals) -> Share:
+        """The chunks' loss, times `tau`."""
+        is_labeled = "next_ids" in heard.batch
+        value = self.loss_sum(heard) / max(1, totals.num_chunks(labeled=is_labeled))
+        if is_labeled:
+            return Share(name="chunks", kind="labeled", weight=self.objective.alpha, value=value)
+        weight = self.objective.unlabeled_alpha
+        return Share(name="chunks_unlabeled", kind="unlabeled", weight=weight, value=value)
+
+    def loss_sum(self, heard: Heard) -> Tensor:
+        """Of a micro-batch's chunks, times `tau`."""
+        batch = heard.batch
+        student: Any = heard.student
+        mask = batch["loss_mask"]
+        hidden, weight = _one_matrix(heard.positions.hidden, student.output_head)
+        found = linear_next_log_probs(hidden, weight, batch["following_ids"][mask])
+        log_probs = found.new_zeros(mask.shape).masked_scatter(mask, found)  # [B, S]
+        teacher = batch["teacher_chunks"].to(found.dtype)
+        likelihoods = chunk_log_likelihoods(
+            log_probs, batch["chunk_index"], num_chunks=teacher.shape[1]
+        )
+        losses = chunk_likelihood_loss(likelihoods, teacher, batch["chunk_mask"], tau=DEFAULT_TAU)
+        return DEFAULT_TAU * losses.sum()
+
+
+def _one_matrix(hidden: Tensor, head: LinearHead) -> tuple[Tensor, Tensor]:
+    """States and a head without a bias that give the student's logits: [N, D'] and [V, D'].
+
+    Raises:
+        UserError: for a head with a soft cap.
+    """
+    if head.soft_cap is not None:
+        raise UserError(
+            "--align spans serves no student whose head has a soft cap: give --align map"
+        )
+    hidden, weight = hidden * head.scale, head.weight
+    if head.bias is None:
+        return hidden, weight
+    ones = hidden.new_full((len(hidden), 1), head.scale)
+    return torch.cat([hidden, ones], dim=1), torch.cat([weight, head.bias[:, None]], dim=1)
