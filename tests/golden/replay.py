@@ -23,6 +23,7 @@ from tests.golden.commands import (
     HALVES,
     RUNS,
     TEACHERS,
+    UNNAMED,
     evaluation,
     resumed,
 )
@@ -84,6 +85,13 @@ def replay_run(name: str) -> Json:
     return found
 
 
+def replay_unnamed(kind: str) -> Json:
+    """Run a command without `--out`; which folder it made."""
+    before = set(Path(kind).iterdir())
+    found = said(UNNAMED[kind])
+    return found | {"made": sorted(path.name for path in set(Path(kind).iterdir()) - before)}
+
+
 def _remove_a_shard(cache: Path) -> str:
     sidecar = json.loads(sorted(cache.glob("labeled/*/*.json"))[-1].read_text())
     shard = cache / sidecar["path"]
@@ -104,7 +112,9 @@ def main(folder: Path) -> None:
         # Runs first: they read the caches as they were committed.
         runs = {name: replay_run(name) for name in EVALUATIONS}
         caches = {name: replay_cache(name) for name in CACHES}
-    (folder / "old.json").write_text(json.dumps({"runs": runs, "caches": caches}))
+        unnamed = {kind: replay_unnamed(kind) for kind in UNNAMED}
+    found = {"runs": runs, "caches": caches, "unnamed": unnamed}
+    (folder / "old.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from tests.golden.commands import CACHES, HALVES, RUNS
+from tests.golden.commands import CACHES, CONVERSIONS, HALVES, OTHER_RUNS, RUNS
 from tests.golden.environment import (
     BITS_DEPEND_ON,
     SETTINGS_DEPEND_ON,
     differing,
-    is_reproducible_here,
+    foreign_machine,
     run_module,
 )
 from tests.golden.make import ARTEFACTS, VALUES
@@ -36,16 +36,22 @@ MAX_BYTES = 300_000
 Json = dict[str, Any]
 
 _other_settings = differing(GOLDEN["versions"], SETTINGS_DEPEND_ON)
-_other_bits = differing(GOLDEN["versions"], BITS_DEPEND_ON)
+_other_bits = ", ".join(
+    found
+    for found in (
+        differing(GOLDEN["versions"], BITS_DEPEND_ON),
+        foreign_machine(GOLDEN["float_functions"]),
+    )
+    if found
+)
 same_settings = pytest.mark.skipif(
-    bool(_other_settings), reason=f"fingerprints depend on it: {_other_settings}"
+    bool(_other_settings), reason=f"fingerprints were made by others: {_other_settings}"
 )
-same_bits = pytest.mark.skipif(
-    bool(_other_bits) or not is_reproducible_here(),
-    reason=f"bits depend on it: {_other_bits or 'neither x86-64 nor glibc'}",
-)
+same_bits = pytest.mark.skipif(bool(_other_bits), reason=f"bits were made by others: {_other_bits}")
 each_cache = pytest.mark.parametrize("name", CACHES)
 each_run = pytest.mark.parametrize("name", RUNS)
+every_cache = pytest.mark.parametrize("name", CACHES | CONVERSIONS)
+every_run = pytest.mark.parametrize("name", RUNS | OTHER_RUNS)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +84,7 @@ def succeeded(said: Json) -> str:
 
 
 @same_settings
-@each_cache
+@every_cache
 def test_a_cache_has_its_fingerprint_and_settings(anew: Json, name: str) -> None:
     found, golden = (one["caches"][name]["manifest"] for one in (anew, GOLDEN))
     assert found["settings"] == golden["settings"]
@@ -86,21 +92,21 @@ def test_a_cache_has_its_fingerprint_and_settings(anew: Json, name: str) -> None
 
 
 @same_bits
-@each_cache
+@every_cache
 def test_a_cache_has_its_bits(anew: Json, name: str) -> None:
     assert anew["caches"][name] == GOLDEN["caches"][name]
 
 
 @same_settings
-@each_run
+@every_run
 def test_a_run_has_its_settings(anew: Json, name: str) -> None:
     found, golden = anew["runs"][name], GOLDEN["runs"][name]
-    assert found["settings"] == golden["settings"]
+    assert found.get("settings") == golden.get("settings")
     assert found["settings_sha256"] == golden["settings_sha256"]
 
 
 @same_bits
-@each_run
+@every_run
 def test_a_run_has_its_weights(anew: Json, name: str) -> None:
     assert anew["runs"][name] == GOLDEN["runs"][name]
 
@@ -185,6 +191,16 @@ def test_a_half_done_run_ends_in_the_same_weights(old: Json, name: str) -> None:
     succeeded(found["resume"])
     assert found["resumed"]["settings"] == GOLDEN["runs"][name]["settings"]
     assert found["resumed"]["weights_sha256"] == GOLDEN["runs"][name]["weights_sha256"]
+
+
+@same_settings
+def test_folders_that_no_one_names_are_found_again(old: Json) -> None:
+    for found in old["unnamed"].values():
+        succeeded(found)
+    fingerprint = GOLDEN["caches"]["reviews-plain"]["manifest"]["fingerprint"]
+    assert old["unnamed"]["caches"]["made"] == [f"reviews-{fingerprint[:8]}"]
+    settings_sha256 = GOLDEN["runs"]["mamba1"]["settings_sha256"]
+    assert old["unnamed"]["runs"]["made"] == [f"reviews-zarr-{settings_sha256[:8]}"]
 
 
 def test_the_artefacts_are_small() -> None:
