@@ -1,8 +1,9 @@
 """What is computed of a linear head over a large vocabulary, without the logits of all positions.
 
-The objective, a cross-entropy and the log-probs of given tokens: a chunk of positions at a time gets
-its logits, its share of the result and its gradients, and its logits are dropped. Every term is a
-sum over positions by counts of the step, so the chunks' shares add up like those of micro-batches.
+The objective, a cross-entropy and the log-probs of given tokens: a chunk of positions at a time
+gets its logits, its share of the result and its gradients, and its logits are dropped. Every term
+is a sum over positions by counts of the step, so the chunks' shares add up like those of
+micro-batches.
 """
 
 from __future__ import annotations
