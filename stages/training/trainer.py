@@ -110,7 +110,7 @@ class StudentTrainer(OrderedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms' means since the last line; say once where draws are too few."""
         if "loss" in logs:
-            logs |= self._means()
+            logs |= self.means()
         super().log(logs, start_time)
         draws = logs.get("effective_draws", float("inf"))
         if draws < MIN_EFFECTIVE_DRAWS and not self._has_warned:
@@ -140,7 +140,7 @@ class StudentTrainer(OrderedTrainer):
         self._sums[name] += value
         self._kinds[name] = kind
 
-    def _means(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Each term's mean over the steps since the last line that held its kind of sample."""
         sums = {name: torch.as_tensor(total).double() for name, total in self._sums.items()}
         means = {

@@ -26,26 +26,28 @@ from transformers.utils import logging
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student as stage_two
+from teacher_cache.stages.finetune_teacher import LabelTrainer
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.ranks import rank
 from teacher_cache.stages.student import MambaStudentForSequenceClassification, build_student
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.training.arguments import training_arguments
-from teacher_cache.stages.training.auxiliaries import ProjectedStudent
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     Batch,
     BothKinds,
     CachedSamples,
-    Collator,
+    SampleCollator,
 )
 from teacher_cache.stages.training.config import OptimizationConfig, TrainStudentConfig
+from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.measures import classification_metrics
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 from teacher_cache.stages.training.processes import process_group
-from teacher_cache.stages.training.trainer import ClassificationTrainer, DistillationTrainer
+from teacher_cache.stages.training.trainer import StudentTrainer
 from tests.integration.fork_server import run_child
 from tests.integration.train_student_child import Steps
+from tests.lessons import samples_lesson, with_pooled_projection
 from tests.tiny_runs import read_tokenizers_once
 
 OBJECTIVE = ObjectiveConfig(
@@ -135,7 +137,7 @@ class Gradients(TrainerCallback):
             self.steps.append({name: weight.grad.clone() for name, weight in named})
 
 
-class WideCollator(Collator):
+class WideCollator(SampleCollator):
     """With the teacher's values in float64, and ids of few tokens: 30,522 take their time."""
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
@@ -193,7 +195,6 @@ def float64_trainer(
         "eval_dataset": held_out,
         "batches": few_batches(data, unlabeled_ratio=0.0 if classifier else 1.0),
         "data_collator": WideCollator(0),
-        "compute_metrics": metrics,
         "args": training_arguments(
             OptimizationConfig(
                 device="cpu",
@@ -219,9 +220,11 @@ def float64_trainer(
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        return ClassificationTrainer(model=model, **given)
-    model = ProjectedStudent(spread_student(), teacher_width=TEACHER_WIDTH, seed=0).double()
-    return DistillationTrainer(model=model, objective=OBJECTIVE, **given)
+        return LabelTrainer(model=model, compute_metrics=metrics, **given)
+    model = with_pooled_projection(spread_student(), teacher_width=TEACHER_WIDTH, seed=0).double()
+    return StudentTrainer(
+        model=model, lesson=samples_lesson(OBJECTIVE), held_out=HeldOutSamples(), **given
+    )
 
 
 def spread_student() -> MambaStudentForSequenceClassification:

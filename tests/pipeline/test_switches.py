@@ -18,9 +18,8 @@ from teacher_cache.stages.join.config import JoinConfig, ProjectionConfig
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig, TransferConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
-from teacher_cache.stages.training import classification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
-from teacher_cache.stages.training.auxiliaries import ProjectedStudent
+from teacher_cache.stages.training.auxiliaries import WithAuxiliaries
 from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
 from tests.command_line import pipe, refused
 from tests.tiny_runs import student_config
@@ -67,7 +66,7 @@ def resolved(
         return checkpoint_to_resume(config, folder)
 
     resumed: list[str] = []
-    monkeypatch.setattr(classification, "DistillationTrainer", stop)
+    monkeypatch.setattr(train_student, "StudentTrainer", stop)
     monkeypatch.setattr(train_student, "checkpoint_to_resume", remember)
     monkeypatch.setattr(commands.TrainingProgress, "callbacks", lambda self: [])
     base = student_config(cache, run).model_dump(mode="json", exclude_unset=True)
@@ -77,9 +76,9 @@ def resolved(
     with pytest.raises(Resolved) as raised:
         pipe("train-student", *flags, *switches)
     parts = raised.value.parts
-    trained: MambaStudentForSequenceClassification | ProjectedStudent = parts["model"]
-    is_projected = isinstance(trained, ProjectedStudent)
-    student = trained.student if is_projected else trained
+    trained: Any = parts["model"]
+    is_projected = isinstance(trained, WithAuxiliaries)
+    student: MambaStudentForSequenceClassification = trained.student if is_projected else trained
     weights = hashlib.sha256()
     for name, tensor in student.state_dict().items():
         weights.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
@@ -90,7 +89,7 @@ def resolved(
     found |= {f"model.{name}": value for name, value in student.config.to_dict().items()}
     found |= {f"trainer.{name}": value for name, value in parts["args"].to_dict().items()}
     found |= {
-        f"objective.{name}": getattr(parts["objective"], name)
+        f"objective.{name}": getattr(parts["lesson"].objective, name)
         for name in ObjectiveConfig.model_fields
     }
     found["batches.num"] = len(batches)

@@ -30,7 +30,7 @@ from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.run_folder import read_run
-from teacher_cache.stages.training.trainer import DistillationTrainer
+from teacher_cache.stages.training.trainer import StudentTrainer
 from tests.tiny_runs import MAX_LENGTH, read_tokenizers_once, student_config
 
 # How long it took is no result.
@@ -288,14 +288,14 @@ ACCURACIES = (0.5, 0.7, 0.6, 0.7, 0.65, 0.6)
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each evaluation's accuracy by its place in the training, resumed or not."""
-    evaluate = DistillationTrainer.evaluate
+    evaluate = StudentTrainer.evaluate
 
     def scripted_evaluate(trainer: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         accuracy = ACCURACIES[trainer.state.global_step // 2 - 1]
         trainer.compute_metrics = lambda _: {"accuracy": accuracy}
         return evaluate(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(DistillationTrainer, "evaluate", scripted_evaluate)
+    monkeypatch.setattr(StudentTrainer, "evaluate", scripted_evaluate)
 
 
 def weights_after(tiny_cache: Path, folder: Path, step: int, **settings: Any) -> Path:

@@ -17,7 +17,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.packing import pack_tokens
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.language_model import language_model_objective
+from teacher_cache.stages.losses.objective import distillation_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.training.targets import CachedTargets
 from tests.tiny_language_models import cached, tiny_teacher, write_cache
@@ -52,12 +52,12 @@ def test_loss_and_gradient_are_those_of_the_head_alone(temperature: float) -> No
         temperature=temperature,
         num_outcomes=NUM_IDS,
     ).at_positions(slice(None))
-    terms = language_model_objective(
+    terms = distillation_objective(
         student,
         targets,
         torch.zeros(9, dtype=torch.int64),
         config=ObjectiveConfig(alpha=1.0, temperature=temperature),
-        totals=StepTotals(num_labeled=9, num_next_tokens=9),
+        totals=StepTotals(num_labeled=9, num_labels=9),
     )
     terms.loss.backward()
     slow = [

@@ -1,86 +1,106 @@
+"""The objective at positions of packed text against loops over them, however a step is cut."""
+
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.config import DivergenceName, ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
-from teacher_cache.stages.losses.divergences import divergence
+from teacher_cache.stages.losses.divergences import chosen_measure, divergence
+from teacher_cache.stages.losses.draws import SampledTargets, sampled_kl
 from teacher_cache.stages.losses.objective import (
+    NO_LABEL,
     ObjectiveTerms,
+    Targets,
     distillation_objective,
-    smoothed_cross_entropy,
 )
-from teacher_cache.stages.losses.pooled import pooled_distance
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.step_totals import StepTotals, confidence_weights
 from tests import reference_losses as reference
+from tests.sparse_teachers import top_k
+
+VOCAB, K = 9, 3
 
 
 @dataclass
 class Step:
-    """One optimizer step's samples, float64; the first `num_labeled` of them are labelled.
+    """One optimizer step's positions, float64; the first `num_labeled` have next tokens to learn.
 
-    `next_tokens` are the cross-entropies of each sample's next tokens, from none to three; `pooled`
-    the student's pooled states (projected) and the teacher's.
+    `has_teacher` is False at some, and `next_ids` is `NO_LABEL` at some.
     """
 
     student: Tensor
     teacher: Tensor
-    labels: Tensor
+    next_ids: Tensor
+    has_teacher: Tensor
     num_labeled: int
-    next_tokens: list[list[float]]
-    pooled: tuple[Tensor, Tensor]
 
-    def batches(self, borders: list[int]) -> list[tuple[slice, bool]]:
-        """The step cut at `borders` and where its kinds meet."""
-        edges = sorted({0, self.num_labeled, len(self.student), *borders})
-        return [(slice(start, end), end <= self.num_labeled) for start, end in pairwise(edges)]
+    @property
+    def top1_log_prob(self) -> Tensor:
+        """At T = 1, of all outcomes."""
+        return torch.log_softmax(self.teacher, dim=-1).amax(dim=-1)
 
 
-def make_step(seed: int, num_labeled: int, num_unlabeled: int, num_classes: int = 3) -> Step:
+def make_step(seed: int, num_labeled: int, num_unlabeled: int, gaps: float = 0.3) -> Step:
     generator = torch.Generator().manual_seed(seed)
-    shape = (num_labeled + num_unlabeled, num_classes)
+    shape = (num_labeled + num_unlabeled, VOCAB)
+    next_ids = torch.randint(VOCAB, shape[:1], generator=generator)
     return Step(
         student=2 * torch.randn(shape, generator=generator, dtype=torch.float64),
         teacher=3 * torch.randn(shape, generator=generator, dtype=torch.float64),
-        labels=torch.randint(num_classes, shape[:1], generator=generator),
+        next_ids=torch.where(torch.rand(shape[0], generator=generator) < gaps, NO_LABEL, next_ids),
+        has_teacher=torch.rand(shape[0], generator=generator) >= gaps,
         num_labeled=num_labeled,
-        next_tokens=[
-            torch.rand(idx % 4, generator=generator, dtype=torch.float64).tolist()
-            for idx in range(shape[0])
-        ],
-        pooled=(
-            torch.randn(shape[0], 5, generator=generator, dtype=torch.float64),
-            10 * torch.randn(shape[0], 5, generator=generator, dtype=torch.float64),
-        ),
     )
 
 
-def run(
-    step: Step, config: ObjectiveConfig, borders: list[int], *, pooled_leaf: Tensor | None = None
-) -> tuple[list[ObjectiveTerms], Tensor]:
-    """Terms of every micro-batch, and the step's accumulated gradient.
+def targets_of(step: Step, config: ObjectiveConfig, kind: str) -> Targets:
+    if kind == "dense":
+        return TeacherDistribution.from_logits(step.teacher, config.temperature)
+    if kind == "sparse":
+        return top_k(step.teacher, K, config.temperature)
+    ids = step.teacher.topk(4, dim=-1).indices
+    log_probs = torch.log_softmax(step.teacher / config.temperature, dim=-1).gather(-1, ids)
+    counts = torch.tensor([4, 3, 2, 1]).expand(len(ids), 4)
+    return SampledTargets(
+        ids=ids,
+        counts=counts,
+        log_probs=log_probs,
+        proposal_log_probs=log_probs - 0.1,
+        temperature=config.temperature,
+        support_size=step.teacher.shape[-1],
+    )
 
-    That of `pooled_leaf`, which stands for the student's pooled states, is added to it.
-    """
+
+def totals_of(top1: Tensor, conf_power: float, **kwargs: Any) -> StepTotals:
+    weights = confidence_weights(top1, conf_power) if conf_power else None
+    return StepTotals.of(len(top1), conf_weights=weights, **kwargs)
+
+
+def run(
+    step: Step, config: ObjectiveConfig, borders: list[int], kind: str = "sparse", **kwargs: Any
+) -> tuple[list[ObjectiveTerms], Tensor]:
+    """Terms of every micro-batch, and the step's accumulated gradient."""
     leaf = step.student.clone().requires_grad_()
-    projected = step.pooled[0] if pooled_leaf is None else pooled_leaf
-    batches = step.batches(borders)
+    targets = targets_of(step, config, kind)
+    edges = sorted({0, step.num_labeled, len(leaf), *borders})
+    batches = [(slice(start, end), end <= step.num_labeled) for start, end in pairwise(edges)]
     totals = sum(
         (
-            StepTotals.of(
-                step.teacher[where],
+            totals_of(
+                step.top1_log_prob[where][step.has_teacher[where]],
+                config.conf_power,
                 labeled=labeled,
-                conf_power=config.conf_power,
-                num_next_tokens=sum(map(len, step.next_tokens[where])),
+                num_labels=int((step.next_ids[where] >= 0).sum()),
             )
             for where, labeled in batches
         ),
@@ -88,19 +108,16 @@ def run(
     )
     terms = []
     for where, labeled in batches:
-        labels = step.labels[where] if labeled else None
-        next_tokens = torch.tensor(sum(map(sum, step.next_tokens[where])), dtype=torch.float64)
         terms.append(
             distillation_objective(
                 leaf[where],
-                step.teacher[where],
-                labels,
+                targets.at_positions(where),
+                step.next_ids[where] if labeled else None,
                 config=config,
                 totals=totals,
-                next_token_loss_sum=next_tokens if config.lm_weight else None,
-                pooled_distance_sum=pooled_distance(projected[where], step.pooled[1][where]).sum()
-                if config.pooled_weight
-                else None,
+                top1_log_prob=step.top1_log_prob[where],
+                has_teacher=step.has_teacher[where],
+                **kwargs,
             )
         )
         terms[-1].loss.backward()
@@ -112,20 +129,52 @@ def total(terms: list[ObjectiveTerms]) -> float:
     return sum(term.loss.item() for term in terms)
 
 
+def slow_loss(step: Step, c: ObjectiveConfig, head_size: int | None) -> float:
+    """Position by position; a teacher of everything, or of its `head_size` most probable."""
+    loss, teacher, student = 0.0, step.teacher.tolist(), step.student.tolist()
+    for labeled, weight in ((True, c.alpha), (False, c.unlabeled_alpha)):
+        mine = [
+            idx
+            for idx in range(len(teacher))
+            if (idx < step.num_labeled) == labeled and step.has_teacher[idx]
+        ]
+        kds, raw = [], []
+        for idx in mine:
+            head = None
+            if head_size is not None:
+                head = sorted(range(VOCAB), key=lambda i, t=teacher[idx]: -t[i])[:head_size]
+            kd, _ = reference.divergence_and_gradient(
+                c.divergence,
+                teacher[idx],
+                student[idx],
+                c.temperature,
+                head,
+                beta=c.jsd_beta,
+                alpha=c.skew_alpha,
+            )
+            kds.append(kd)
+            raw.append(max(reference.softmax(teacher[idx])) ** c.conf_power)
+        if mine:
+            mean = sum(raw) / len(raw)
+            kd = sum(w / mean * kd for w, kd in zip(raw, kds, strict=True)) / len(kds)
+            loss += weight * c.temperature**2 * kd
+    wanted = step.next_ids[: step.num_labeled].tolist()
+    ces = [
+        reference.cross_entropy(student[idx], wanted[idx], c.label_smoothing)
+        for idx in range(step.num_labeled)
+        if wanted[idx] != NO_LABEL
+    ]
+    return loss + (1 - c.alpha) * sum(ces) / max(1, len(ces))
+
+
 configs = st.builds(
     ObjectiveConfig,
     alpha=st.floats(0, 1),
     temperature=st.floats(0.5, 8),
+    divergence=st.sampled_from(["kl", "reverse-kl", "jsd", "skew-kl", "tv"]),
     conf_power=st.sampled_from([0.0, 0.5, 2.0]),
     label_smoothing=st.sampled_from([0.0, 0.1, 0.5]),
     unlabeled_alpha=st.floats(0.01, 2),
-    lm_weight=st.sampled_from([0.0, 0.5, 2.0]),
-    pooled_weight=st.sampled_from([0.0, 0.5, 3.0]),
-)
-measures = st.one_of(
-    st.sampled_from([{"divergence": name} for name in ("kl", "reverse-kl", "tv")]),
-    st.builds(lambda beta: {"divergence": "jsd", "jsd_beta": beta}, st.floats(0.01, 0.99)),
-    st.builds(lambda a: {"divergence": "skew-kl", "skew_alpha": a}, st.floats(0.01, 0.99)),
 )
 
 
@@ -136,7 +185,7 @@ measures = st.one_of(
     num_unlabeled=st.integers(0, 9),
     borders=st.lists(st.integers(1, 17), max_size=6),
     config=configs,
-    measure=measures,
+    kind=st.sampled_from(["dense", "sparse", "sampled"]),
 )
 def test_no_way_of_cutting_the_step_changes_it(
     seed: int,
@@ -144,306 +193,194 @@ def test_no_way_of_cutting_the_step_changes_it(
     num_unlabeled: int,
     borders: list[int],
     config: ObjectiveConfig,
-    measure: dict[str, Any],
+    kind: str,
 ) -> None:
-    config = config.model_copy(update=measure)
     step = make_step(seed, num_labeled, num_unlabeled)
     inside = [border for border in borders if border < num_labeled + num_unlabeled]
-    leaves = [step.pooled[0].clone().requires_grad_() for _ in range(2)]
-    whole, whole_gradient = run(step, config, [], pooled_leaf=leaves[0])
-    parts, gradient = run(step, config, inside, pooled_leaf=leaves[1])
+    whole, whole_gradient = run(step, config, [], kind)
+    parts, gradient = run(step, config, inside, kind)
     assert total(parts) == pytest.approx(total(whole), rel=1e-10, abs=1e-12)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-9, atol=1e-12)
-    labeled = [term for term in parts if term.ce is not None]
-    assert sum(float(term.kd) for term in labeled) == pytest.approx(float(whole[0].kd))
-    assert sum(float(term.agreement) for term in labeled) == pytest.approx(
-        float(whole[0].agreement), abs=1e-6
-    )
-
-    labels: list[int | None] = list(step.labels[:num_labeled].tolist())
-    pairs = list(zip(*(states.tolist() for states in step.pooled), strict=True))
-    expected = reference.objective(
-        step.student.tolist(),
-        step.teacher.tolist(),
-        labels + [None] * num_unlabeled,
-        **config.model_dump(),
-        next_token_losses=step.next_tokens,
-        pooled=pairs,
-    )
-    if config.pooled_weight:
-        share = -config.pooled_weight / len(pairs)
-        expected_gradient = [
-            [share * one for one in reference.cosine_gradient(s, t)] for s, t in pairs
-        ]
-        assert leaves[1].grad is not None
-        torch.testing.assert_close(
-            leaves[1].grad, torch.tensor(expected_gradient).double(), rtol=1e-6, atol=1e-8
-        )
-    assert total(parts) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    of_labeled = [term for term in parts if term.ce is not None]
+    for name in ("kd", "ce", "conf_w", "agreement", "effective_draws"):
+        values = [getattr(term, name) for term in of_labeled]
+        expected = getattr(whole[0], name)
+        assert (expected is None) == (values[0] is None)
+        if expected is not None:
+            assert float(sum(values)) == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
+    if kind != "sampled":
+        expected = slow_loss(step, config, K if kind == "sparse" else None)
+        assert total(parts) == pytest.approx(expected, rel=1e-9, abs=1e-10)
 
 
-@pytest.mark.parametrize("labeled", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_conf_power_0_gives_the_bits_of_no_weighting(labeled: bool, dtype: torch.dtype) -> None:
-    step = make_step(1, 7, 0)
-    config = ObjectiveConfig(alpha=0.7, conf_power=0.0, unlabeled_alpha=0.3)
-    student = step.student.to(dtype).requires_grad_()
-    teacher = step.teacher.to(dtype)
-    labels = step.labels if labeled else None
-    # Weight sums that would spoil the result if anything read them.
-    totals = StepTotals(
-        num_labeled=7,
-        num_unlabeled=7,
-        conf_weight_sum_labeled=math.nan,
-        conf_weight_sum_unlabeled=math.nan,
-    )
-    terms = distillation_objective(student, teacher, labels, config=config, totals=totals)
-    (gradient,) = torch.autograd.grad(terms.loss, student)
+@pytest.mark.parametrize("kind", ["dense", "sparse", "sampled"])
+def test_gradient_is_that_of_finite_differences(kind: str) -> None:
+    step = make_step(1, 5, 0)
+    config = ObjectiveConfig(alpha=0.7, conf_power=1.0, label_smoothing=0.1, temperature=1.5)
+    top1 = step.top1_log_prob
+    totals = totals_of(top1[step.has_teacher], 1.0, labeled=True, num_labels=4)
 
-    kd = divergence(student, TeacherDistribution.from_logits(teacher, 2.0)).sum() / 7
-    plain = (0.7 if labeled else 0.3) * 2.0**2 * kd
-    if labeled:
-        ce = smoothed_cross_entropy(student, step.labels, label_smoothing=0.0).sum() / 7
-        plain = plain + (1 - 0.7) * ce
-    (plain_gradient,) = torch.autograd.grad(plain, student)
-    assert torch.equal(terms.loss, plain)
-    assert torch.equal(gradient, plain_gradient)
-    assert terms.conf_w is None
+    def loss(logits: Tensor) -> Tensor:
+        return distillation_objective(
+            logits,
+            targets_of(step, config, kind),
+            step.next_ids,
+            config=config,
+            totals=totals,
+            top1_log_prob=top1,
+            has_teacher=step.has_teacher,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, step.student.requires_grad_())
 
 
-def test_confidence_weights_touch_the_distillation_term_only() -> None:
-    step = make_step(2, 8, 0)
+def test_every_position_has_a_teacher_unless_said_otherwise() -> None:
+    step = make_step(2, 8, 0, gaps=0.0)
+    config = ObjectiveConfig(conf_power=0.5)
+    arguments: dict[str, Any] = {
+        "config": config,
+        "totals": totals_of(step.top1_log_prob, 0.5, labeled=True),
+        "top1_log_prob": step.top1_log_prob,
+    }
+    targets = targets_of(step, config, "sparse")
+    found = distillation_objective(step.student, targets, step.next_ids, **arguments)
+    masked, _ = run(step, config, [])
+    torch.testing.assert_close(found.loss, masked[0].loss)
+
+
+def test_what_stands_where_there_is_no_teacher_is_not_read() -> None:
+    step, config = make_step(3, 9, 0), ObjectiveConfig(conf_power=1.0)
+    terms, gradient = run(step, config, [])
+    spoilt = replace(step, teacher=step.teacher.clone())
+    spoilt.teacher[~step.has_teacher] = math.nan
+    again, again_gradient = run(spoilt, config, [])
+    assert torch.equal(terms[0].loss, again[0].loss)
+    assert torch.equal(gradient, again_gradient)
+
+
+def test_confidence_comes_from_the_cache_and_touches_the_distillation_only() -> None:
+    step = make_step(4, 8, 0, gaps=0.0)
     plain, _ = run(step, ObjectiveConfig(), [])
     weighted, _ = run(step, ObjectiveConfig(conf_power=2.0), [])
-    assert plain[0].ce is not None
-    assert weighted[0].ce is not None
-    assert weighted[0].conf_w is not None
+    assert plain[0].ce is not None and weighted[0].ce is not None
     assert torch.equal(plain[0].ce, weighted[0].ce)
-    assert plain[0].kd != weighted[0].kd
-    raw = [max(reference.softmax(sample)) ** 2 for sample in step.teacher.tolist()]
-    assert float(weighted[0].conf_w) == pytest.approx(sum(raw) / len(raw))
+    assert plain[0].kd != weighted[0].kd and plain[0].conf_w is None
+    raw = [max(reference.softmax(position)) ** 2 for position in step.teacher.tolist()]
+    assert float(weighted[0].conf_w or 0) == pytest.approx(sum(raw) / len(raw))
+    # Not from the targets, which are softened; float16 as cached moves little.
+    totals = totals_of(step.top1_log_prob.half(), 2.0, labeled=True)
+    config = ObjectiveConfig(conf_power=2.0)
+    cached = distillation_objective(
+        step.student,
+        targets_of(step, config, "sparse"),
+        step.next_ids,
+        config=config,
+        totals=totals,
+        top1_log_prob=step.top1_log_prob.half(),
+    )
+    torch.testing.assert_close(cached.kd, weighted[0].kd, rtol=2e-3, atol=0)
 
 
-def test_equal_confidences_weigh_nothing() -> None:
-    step = make_step(3, 8, 0)
-    step.teacher = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]] * 4, dtype=torch.float64)
-    plain, _ = run(step, ObjectiveConfig(), [])
-    weighted, _ = run(step, ObjectiveConfig(conf_power=3.0), [])
-    assert total(plain) == pytest.approx(total(weighted), rel=1e-12)
+def test_conf_power_0_gives_the_bits_of_no_weighting() -> None:
+    step, config = make_step(5, 6, 0, gaps=0.0), ObjectiveConfig(alpha=1.0)
+    terms, gradient = run(step, config, [])
+    leaf = step.student.clone().requires_grad_()
+    plain = 1.0 * 2.0**2 * (divergence(leaf, top_k(step.teacher, K, 2.0)).sum() / 6)
+    plain.backward()
+    assert torch.equal(terms[0].loss, plain) and leaf.grad is not None
+    assert torch.equal(gradient, leaf.grad)
 
 
-def test_weights_of_one_kind_are_not_normalised_by_the_other() -> None:
-    step = make_step(4, 5, 5)
-    config = ObjectiveConfig(conf_power=2.0, unlabeled_alpha=0.3)
-    alone, _ = run(make_step(4, 5, 5), config, [])
-    step.teacher[5:] *= 10  # far more confident unlabelled samples
-    beside, _ = run(step, config, [])
-    assert torch.equal(alone[0].loss, beside[0].loss)
-
-
-@pytest.mark.parametrize("smoothing", [0.1, 0.4])
-def test_label_smoothing_touches_the_cross_entropy_only(smoothing: float) -> None:
-    step = make_step(5, 6, 4)
+def test_label_smoothing_touches_the_cross_entropy_only() -> None:
+    step = make_step(6, 8, 5)
     plain, _ = run(step, ObjectiveConfig(unlabeled_alpha=0.3), [])
-    smooth, _ = run(step, ObjectiveConfig(unlabeled_alpha=0.3, label_smoothing=smoothing), [])
-    assert torch.equal(plain[0].kd, smooth[0].kd)
-    assert plain[0].ce is not None
-    assert smooth[0].ce is not None
-    assert plain[0].ce != smooth[0].ce
-    assert torch.equal(plain[1].loss, smooth[1].loss)
-    pairs = zip(step.student[:6].tolist(), step.labels[:6].tolist(), strict=True)
-    expected = [reference.cross_entropy(sample, label, smoothing) for sample, label in pairs]
-    assert float(smooth[0].ce) == pytest.approx(sum(expected) / 6)
+    smooth, _ = run(step, ObjectiveConfig(unlabeled_alpha=0.3, label_smoothing=0.2), [])
+    assert torch.equal(plain[0].kd, smooth[0].kd) and plain[0].ce != smooth[0].ce
+    assert torch.equal(plain[1].loss, smooth[1].loss) and smooth[1].ce is None
 
 
-def test_unlabelled_samples_have_no_cross_entropy() -> None:
-    step = make_step(6, 0, 6)
-    terms, _ = run(step, ObjectiveConfig(unlabeled_alpha=0.3), [])
-    assert terms[0].ce is None
-    assert terms[0].loss.item() == pytest.approx(0.3 * 4 * float(terms[0].kd))
+def test_drawn_targets_estimate_forward_kl_and_are_a_head_for_the_others() -> None:
+    step = make_step(7, 8, 0, gaps=0.0)
+    for name in ("kl", "jsd"):
+        config = ObjectiveConfig(divergence=name)
+        targets = targets_of(step, config, "sampled")
+        assert isinstance(targets, SampledTargets)
+        terms, _ = run(step, config, [], "sampled")
+        if name == "kl":
+            expected = sampled_kl(step.student, targets)
+        else:
+            expected = divergence(step.student, targets.coarse(), chosen_measure(config))
+        torch.testing.assert_close(terms[0].kd, expected.mean())
+        assert terms[0].agreement is None
+        torch.testing.assert_close(terms[0].effective_draws, targets.num_effective().mean())
+    terms, _ = run(step, ObjectiveConfig(), [], "sparse")
+    assert terms[0].effective_draws is None
+    agree = step.student.argmax(-1) == step.teacher.argmax(-1)
+    assert float(terms[0].agreement or 0) == pytest.approx(float(agree.double().mean()))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_term_of_weight_0_is_left_out_however_bad(bad: float) -> None:
-    step = make_step(7, 6, 0)
-    labels_only, labels_gradient = run(step, ObjectiveConfig(alpha=0), [])
-    teacher_only, teacher_gradient = run(step, ObjectiveConfig(alpha=1), [])
-
-    clean = step.teacher.clone()
-    step.teacher[2] = bad  # NaN log-probs
-    terms, gradient = run(step, ObjectiveConfig(alpha=0), [])
-    assert terms[0].kd.isnan()
-    assert torch.equal(terms[0].loss, labels_only[0].loss)
-    assert torch.equal(gradient, labels_gradient)
-
-    # An infinite cross-entropy on one label, where the teacher excludes the class too.
-    step.teacher = clean
-    step.student[0, step.labels[0]] = step.teacher[0, step.labels[0]] = -math.inf
-    terms, gradient = run(step, ObjectiveConfig(alpha=1), [])
-    assert terms[0].ce is not None
-    assert terms[0].ce.isinf()
-    assert terms[0].loss.isfinite()
-    assert gradient.isfinite().all()
-    assert torch.equal(gradient[1:], teacher_gradient[1:])
-    assert teacher_only[0].loss.isfinite()
+def test_the_support_is_the_teachers_business() -> None:
+    step = make_step(8, 6, 0, gaps=0.0)
+    config = ObjectiveConfig(alpha=1.0)
+    support = torch.arange(VOCAB) < 7
+    step.teacher[:, 7:] = -math.inf
+    step.next_ids %= 7
+    inside, gradient = run(step, config, [], support=support)
+    cut = replace(step, student=step.student[:, :7], teacher=step.teacher[:, :7])
+    alone, alone_gradient = run(cut, config, [])
+    torch.testing.assert_close(inside[0].kd, alone[0].kd)
+    torch.testing.assert_close(gradient[:, :7], alone_gradient)
+    assert (gradient[:, 7:] == 0).all()
+    # The cross-entropy pushes them down.
+    _, gradient = run(step, ObjectiveConfig(alpha=0.0), [], support=support)
+    assert (gradient[:, 7:] > 0).all()
 
 
-def test_next_tokens_are_a_mean_over_positions_of_both_kinds() -> None:
-    step = make_step(8, 5, 4)
-    config = ObjectiveConfig(unlabeled_alpha=0.3, lm_weight=0.7)
-    plain, plain_gradient = run(step, config.model_copy(update={"lm_weight": 0.0}), [])
-    terms, gradient = run(step, config, [2, 7])
-    positions = [one for sample in step.next_tokens for one in sample]
-    means = [term.lm for term in terms if term.lm is not None]
-    assert len(means) == len(terms) == 4
-    assert float(sum(means)) == pytest.approx(sum(positions) / len(positions))
-    assert total(terms) == pytest.approx(total(plain) + 0.7 * float(sum(means)))
-    assert [term.lm for term in plain] == [None, None]
-    torch.testing.assert_close(gradient, plain_gradient)
+@pytest.mark.parametrize("kind", ["dense", "sparse", "sampled"])
+@pytest.mark.parametrize("name", get_args(DivergenceName))
+def test_ids_that_both_exclude_give_no_nan(kind: str, name: DivergenceName) -> None:
+    step = make_step(9, 6, 5)
+    step.student[:, 3] = step.teacher[:, 3] = -math.inf
+    step.next_ids[step.next_ids == 3] = 4
+    config = ObjectiveConfig(divergence=name, unlabeled_alpha=0.3, conf_power=1.0)
+    terms, gradient = run(step, config, [2, 8], kind)
+    assert all(term.loss.isfinite() for term in terms)
+    assert gradient.isfinite().all() and (gradient[:, 3] == 0).all()
 
 
-def test_the_next_token_loss_carries_its_gradient() -> None:
-    step, loss_sum = make_step(8, 4, 0), torch.tensor(30.0, requires_grad=True)
-    config = ObjectiveConfig(lm_weight=0.7)
-    totals = StepTotals(num_labeled=4, num_next_tokens=20)
-    arguments = (step.student, step.teacher, step.labels)
-    terms = distillation_objective(
-        *arguments, config=config, totals=totals, next_token_loss_sum=loss_sum
-    )
-    terms.loss.backward()
-    assert loss_sum.grad is not None and float(loss_sum.grad) == pytest.approx(0.7 / 20)
-    # Samples of one token have no next ones.
-    none = StepTotals(num_labeled=4)
-    terms = distillation_objective(
-        *arguments, config=config, totals=none, next_token_loss_sum=torch.tensor(0.0)
-    )
-    assert terms.lm == 0 and terms.loss.isfinite()
+def test_positions_without_a_teacher_and_without_a_next_token_cost_nothing() -> None:
+    step = make_step(10, 4, 0)
+    step.has_teacher[:] = False
+    step.next_ids[:] = NO_LABEL
+    for conf_power in (0.0, 1.0):
+        terms, gradient = run(step, ObjectiveConfig(conf_power=conf_power), [])
+        assert terms[0].loss == 0 and (gradient == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("weight", "given"),
-    [("lm_weight", "next_token_loss_sum"), ("pooled_weight", "pooled_distance_sum")],
-)
-def test_refuses_a_term_without_weight_and_a_weight_without_term(weight: str, given: str) -> None:
-    step, totals = make_step(8, 4, 0), StepTotals(num_labeled=4)
-    for config, value in (
-        (ObjectiveConfig(), torch.tensor(1.0)),
-        (ObjectiveConfig.model_validate({weight: 1.0}), None),
-    ):
-        terms: dict[str, Any] = {given: value}
-        with pytest.raises(ValueError, match=weight):
-            distillation_objective(
-                step.student, step.teacher, step.labels, config=config, totals=totals, **terms
-            )
-
-
-def test_the_pooled_distance_is_a_mean_over_samples_of_both_kinds() -> None:
-    step = make_step(12, 5, 4)
-    # Neither T^2 nor the confidence weights touch it.
-    config = ObjectiveConfig(unlabeled_alpha=0.3, conf_power=2.0, temperature=4.0)
-    plain, _ = run(step, config, [])
-    terms, _ = run(step, config.model_copy(update={"pooled_weight": 0.7}), [2, 7])
-    mean = sum(float(term.pooled) for term in terms if term.pooled is not None)
-    pairs = zip(*(states.tolist() for states in step.pooled), strict=True)
-    assert mean == pytest.approx(sum(1 - reference.cosine(s, t) for s, t in pairs) / 9)
-    assert total(terms) == pytest.approx(total(plain) + 0.7 * mean)
-    assert [term.pooled for term in plain] == [None, None]
-
-
-def test_agreement_counts_equal_choices() -> None:
-    step = make_step(8, 4, 0)
-    step.teacher = step.student.clone()
-    step.teacher[0] = step.student[0].roll(1)
-    terms, _ = run(step, ObjectiveConfig(), [])
-    assert float(terms[0].agreement) == 0.75
-
-
-def test_defaults_are_those_of_the_design() -> None:
-    assert ObjectiveConfig().model_dump() == {
-        "alpha": 0.5,
-        "temperature": 2.0,
-        "divergence": "kl",
-        "jsd_beta": 0.5,
-        "skew_alpha": 0.1,
-        "conf_power": 0.0,
-        "label_smoothing": 0.0,
-        "unlabeled_alpha": 0.0,
-        "lm_weight": 0.0,
-        "pooled_weight": 0.0,
+def test_refuses_what_does_not_fit() -> None:
+    step = make_step(11, 4, 0, gaps=0.0)
+    config = ObjectiveConfig(conf_power=1.0)
+    fits: dict[str, Any] = {
+        "student_logits": step.student,
+        "targets": targets_of(step, config, "sparse"),
+        "labels": step.next_ids,
+        "config": config,
+        "totals": totals_of(step.top1_log_prob, 1.0, labeled=True),
+        "top1_log_prob": step.top1_log_prob,
     }
-    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    default = smoothed_cross_entropy(logits, labels)
-    assert torch.equal(default, smoothed_cross_entropy(logits, labels, label_smoothing=0.1))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("alpha", -0.1),
-        ("alpha", 1.1),
-        ("alpha", math.nan),
-        ("temperature", 0.0),
-        ("temperature", math.inf),
-        ("conf_power", -1.0),
-        ("label_smoothing", 1.0),
-        ("label_smoothing", -0.1),
-        ("unlabeled_alpha", -0.3),
-        ("unlabeled_alpha", math.inf),
-        ("lm_weight", -0.1),
-        ("lm_weight", math.inf),
-        ("pooled_weight", -0.1),
-        ("pooled_weight", math.nan),
-        ("divergence", "KL"),
-        ("jsd_beta", 0.0),
-        ("jsd_beta", 1.0),
-        ("skew_alpha", 0.0),
-        ("skew_alpha", 1.0),
-        ("alhpa", 0.5),
-    ],
-)
-def test_config_refuses(field: str, value: float | str) -> None:
-    with pytest.raises(ValidationError, match=field):
-        ObjectiveConfig.model_validate({field: value})
-
-
-def test_a_parameter_goes_with_its_divergence() -> None:
-    assert ObjectiveConfig(divergence="jsd", jsd_beta=0.9).jsd_beta == 0.9
-    assert ObjectiveConfig(divergence="kl", jsd_beta=0.5).divergence == "kl"  # says nothing new
-    for fields, saying in (
-        ({"divergence": "tv", "jsd_beta": 0.9}, "--jsd-beta 0.9 is of --divergence jsd.* is tv"),
-        ({"skew_alpha": 0.3}, "--skew-alpha 0.3 is of --divergence skew-kl.* is kl"),
+    distillation_objective(**fits)
+    other = targets_of(step, ObjectiveConfig(temperature=3.0), "sparse")
+    changes: dict[str, Any]
+    for changes, saying in (
+        ({"labels": step.next_ids[:3]}, r"labels of shape \(3,\)"),
+        ({"has_teacher": torch.ones(4, 1)}, r"has_teacher of shape \(4, 1\)"),
+        ({"targets": other}, "targets are at temperature 3.0, the objective at 2.0"),
+        ({"top1_log_prob": None}, "top1_log_prob is needed"),
+        ({"totals": StepTotals(num_labeled=3)}, "a batch of 4 in a step that counts 3"),
+        ({"labels": None}, "unlabeled_alpha is 0"),
     ):
-        with pytest.raises(ValidationError, match=saying):
-            ObjectiveConfig.model_validate(fields)
-
-
-def test_refuses_totals_that_do_not_cover_the_batch() -> None:
-    step = make_step(9, 4, 0)
-    with pytest.raises(ValueError, match="a batch of 4 in a step that counts 3"):
-        distillation_objective(
-            step.student,
-            step.teacher,
-            step.labels,
-            config=ObjectiveConfig(),
-            totals=StepTotals(num_labeled=3),
-        )
-
-
-def test_refuses_an_unlabelled_batch_that_teaches_nothing() -> None:
-    step = make_step(10, 0, 4)
-    with pytest.raises(ValueError, match="unlabeled_alpha is 0"):
-        distillation_objective(
-            step.student,
-            step.teacher,
-            None,
-            config=ObjectiveConfig(),
-            totals=StepTotals(num_unlabeled=4),
-        )
-
-
-def test_a_conf_power_that_leaves_no_weight_is_the_users_error() -> None:
-    step = make_step(11, 4, 0)
-    step.teacher = torch.zeros(4, 3, dtype=torch.float64)
+        with pytest.raises(ValueError, match=saying):
+            distillation_objective(**(fits | changes))
     with pytest.raises(UserError, match="lower --conf-power"):
+        step.teacher[:] = 0.0
         run(step, ObjectiveConfig(conf_power=1e4), [])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_cache.stages.losses.pooled import pooled_distance
+from teacher_cache.stages.losses.layers import pooled_distance
 from tests import reference_losses as reference
 
 

@@ -24,13 +24,8 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.training.aligned_trainer import (
-    AlignedTrainer,
-    ProjectionTrainer,
-    SpansTrainer,
-)
 from teacher_cache.stages.training.arguments import training_arguments
-from teacher_cache.stages.training.auxiliaries import StudentWithProjection
+from teacher_cache.stages.training.auxiliaries import WithAuxiliaries
 from teacher_cache.stages.training.batches import (
     AlignedCollator,
     AlignedSamples,
@@ -42,11 +37,13 @@ from teacher_cache.stages.training.batches import (
 from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.processes import share_of
 from teacher_cache.stages.training.targets import FixedMap
+from teacher_cache.stages.training.trainer import StudentTrainer
 from teacher_cache.stages.training.vocabulary_projection import (
     Candidates,
     LearnedProjection,
     learned_share_at,
 )
+from tests.lessons import held_out_tokens, tokens_lesson
 from tests.stages.training.test_language_model_trainer import (
     NUM_IDS,
     NUM_LABELED,
@@ -182,15 +179,21 @@ def aligned_trainer(
     folder: Path,
     codec: AnyCodec,
     data: BothKinds,
-    kind: type[AlignedTrainer],
     model: torch.nn.Module,
     *,
     fixed_map: FixedMap | None = None,
     support: Tensor = STUDENT_SUPPORT,
     objective: ObjectiveConfig = OBJECTIVE,
     **more: Any,
-) -> AlignedTrainer:
-    return kind(
+) -> StudentTrainer:
+    lesson = tokens_lesson(
+        codec,
+        objective,
+        support=support,
+        fixed_map=fixed_map or map_of(STUDENT_IDS, len(support)),
+        **more,
+    )
+    return StudentTrainer(
         model=model,
         args=training_arguments(
             OptimizationConfig(device="cpu", batch_size=1),
@@ -201,16 +204,12 @@ def aligned_trainer(
             keeps_best=False,
             label_names=["next_ids"],
         ),
-        objective=objective,
-        codec=codec,
-        support=support,
-        fixed_map=fixed_map or map_of(STUDENT_IDS, len(support)),
-        held_out_temperature=1.0,
+        lesson=lesson,
+        held_out=held_out_tokens(lesson, temperature=1.0, has_bytes=True),
         batches=AlternatingBatches(data, batch_size=1, num_batches=1, unlabeled_ratio=1.0, seed=0),
         train_dataset=data,
         eval_dataset=data.labeled,
         data_collator=AlignedCollator(0, codec),
-        **more,
     )
 
 
@@ -371,7 +370,7 @@ def test_map_equals_a_loop_however_the_step_is_cut(name: str, tmp_path: Path) ->
     expected = gradients(slow_step(codec, student, samples, fixed_weights()), student)
     data = aligned_data(samples, fake_aligned)
     for order in ORDERS:
-        trainer = aligned_trainer(tmp_path, codec, data, AlignedTrainer, other_student())
+        trainer = aligned_trainer(tmp_path, codec, data, other_student())
         assert_same(step(trainer, collated(codec, data, order)), expected)
 
 
@@ -383,7 +382,7 @@ def test_spans_equal_a_loop_however_the_step_is_cut(tmp_path: Path) -> None:
     expected = gradients(slow, student)
     data = aligned_data(samples, fake_aligned, is_spans=True)
     for order in ORDERS:
-        trainer = aligned_trainer(tmp_path, codec, data, SpansTrainer, other_student())
+        trainer = aligned_trainer(tmp_path, codec, data, other_student(), has_chunks=True)
         assert_same(step(trainer, collated(codec, data, order)), expected)
     means = trainer.means()
     assert means["chunks"] > 0 and means["chunks_unlabeled"] > 0
@@ -394,16 +393,16 @@ def test_projection_equals_a_loop(at: int, share: float, tmp_path: Path) -> None
     codec = CODECS["topk"]
     samples = make_samples(codec)
     one = other_student()
-    model = StudentWithProjection(one, some_projection())
+    model = WithAuxiliaries(one, some_projection())
     assert learned_share_at(at, start=1, end=5) == share
     weights = mixed_weights(model.projection, share)
     expected = gradients(slow_step(codec, one, samples, weights), model)
     assert (expected[1]["projection.scores"].abs().sum() > 0) == (share > 0)
     data = aligned_data(samples, fake_aligned)
     for order in ORDERS:
-        model = StudentWithProjection(other_student(), some_projection())
+        model = WithAuxiliaries(other_student(), some_projection())
         trainer = aligned_trainer(
-            tmp_path, codec, data, ProjectionTrainer, model, projection_steps=(1, 5)
+            tmp_path, codec, data, model, projection=model.projection, between=(1, 5)
         )
         trainer.state.global_step = at
         assert_same(step(trainer, collated(codec, data, order)), expected)
@@ -425,7 +424,7 @@ def test_an_identity_map_of_everything_is_no_map(codec: AnyCodec, tmp_path: Path
     data = aligned_data(samples, same_aligned)
     identity = map_of(torch.arange(NUM_IDS), VOCAB_SIZE)
     mapped = aligned_trainer(
-        tmp_path, codec, data, AlignedTrainer, make_student(),
+        tmp_path, codec, data, make_student(),
         fixed_map=identity, support=SUPPORT,
     )  # fmt: skip
     assert VOCAB_SIZE > NUM_IDS
@@ -448,7 +447,7 @@ def test_held_out_positions_of_a_spans_training(tmp_path: Path) -> None:
     objective = replace_objective(conf_power=0.0)
     data = aligned_data(make_samples(codec), fake_aligned, is_spans=True)
     trainer = aligned_trainer(
-        tmp_path, codec, data, SpansTrainer, other_student(), objective=objective
+        tmp_path, codec, data, other_student(), has_chunks=True, objective=objective
     )
     found = trainer.evaluate()
     alone: list[Any] = [[data.labeled[i]] for i in range(NUM_LABELED)]
@@ -473,7 +472,7 @@ def test_shares_of_processes_add_up(tmp_path: Path) -> None:
     codec = CODECS["topk"]
     data = aligned_data(make_samples(codec), fake_aligned, is_spans=True)
     batches = collated(codec, data, [[0, 1, 2], [3]])
-    trainer = aligned_trainer(tmp_path, codec, data, SpansTrainer, other_student())
+    trainer = aligned_trainer(tmp_path, codec, data, other_student(), has_chunks=True)
     whole = step(trainer, batches)
     student: Any = trainer.model
     student.zero_grad()
@@ -504,7 +503,7 @@ def test_a_sample_without_a_token_and_one_without_a_meeting(tmp_path: Path) -> N
                        teacher_chunks=found.teacher_chunks[:0])  # fmt: skip
 
     data = aligned_data(samples, poor, is_spans=True)
-    trainer = aligned_trainer(tmp_path, codec, data, SpansTrainer, other_student())
+    trainer = aligned_trainer(tmp_path, codec, data, other_student(), has_chunks=True)
     loss, found = step(trainer, collated(codec, data, [[0], [0, 1, 2]]))
     assert np.isfinite(loss) and all(one.isfinite().all() for one in found.values())
     assert trainer.means()["kd"] == 0

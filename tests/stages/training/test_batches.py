@@ -17,7 +17,7 @@ from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
     CachedSamples,
-    Collator,
+    SampleCollator,
     alternate,
     batches_per_epoch,
     held_out,
@@ -146,7 +146,7 @@ def sample(num_tokens: int, label: int | None = None, num_classes: int = 0) -> d
 
 
 def test_a_labelled_batch() -> None:
-    batch = Collator(pad_id=9)([sample(2, 1, 3), sample(4, 0, 3)])
+    batch = SampleCollator(pad_id=9)([sample(2, 1, 3), sample(4, 0, 3)])
     assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [1, 0]
@@ -161,13 +161,13 @@ def test_a_labelled_batch() -> None:
 
 def test_pooled_states_are_stacked_as_cached() -> None:
     samples = [sample(2, 1, 3) | {"pooled": np.full(4, i, np.float16)} for i in range(2)]
-    pooled = Collator(0)(samples)["teacher_pooled"]
+    pooled = SampleCollator(0)(samples)["teacher_pooled"]
     assert (pooled.dtype, pooled.tolist()) == (torch.float16, [[0] * 4, [1] * 4])
 
 
 def test_a_batch_has_what_its_samples_have() -> None:
-    assert "labels" not in Collator(0)([sample(2, None, 3)])
-    assert "teacher_logits" not in Collator(0)([sample(2, 1)])
+    assert "labels" not in SampleCollator(0)([sample(2, None, 3)])
+    assert "teacher_logits" not in SampleCollator(0)([sample(2, 1)])
 
 
 IDS = st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=50)

@@ -36,8 +36,9 @@ from teacher_cache.stages.training.batches import (
     PackedSamples,
 )
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.processes import share_of
+from teacher_cache.stages.training.trainer import StudentTrainer
+from tests.lessons import held_out_tokens, tokens_lesson
 from tests.tiny_language_models import MAX_LENGTH, WIDTH, cached, tiny_teacher
 
 NUM_IDS, VOCAB_SIZE = 61, 64  # the teacher's, and rows of the student's table
@@ -112,8 +113,9 @@ def make_trainer(
     objective: ObjectiveConfig = OBJECTIVE,
     student: torch.nn.Module | None = None,
     held_out_temperature: float = 1.0,
-) -> LanguageModelTrainer:
-    return LanguageModelTrainer(
+) -> StudentTrainer:
+    lesson = tokens_lesson(codec, objective, support=SUPPORT)
+    return StudentTrainer(
         model=student or make_student(),
         args=training_arguments(
             OptimizationConfig(device="cpu", batch_size=1),
@@ -124,10 +126,8 @@ def make_trainer(
             keeps_best=False,
             label_names=["next_ids"],
         ),
-        objective=objective,
-        codec=codec,
-        support=SUPPORT,
-        held_out_temperature=held_out_temperature,
+        lesson=lesson,
+        held_out=held_out_tokens(lesson, temperature=held_out_temperature),
         batches=AlternatingBatches(data, batch_size=1, num_batches=1, unlabeled_ratio=1.0, seed=0),
         train_dataset=data,
         eval_dataset=data.labeled,
@@ -139,7 +139,7 @@ def collated(codec: AnyCodec, data: BothKinds, order: Sequence[Sequence[int]]) -
     return [PackedCollator(0, codec)([data[i] for i in batch]) for batch in order]
 
 
-def step(trainer: LanguageModelTrainer, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+def step(trainer: StudentTrainer, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one optimizer step."""
     student: Any = trainer.model
     student.zero_grad()

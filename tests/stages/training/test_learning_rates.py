@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from teacher_cache.stages.training.learning_rates import scale_learning_rate
+from teacher_cache.stages.training.trainer import scale_learning_rate
 
 
 class Model(nn.Module):

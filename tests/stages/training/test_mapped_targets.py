@@ -12,7 +12,7 @@ from torch import Tensor
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.draws import MappedDraws, mapped_draws_kl
-from teacher_cache.stages.losses.language_model import language_model_objective
+from teacher_cache.stages.losses.objective import distillation_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.training.targets import CachedTargets, FixedMap, MappedTargets
 
@@ -146,7 +146,7 @@ def test_where_all_is_reached_a_draw_without_an_id_counts_for_nothing() -> None:
 def test_other_divergences_take_the_drawn_ids_as_a_head() -> None:
     teacher, student = logits(3)
     found = targets(teacher, 1.0, is_captured=False).at_positions(slice(0, 50))
-    terms = language_model_objective(
+    terms = distillation_objective(
         student.expand(50, -1),
         found,
         None,

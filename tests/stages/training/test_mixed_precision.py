@@ -15,10 +15,12 @@ from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
     CachedSamples,
-    Collator,
+    SampleCollator,
 )
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.trainer import DistillationTrainer
+from teacher_cache.stages.training.held_out import HeldOutSamples
+from teacher_cache.stages.training.trainer import StudentTrainer
+from tests.lessons import samples_lesson
 from tests.tiny_students import small_student
 
 OBJECTIVE = ObjectiveConfig(alpha=0.5, temperature=2.0, unlabeled_alpha=0.5)
@@ -29,7 +31,7 @@ ROUNDOFF = 2.0**-9  # of bfloat16, relative
 NUM_ROUNDINGS = 2 * 6
 
 
-def trained(folder: Path, data: BothKinds, dtype: str, accumulation: int) -> DistillationTrainer:
+def trained(folder: Path, data: BothKinds, dtype: str, accumulation: int) -> StudentTrainer:
     config = OptimizationConfig.model_validate(
         {
             "device": "cpu",
@@ -40,7 +42,7 @@ def trained(folder: Path, data: BothKinds, dtype: str, accumulation: int) -> Dis
         }
     )
     student = small_student(vocab_size=30522, dropout=0.0)
-    trainer = DistillationTrainer(
+    trainer = StudentTrainer(
         model=student,
         args=training_arguments(
             config,
@@ -51,7 +53,8 @@ def trained(folder: Path, data: BothKinds, dtype: str, accumulation: int) -> Dis
             keeps_best=False,
             label_names=["labels", "teacher_logits"],
         ),
-        objective=OBJECTIVE,
+        lesson=samples_lesson(OBJECTIVE),
+        held_out=HeldOutSamples(),
         batches=AlternatingBatches(
             data,
             batch_size=config.batch_size,
@@ -60,7 +63,7 @@ def trained(folder: Path, data: BothKinds, dtype: str, accumulation: int) -> Dis
             seed=0,
         ),
         train_dataset=data,
-        data_collator=Collator(0),
+        data_collator=SampleCollator(0),
     )
     trainer.train()
     return trainer

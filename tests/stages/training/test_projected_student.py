@@ -17,17 +17,19 @@ from teacher_cache.stages import train_student
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training.arguments import training_arguments
-from teacher_cache.stages.training.auxiliaries import ProjectedStudent
+from teacher_cache.stages.training.auxiliaries import WithAuxiliaries
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
     CachedSamples,
-    Collator,
+    SampleCollator,
 )
 from teacher_cache.stages.training.config import OptimizationConfig
+from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
-from teacher_cache.stages.training.trainer import DistillationTrainer
+from teacher_cache.stages.training.trainer import StudentTrainer
 from tests import reference_losses as reference
+from tests.lessons import samples_lesson, with_pooled_projection
 from tests.tiny_runs import student_config
 from tests.tiny_students import small_student
 
@@ -40,7 +42,7 @@ def test_the_projection_depends_on_the_seed_alone() -> None:
     student = small_student()
     torch.manual_seed(5)
     one, again, other = (
-        ProjectedStudent(student, teacher_width=WIDTH, seed=seed).projection.weight
+        with_pooled_projection(student, teacher_width=WIDTH, seed=seed).projection.weight
         for seed in (3, 3, 4)
     )
     after = torch.rand(1)
@@ -53,12 +55,13 @@ def test_the_projection_depends_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_it_is_the_student_and_its_pooled_state(pooling: str) -> None:
     student = small_student(pooling=pooling)
-    module = ProjectedStudent(student, teacher_width=WIDTH, seed=0).eval()
+    module: Any = with_pooled_projection(student, teacher_width=WIDTH, seed=0).eval()
     ids = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(7) < torch.tensor([[7], [2], [4]])).long()
     read: list[torch.Tensor] = []
     student.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    outputs = module(ids, mask, next_token_loss=True)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    outputs = module(**inputs, next_token_loss=True)
     plain = student(ids, mask, next_token_loss=True)
     assert torch.equal(outputs.logits, plain.logits)
     assert torch.equal(outputs.next_token_loss_sum, plain.next_token_loss_sum)
@@ -68,10 +71,10 @@ def test_it_is_the_student_and_its_pooled_state(pooling: str) -> None:
 
 
 def test_under_autocast_the_projection_is_in_full_precision() -> None:
-    module = ProjectedStudent(small_student(), teacher_width=WIDTH, seed=0).eval()
+    module: Any = with_pooled_projection(small_student(), teacher_width=WIDTH, seed=0).eval()
     ids = torch.randint(1, 50, (2, 5), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        projected = module(ids, torch.ones_like(ids)).projected
+        projected = module(input_ids=ids, attention_mask=torch.ones_like(ids)).projected
     assert projected.dtype == torch.float32
     assert not torch.equal(projected.bfloat16().float(), projected)
 
@@ -98,20 +101,20 @@ def data(pooled_cache: Path) -> BothKinds:
     )
 
 
-def make_module() -> ProjectedStudent:
+def make_module() -> WithAuxiliaries:
     student = small_student(vocab_size=30522, dropout=0.0)
-    return ProjectedStudent(student, teacher_width=WIDTH, seed=1).double()
+    return with_pooled_projection(student, teacher_width=WIDTH, seed=1).double()
 
 
 OBJECTIVE = ObjectiveConfig(unlabeled_alpha=0.3, conf_power=1.0, lm_weight=0.4, pooled_weight=2.0)
 
 
-def trained(folder: Path, data: BothKinds, order: Order, accumulation: int) -> DistillationTrainer:
+def trained(folder: Path, data: BothKinds, order: Order, accumulation: int) -> StudentTrainer:
     num_steps = len(order) // accumulation
     config = OptimizationConfig(
         device="cpu", gradient_accumulation=accumulation, log_steps=1, lr=0.01, warmup=0.0
     )
-    trainer = DistillationTrainer(
+    trainer = StudentTrainer(
         model=make_module(),
         args=training_arguments(
             config,
@@ -122,10 +125,11 @@ def trained(folder: Path, data: BothKinds, order: Order, accumulation: int) -> D
             keeps_best=False,
             label_names=["labels", "teacher_logits"],
         ),
-        objective=OBJECTIVE,
+        lesson=samples_lesson(OBJECTIVE),
+        held_out=HeldOutSamples(),
         batches=FixedBatches(order),
         train_dataset=data,
-        data_collator=Collator(0),
+        data_collator=SampleCollator(0),
     )
     trainer.train()
     return trainer
@@ -175,7 +179,8 @@ def test_the_log_is_what_a_slow_loop_finds(tmp_path: Path, data: BothKinds) -> N
         sample = data[position]
         ids = torch.from_numpy(sample["input_ids"].astype(np.int64))[None]
         with torch.no_grad():
-            projected = module(ids, torch.ones_like(ids)).projected[0].tolist()
+            outputs = module(input_ids=ids, attention_mask=torch.ones_like(ids))
+        projected = outputs.projected[0].tolist()
         teacher = sample["pooled"].astype(np.float64).tolist()
         distances.append(1 - reference.cosine(projected, teacher))
     line = next(one for one in trainer.state.log_history if "loss" in one)

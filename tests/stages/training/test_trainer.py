@@ -17,6 +17,7 @@ from transformers import BertForSequenceClassification, TrainerCallback, get_sch
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.finetune_teacher import LabelTrainer
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification, build_student
 from teacher_cache.stages.student.config import MambaStudentConfig
@@ -25,15 +26,14 @@ from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
     CachedSamples,
-    Collator,
+    SampleCollator,
 )
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.trainer import (
-    ClassificationTrainer,
-    DistillationTrainer,
-    OrderedTrainer,
-)
+from teacher_cache.stages.training.held_out import HeldOutSamples
+from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
+from teacher_cache.stages.training.trainer import StudentTrainer
 from tests import reference_losses as reference
+from tests.lessons import samples_lesson
 
 NUM_LABELED = 40
 OBJECTIVE = ObjectiveConfig(
@@ -111,7 +111,7 @@ def make_trainer(
     lr: float = 0.01,
     arch: str = "mamba2",
     embedding_lr_scale: float = 1.0,
-) -> DistillationTrainer:
+) -> StudentTrainer:
     config = OptimizationConfig(
         device="cpu",
         gradient_accumulation=accumulation,
@@ -122,7 +122,7 @@ def make_trainer(
         weight_decay=0.1,
     )
     num_steps = len(order) // accumulation
-    return DistillationTrainer(
+    return StudentTrainer(
         model=make_student(arch),
         args=training_arguments(
             config,
@@ -133,11 +133,12 @@ def make_trainer(
             keeps_best=False,
             label_names=["labels", "teacher_logits"],
         ),
-        objective=objective,
+        lesson=samples_lesson(objective),
+        held_out=HeldOutSamples(),
         embedding_lr_scale=embedding_lr_scale,
         batches=FixedBatches(order),
         train_dataset=data,
-        data_collator=Collator(0),
+        data_collator=SampleCollator(0),
     )
 
 
@@ -255,7 +256,7 @@ def test_a_term_that_is_off_is_not_logged(tmp_path: Path, data: BothKinds) -> No
     assert set(logged(line)) == {"loss", "ce", "kd", "agreement"}
 
 
-def trained(trainer: DistillationTrainer) -> DistillationTrainer:
+def trained(trainer: StudentTrainer) -> StudentTrainer:
     trainer.train()
     return trainer
 
@@ -358,7 +359,7 @@ def test_a_teachers_step_is_the_mean_over_its_samples(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    trainer = ClassificationTrainer(
+    trainer = LabelTrainer(
         model=model,
         args=training_arguments(
             OptimizationConfig(device="cpu", gradient_accumulation=accumulation, log_steps=1),
@@ -371,7 +372,7 @@ def test_a_teachers_step_is_the_mean_over_its_samples(
         ),
         batches=FixedBatches(order),
         train_dataset=data,
-        data_collator=Collator(0),
+        data_collator=SampleCollator(0),
     )
     trainer.train()
     (line,) = steps_log(trainer)

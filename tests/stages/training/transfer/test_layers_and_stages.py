@@ -61,7 +61,7 @@ def test_refuses_layers_that_are_not_there(given, message) -> None:
 def staged(**options: object) -> list[str]:
     config = TransferConfig.model_validate({"transfer_schedule": "staged", **options})
     schedule = Schedule.of(config, 10)
-    return ["+".join(sorted(schedule.terms(step))) for step in range(10)]
+    return ["+".join(sorted(schedule.stages(step))) for step in range(10)]
 
 
 def test_stages_follow_each_other() -> None:
@@ -73,7 +73,7 @@ def test_stages_follow_each_other() -> None:
 
 def test_together_is_all_in_every_step() -> None:
     schedule = Schedule.of(TransferConfig(attention_weight=1), 10)
-    assert all(schedule.terms(step) == ALL for step in range(10))
+    assert all(schedule.stages(step) == ALL for step in range(10))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,20 @@ from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.arguments import training_arguments
-from teacher_cache.stages.training.auxiliaries import (
-    ProjectedLayers,
-    ProjectedStudent,
-    with_projected_layers,
-)
-from teacher_cache.stages.training.batches import BothKinds, CachedSamples, Collator
+from teacher_cache.stages.training.auxiliaries import PooledProjection, WithAuxiliaries
+from teacher_cache.stages.training.batches import BothKinds, CachedSamples, SampleCollator
 from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.layers import TransferTerms
+from teacher_cache.stages.training.held_out import HeldOutSamples
+from teacher_cache.stages.training.layers import Schedule
+from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.processes import share_of
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
-from teacher_cache.stages.training.trainer import DistillationTrainer
+from teacher_cache.stages.training.terms import Heard, Share
+from teacher_cache.stages.training.trainer import StudentTrainer
+from teacher_cache.stages.training.views import SamplesView
 from tests import reference_losses as reference
+from tests.lessons import samples_lesson
 from tests.stages.losses.transfer.test_attention import row_distance
 from tests.stages.training.test_projected_student import (
     CUTS,
@@ -73,8 +75,10 @@ def make_student(**changes: Any) -> MambaStudentForSequenceClassification:
 
 
 def make_module(layers: CachedLayers, **changes: Any) -> torch.nn.Module:
-    pooled = ProjectedStudent(make_student(**changes), teacher_width=WIDTH, seed=1)
-    return with_projected_layers(pooled, layers).double()
+    student = make_student(**changes)
+    width = student.config.d_model
+    pooled = PooledProjection(width, teacher_width=WIDTH, seed=1)
+    return WithAuxiliaries(student, pooled, *layers.projections(width)).double()
 
 
 def trained(
@@ -84,14 +88,14 @@ def trained(
     order: Order,
     accumulation: int,
     **changes: Any,
-) -> DistillationTrainer:
+) -> StudentTrainer:
     num_steps = len(order) // accumulation
     config = OptimizationConfig(
         device="cpu", gradient_accumulation=accumulation, log_steps=1, lr=0.01, warmup=0.0
     )
     module: Any = make_module(layers, **changes)
-    position_map = module.student.student.position_map
-    trainer = DistillationTrainer(
+    position_map = module.student.position_map
+    trainer = StudentTrainer(
         model=module,
         args=training_arguments(
             config,
@@ -102,11 +106,11 @@ def trained(
             keeps_best=False,
             label_names=["labels", "teacher_logits"],
         ),
-        objective=OBJECTIVE,
-        transfer=layers.transfer(position_map=position_map, num_steps=num_steps),
+        lesson=samples_lesson(OBJECTIVE, *layers.terms(position_map)),
+        held_out=HeldOutSamples(),
         batches=FixedBatches(order),
         train_dataset=data,
-        data_collator=Collator(0, layers),
+        data_collator=SampleCollator(0, layers),
     )
     trainer.train()
     return trainer
@@ -163,7 +167,7 @@ def test_the_log_is_what_a_slow_loop_finds(
         ids = torch.from_numpy(sample["input_ids"].astype(np.int64))[None]
         with torch.no_grad():
             outputs = module(input_ids=ids, attention_mask=torch.ones_like(ids), output_mixers=True)
-        position_map = module.student.student.position_map
+        position_map = module.student.position_map
         source = position_map.source_positions(len(ids[0]))
         for layer in (0, 1):
             exact = codec.decode(sample[f"attention_{layer}"], len(ids[0]))
@@ -200,18 +204,34 @@ def test_every_option_reaches_what_is_trained(transfer_cache: Path) -> None:
         "transfer_shares": (0.3, 0.1),
     }
     layers = layers_of_arch(transfer_cache, {"arch": "mamba", "bidirectional": True, **options})
-    transfer = layers.transfer(position_map=PositionMap(), num_steps=10)
+    transfer = layers.transfer(PositionMap())
     assert transfer.maps is not None and transfer.hidden is not None
     assert (transfer.maps.loss, transfer.maps.num_channels) == ("cosine", 3)
     assert (transfer.maps.pairs, transfer.maps.fields) == (((1, 0),), ("attention_0",))
     assert (transfer.hidden.pairs, transfer.hidden.fields) == (((0, 1),), ("hidden_1",))
-    assert (transfer.schedule.attention_until, transfer.schedule.hidden_until) == (3, 4)
+    schedule = Schedule.of(layers.config, 10)
+    assert (schedule.attention_until, schedule.hidden_until) == (3, 4)
     assert not transfer.is_causal and layers.hidden_widths == {0: WIDTH}
-    terms = TransferTerms(attention=torch.ones(()), hidden=torch.ones(()))
-    losses = [transfer.loss(terms, torch.tensor(9.0), step).item() for step in (0, 3, 4)]
-    assert losses == pytest.approx([0.7, 0.4, 9.0])
-    together = layers_of(transfer_cache).transfer(position_map=PositionMap(), num_steps=10)
-    assert together.loss(terms, torch.tensor(9.0), 0).item() == pytest.approx(10.1)
+    assert [loss_of(layers, step) for step in (0, 3, 4)] == pytest.approx([0.7, 0.4, 9.0])
+    assert loss_of(layers_of(transfer_cache), 0) == pytest.approx(10.1)
+
+
+def loss_of(layers: CachedLayers, step: int) -> float:
+    """A step's loss where what is matched comes to 1 each, and all else to 9."""
+    terms = layers.terms(PositionMap())
+    lesson = Lesson(
+        view=SamplesView(),
+        objective=OBJECTIVE,
+        terms=terms,
+        schedule=Schedule.of(layers.config, 10),
+    )
+    weights = (layers.config.attention_weight, layers.config.hidden_weight)
+    shares = [
+        Share(name=term.stage, kind="all", weight=weight, value=torch.ones(()))
+        for term, weight in zip(terms, weights, strict=True)
+    ]
+    core: Any = SimpleNamespace(loss=torch.tensor(9.0))
+    return lesson.loss(core, shares, terms, step=step).item()
 
 
 class Interruption(Exception):
@@ -249,8 +269,7 @@ def test_an_interrupted_run_goes_on_alike_and_exports_the_student_alone(
     exported = load_file(run / "model.safetensors")
     student = MambaStudentForSequenceClassification.from_pretrained(run)
     assert exported.keys() == student.state_dict().keys()
-    prefix = "student.student."
-    assert all(torch.equal(exported[name], checkpoint[f"{prefix}{name}"]) for name in exported)
+    assert all(torch.equal(exported[name], checkpoint[f"student.{name}"]) for name in exported)
 
 
 def test_stages_train_their_terms_alone(transfer_cache: Path, tmp_path: Path) -> None:
@@ -260,18 +279,12 @@ def test_stages_train_their_terms_alone(transfer_cache: Path, tmp_path: Path) ->
         load_file(tmp_path / CHECKPOINTS / f"checkpoint-{step}" / "model.safetensors")
         for step in (4, 6)
     ]
-    start: Any = ProjectedLayers(
-        ProjectedStudent(
-            train_student_start(transfer_cache, tmp_path, options), teacher_width=WIDTH, seed=0
-        ),
-        widths={0: WIDTH, 1: WIDTH},
-        seed=0,
-    ).state_dict()
+    start = train_student_start(transfer_cache, tmp_path, options).state_dict()
     names = {
-        "head": "student.student.head.1.weight",
-        "pooled": "student.projection.weight",
+        "head": "student.head.1.weight",
+        "pooled": "projection.weight",
         "hidden": "projections.1.weight",
-        "decay": "student.student.backbone.layers.1.mixer.A_log",
+        "decay": "student.backbone.layers.1.mixer.A_log",
     }
     assert names.items() <= {k: v for k, v in names.items() if v in start}.items()
     # Four steps of maps and states: the head and the pooled projection wait for the last two.
@@ -298,11 +311,11 @@ def test_stages_in_several_processes_are_refused(
 
 
 def train_student_start(cache: Path, out: Path, options: dict[str, Any]) -> Any:
-    """The student before its first step."""
+    """What is trained, before its first step."""
     config = student_config(cache, out, **options)
     readers = train_student.open_splits(cache, 0.3)
     task = train_student.ClassificationStudents(config, readers)
-    return task.start(train_student.join(cache, config, longest_sample=24)).model
+    return task.course(train_student.join(cache, config, longest_sample=24)).trained
 
 
 def test_last_states_are_matched_as_the_layer_that_they_are(
@@ -359,14 +372,17 @@ def test_shares_of_a_batch_add_up_to_it(
     """Two processes share it; of one sample, the second process has none."""
     layers = layers_of(transfer_cache)
     module: Any = make_module(layers).eval()
-    transfer = layers.transfer(position_map=module.student.student.position_map, num_steps=1)
-    batch = Collator(0, layers)([data[i] for i in range(num_samples)])
-    totals = transfer.counted(StepTotals(), batch)
+    terms = layers.terms(module.student.position_map)
+    batch = SampleCollator(0, layers)([data[i] for i in range(num_samples)])
+    totals = sum((term.counted(None, batch) for term in terms), StepTotals())
+    asked = {name: True for term in terms for name in term.requests}
 
     def found(part: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         inputs = {name: part[name] for name in ("input_ids", "attention_mask")}
-        terms = transfer.terms(module(**inputs, **transfer.requests), part, totals)
-        loss = transfer.loss(terms, torch.zeros(()), step=0)
+        outputs = module(**inputs, **asked)
+        heard = Heard(student=module, outputs=outputs, batch=part, positions=None, step=0)
+        shares = [term.share(heard, totals) for term in terms]
+        loss = sum((one.weight * one.value for one in shares), torch.zeros(()))
         weights = [p for n, p in module.named_parameters() if "projections" in n or "A_log" in n]
         return loss, torch.autograd.grad(loss, weights)
 

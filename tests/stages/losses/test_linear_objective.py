@@ -14,12 +14,9 @@ from torch import Tensor
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.draws import SampledTargets
-from teacher_cache.stages.losses.language_model import (
-    LanguageModelTerms,
-    language_model_objective,
-)
-from teacher_cache.stages.losses.linear_head import linear_language_model_objective
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.linear_head import linear_objective
+from teacher_cache.stages.losses.objective import ObjectiveTerms, distillation_objective
+from teacher_cache.stages.losses.step_totals import StepTotals, confidence_weights
 from tests.largest_tensor import LargestTensor
 from tests.sparse_teachers import top_k
 
@@ -34,8 +31,12 @@ def make_inputs(
     teacher = 2 * torch.randn(num, vocab, generator=generator, dtype=torch.float64)
     has_teacher = torch.rand(num, generator=generator) < 0.8
     top1 = torch.log_softmax(teacher, dim=-1).amax(dim=-1)
-    own = StepTotals.of_positions(
-        top1[has_teacher], labeled=True, conf_power=config.conf_power, num_next_tokens=num
+    power = config.conf_power
+    own = StepTotals.of(
+        int(has_teacher.sum()),
+        labeled=True,
+        num_labels=num,
+        conf_weights=confidence_weights(top1[has_teacher], power) if power else None,
     )
     sparse = top_k(teacher, 2, config.temperature)
     assert sparse.head_ids is not None
@@ -53,7 +54,7 @@ def make_inputs(
         )
     others = {
         "targets": targets,
-        "next_ids": torch.randint(vocab, (num,), generator=generator),
+        "labels": torch.randint(vocab, (num,), generator=generator),
         "config": config,
         "totals": own + own,
         "top1_log_prob": top1,
@@ -69,11 +70,11 @@ def plain(
     bias: Tensor | None = None,
     soft_cap: float | None = None,
     **others: Any,
-) -> LanguageModelTerms:
+) -> ObjectiveTerms:
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
-    return language_model_objective(logits, **others)
+    return distillation_objective(logits, **others)
 
 
 def results(
@@ -119,9 +120,7 @@ def test_any_chunks_give_the_same_terms_and_gradients(
     others["soft_cap"] = soft_cap
     if has_bias:
         others["bias"] = torch.linspace(-1, 2, vocab, dtype=torch.float64)
-    found = results(
-        linear_language_model_objective, hidden, weight, max_logits=max_logits, **others
-    )
+    found = results(linear_objective, hidden, weight, max_logits=max_logits, **others)
     expected = results(plain, hidden, weight, **others)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -133,15 +132,15 @@ def test_only_what_is_needed() -> None:
     hidden, weight, others = make_inputs(9, 4, 7, 0, config, "sparse")
     expected = results(plain, hidden, weight, **others)
     with torch.no_grad():
-        loss = linear_language_model_objective(hidden.requires_grad_(), weight, **others).loss
+        loss = linear_objective(hidden.requires_grad_(), weight, **others).loss
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected["loss"])
-    terms = linear_language_model_objective(hidden, weight, **others)
+    terms = linear_objective(hidden, weight, **others)
     (0.3 * terms.loss).backward()
     assert weight.grad is None
     torch.testing.assert_close(hidden.grad, expected["hidden"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = linear_language_model_objective(hidden, weight, **others)
+        again = linear_objective(hidden, weight, **others)
     assert torch.equal(again.loss, terms.loss)
 
 
@@ -152,16 +151,16 @@ def test_no_tensor_is_larger_than_a_chunk() -> None:
         results(plain, hidden, weight, **others)
     assert plainly.num_elements >= num * vocab
     with LargestTensor() as chunked:
-        results(linear_language_model_objective, hidden, weight, max_logits=6 * vocab, **others)
+        results(linear_objective, hidden, weight, max_logits=6 * vocab, **others)
     assert chunked.num_elements <= 6 * (vocab + 1)
 
 
 def test_refuses_what_does_not_fit() -> None:
     hidden, weight, others = make_inputs(9, 4, 7, 0, ObjectiveConfig(), "sparse")
     with pytest.raises(ValueError, match=r"are not \[N, D\] and \[V, D\]"):
-        linear_language_model_objective(hidden, weight[:, :3], **others)
+        linear_objective(hidden, weight[:, :3], **others)
     with pytest.raises(ValueError, match="for 7 outcomes"):
-        linear_language_model_objective(hidden, weight, bias=weight[:6, 0], **others)
+        linear_objective(hidden, weight, bias=weight[:6, 0], **others)
     others["totals"] = StepTotals(num_labeled=2)
     with pytest.raises(ValueError, match="in a step that counts 2"):
-        linear_language_model_objective(hidden, weight, max_logits=7, **others)
+        linear_objective(hidden, weight, max_logits=7, **others)
