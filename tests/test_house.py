@@ -235,3 +235,23 @@ def test_no_file_names_a_registry_or_a_machine() -> None:
         for found in (HOSTS.search(text), HOMES.search(text)):
             assert not found, f"{path} names {found.group()!r}"
         assert not any(place in text for place in places), f"{path} names a path of this machine"
+
+
+CITED = re.compile(r"`((?:cache|stages|pipeline)/[\w/]+\.py): ([^`]+)`((?:, `\w+`)*)")
+
+
+def test_the_maths_page_names_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "maths.md").read_text()
+    divergences = re.findall(r"\| `(\w+)` \|$", page, re.MULTILINE)
+    cited = {("stages/losses/divergences.py", name) for name in divergences}
+    for path, first, others in CITED.findall(page):
+        names = [first, *re.findall(r"`(\w+)`", others)]
+        cited |= {(path, name) for name in names}
+    assert len(cited) > 30
+    for path, name in sorted(cited):
+        found = {
+            node.name
+            for node in ast.parse((ROOT / path).read_text()).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        assert name in found, f"docs/maths.md names {name}, which {path} does not define"

@@ -72,7 +72,7 @@ def distances(run: Path, cache: Path, num_reviews: int) -> Distances:
     """
     reader = CacheReader(cache)
     inside = InsideOfRun.of(run, reader, hidden=True)
-    transfer = inside.layers.transfer(position_map=inside.position_map, num_steps=1)
+    transfer = inside.layers.transfer(inside.position_map)
     samples = [reader.sample(idx) for idx in range(min(num_reviews, len(reader)))]
     rows: list[Tensor] = []
     states: dict[int, list[Pairs]] = {}

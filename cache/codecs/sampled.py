@@ -1,8 +1,9 @@
 """Draws from the teacher: an unbiased estimate of what is linear in its probabilities.
 
-Random-sampling distillation (maths.md 2): N draws with replacement from p at one temperature, kept
-as distinct ids, counts and exact log-probs. Drawing at a higher temperature than one trains at is
-the flatter proposal p ** tau, normalised (tau = T / draw temperature): the weights make up for it.
+Random-sampling distillation (docs/maths.md, section 3): N draws with replacement from p at one
+temperature, kept as distinct ids, counts and exact log-probs. Drawing at a higher temperature than
+one trains at is the flatter proposal p ** tau, normalised (tau = T / draw temperature): the weights
+make up for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The temperatures a cache serves, and what is stored at each: exact there, interpolated between.
 
-The tail is kept relative to the largest logit (maths.md 1):
+The tail is kept relative to the largest logit (docs/maths.md, section 1):
 `r_T = logsumexp over i outside the head of (z_i - z_max) / T`, and its slope in 1/T, the tail's
 mean `m_T = E[z - z_max]`. Between two temperatures r_T is the cubic Hermite polynomial in 1/T.
 """

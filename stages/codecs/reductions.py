@@ -230,7 +230,7 @@ def sorted_head(logits: Tensor, top_k: int) -> Tensor:
 
 
 def tail_statistics(tail: Tensor, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """`r_T` and `m_T` of maths.md 1, both [N, G] float32.
+    """`r_T` and `m_T` of docs/maths.md, section 1, both [N, G] float32.
 
     Args:
         tail: [N, V], z_i - z_max outside the head and -inf inside; overwritten.

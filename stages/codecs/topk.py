@@ -110,7 +110,10 @@ def _grown_tail(
     heads: Heads,
     sizes: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`r_T` and `m_T` of maths.md 1, [S, G] float64, of the old tail and the ids that are cut."""
+    """`r_T` and `m_T`, [S, G] float64, of the old tail and the ids that are cut.
+
+    docs/maths.md, section 1.
+    """
     is_cut = is_filled(heads.sizes, heads.ids.shape[1]) & ~is_filled(sizes, heads.ids.shape[1])
     below = np.where(is_cut, heads.below_max, -np.inf)
     finite = np.where(np.isneginf(below), 0.0, below)  # 0 * -inf is no number

@@ -141,7 +141,7 @@ class InsideOfRun:
         """
         batch = self.batch([sample])
         mixers: Sequence[RecordedMixer] = self.outputs(batch).mixers
-        transfer = self.layers.transfer(position_map=self.position_map, num_steps=1)
+        transfer = self.layers.transfer(self.position_map)
         sources = self.position_map.sources(batch["attention_mask"].bool())
         found: list[MatchedMap] = []
         with torch.no_grad():

@@ -155,34 +155,16 @@ def linear_objective(
         ValueError: if hidden and weight do not fit, or as `distillation_objective`.
         UserError: as `distillation_objective`.
     """
-    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not [N, D] and "
-            "[V, D]"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"a bias {tuple(bias.shape)} for {len(weight)} outcomes")
+    _check_head(hidden, weight, bias)
     num_taught = len(hidden) if has_teacher is None else int(has_teacher.sum())
     totals.check_covers(num_taught, labeled=labels is not None)
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    head, size = weight.detach().to(dtype), max(1, max_logits // len(weight))
-    has_gradient = torch.is_grad_enabled()
-    of_hidden = has_gradient and hidden.requires_grad
-    of_weight = has_gradient and weight.requires_grad
-    of_bias = has_gradient and bias is not None and bias.requires_grad
-    hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
-    weight_gradient = torch.zeros_like(head) if of_weight else None
-    bias_gradient = torch.zeros_like(head[:, 0]) if of_bias else None
-    learned_gradients = [torch.zeros_like(one) for one in learned] if has_gradient else []
+    size = max(1, max_logits // len(weight))
+    gradients = _Gradients(hidden, weight, bias, learned)
     shares = []
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, max(1, len(hidden)), size):
             chunk = slice(start, start + size)
-            states = hidden[chunk].detach().to(dtype)
-            logits = states @ head.T  # [n, V]
-            if bias is not None:
-                logits += bias.detach()
-            logits.requires_grad_(of_hidden or of_weight or of_bias)
+            logits = gradients.logits(chunk)  # [n, V]
             share = distillation_objective(
                 logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap),
                 targets.at_positions(chunk),
@@ -193,30 +175,84 @@ def linear_objective(
                 has_teacher=None if has_teacher is None else has_teacher[chunk],
                 support=support,
             )
-            if logits.requires_grad:
-                gradient, *others = torch.autograd.grad(
-                    share.loss, [logits, *learned], allow_unused=True
-                )
-                assert gradient is not None, "the loss is of the logits"
-                for found, other in zip(learned_gradients, others, strict=True):
-                    if other is not None:
-                        found += other
-                if hidden_gradient is not None:
-                    hidden_gradient[chunk] = gradient @ head
-                if weight_gradient is not None:
-                    weight_gradient.addmm_(gradient.T, states)
-                if bias_gradient is not None:
-                    bias_gradient += gradient.sum(dim=0)
+            gradients.add(chunk, logits, share.loss)
             shares.append({one.name: getattr(share, one.name) for one in fields(share)})
             shares[-1]["loss"] = share.loss.detach()
     sums: dict[str, Any] = {
         name: None if first is None else sum((one[name] for one in shares[1:]), start=first)
         for name, first in shares[0].items()
     }
-    inputs = [hidden, weight, bias, *(learned if has_gradient else ())]
-    gradients = [hidden_gradient, weight_gradient, bias_gradient, *learned_gradients]
-    sums["loss"] = _WithGradients.apply(sums["loss"], len(inputs), *inputs, *gradients)
+    sums["loss"] = gradients.attached_to(sums["loss"])
     return ObjectiveTerms(**sums)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not [N, D] and "
+            "[V, D]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a bias {tuple(bias.shape)} for {len(weight)} outcomes")
+
+
+class _Gradients:
+    """Those of a linear head's inputs, collected chunk by chunk; none where none are needed.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        bias: [V], or None.
+        learned: what else the loss depends on.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, learned: Sequence[Tensor]
+    ):
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        self._inputs, self._learned = (hidden, weight, bias), learned
+        self._head = weight.detach().to(dtype)
+        has_gradient = torch.is_grad_enabled()
+
+        def needs(one: Tensor | None) -> bool:
+            return has_gradient and one is not None and one.requires_grad
+
+        self._hidden = torch.zeros_like(hidden, dtype=dtype) if needs(hidden) else None
+        self._weight = torch.zeros_like(self._head) if needs(weight) else None
+        self._bias = torch.zeros_like(self._head[:, 0]) if needs(bias) else None
+        self._of_learned = [torch.zeros_like(one) for one in learned] if has_gradient else []
+
+    def logits(self, chunk: slice) -> Tensor:
+        """[n, V] of a chunk, a leaf where anything before them needs a gradient."""
+        hidden, _, bias = self._inputs
+        logits = hidden[chunk].detach().to(self._head.dtype) @ self._head.T
+        if bias is not None:
+            logits += bias.detach()
+        needed = (self._hidden, self._weight, self._bias)
+        return logits.requires_grad_(any(one is not None for one in needed))
+
+    def add(self, chunk: slice, logits: Tensor, loss: Tensor) -> None:
+        """What a chunk's loss adds."""
+        if not logits.requires_grad:
+            return
+        gradient, *others = torch.autograd.grad(loss, [logits, *self._learned], allow_unused=True)
+        assert gradient is not None, "the loss is of the logits"
+        for found, other in zip(self._of_learned, others, strict=True):
+            if other is not None:
+                found += other
+        if self._hidden is not None:
+            self._hidden[chunk] = gradient @ self._head
+        if self._weight is not None:
+            states = self._inputs[0][chunk].detach().to(self._head.dtype)
+            self._weight.addmm_(gradient.T, states)
+        if self._bias is not None:
+            self._bias += gradient.sum(dim=0)
+
+    def attached_to(self, loss: Tensor) -> Tensor:
+        """The loss with these gradients."""
+        inputs = [*self._inputs, *(self._learned if self._of_learned else ())]
+        gradients = [self._hidden, self._weight, self._bias, *self._of_learned]
+        return _WithGradients.apply(loss, len(inputs), *inputs, *gradients)  # pyright: ignore[reportReturnType]  (a Tensor)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Masses of teacher ids that map to one student id add; what has no student id is never dropped or
 spread over the rest: it is returned by itself at capture, and joins the tail, the ghost token of
-maths.md 2, at training time.
+docs/maths.md, section 5, at training time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """How two vocabularies relate: may teacher logits be cut or extended to the student's size?
 
-Only where equal ids mean the same (maths.md 6). An embedding may have more rows than its tokenizer
-has ids; such rows mean nothing, and leaving them out changes nothing. Where ids mean other things,
-cutting at the smaller size compares probabilities of other tokens without any error to show for it.
+Only where equal ids mean the same (docs/maths.md, section 5). An embedding may have more rows than
+its tokenizer has ids; such rows mean nothing, and leaving them out changes nothing. Where ids mean
+other things, cutting at the smaller size compares probabilities of other tokens without any error
+to show for it.
 """
 
 from __future__ import annotations

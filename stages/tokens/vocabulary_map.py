@@ -1,4 +1,4 @@
-"""Which student id writes exactly the bytes of a teacher id (maths.md 6, `map`).
+"""Which student id writes exactly the bytes of a teacher id (docs/maths.md, section 5, `map`).
 
 Made from the two tables of token bytes alone, so it needs no model; kept in the cache's `teacher`
 folder. A cache whose teacher was mapped at capture names the map in its support and serves that

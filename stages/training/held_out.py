@@ -21,12 +21,13 @@ from teacher_cache.stages.training.terms import Chunks, Heard
 
 
 class HeldOut(Protocol):
-    """A measurement of held-out samples."""
+    """A measurement of held-out samples.
 
-    @property
-    def label_names(self) -> list[str]:
-        """Keys of a held-out batch that hold targets."""
-        ...
+    Attributes:
+        label_names: keys of a held-out batch that hold targets.
+    """
+
+    label_names: ClassVar[list[str]]
 
     def of_batch(
         self, lesson: Lesson, model: nn.Module, student: nn.Module, batch: Batch, *, step: int

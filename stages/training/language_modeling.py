@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from teacher_cache.stages.training.auxiliaries import (
 from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.cached_teacher import CachedTeacher, ProjectedTeacher
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
-from teacher_cache.stages.training.data import TrainingData, ordered_data
+from teacher_cache.stages.training.data import ordered_data
 from teacher_cache.stages.training.held_out import HeldOutTokens
 from teacher_cache.stages.training.layers import Schedule
 from teacher_cache.stages.training.lesson import Lesson
@@ -104,25 +104,27 @@ class LanguageModelStudents:
         codec = self._opened_codec(support)
         projection = aligned.projection(self._teacher_table(codec, support))
         student, runs = self._student(joined, projection)
-        auxiliaries: list[Auxiliary] = [] if projection is None else [projection]
-        if self._layers is not None:
-            width = student.model.get_input_embeddings().embedding_dim
-            auxiliaries += self._layers.projections(width)
-        trained = with_auxiliaries(runs, *auxiliaries)
         chunks = Chunks(objective=self._config) if alignment.kind == "spans" else None
+        taught = _Taught(
+            aligned=aligned,
+            support=support,
+            codec=codec,
+            projection=projection,
+            vocab_size=len(runs.output_head.weight),
+        )
 
         def lesson(device: torch.device) -> Lesson:
-            return self._lesson(device, aligned, codec, support, runs, projection, chunks, data)
-
-        def write_files(folder: Path) -> None:
-            aligned.write_map(folder)
-            if projection is not None:
-                write_projection(folder, projection)
+            return Lesson(
+                view=taught.view(device, data.num_steps),
+                objective=self._config,
+                terms=[*([] if chunks is None else [chunks]), *self._matched_layers()],
+                schedule=Schedule.of(self._config, data.num_steps),
+            )
 
         return Course(
             data=data,
             student=student,
-            trained=trained,
+            trained=with_auxiliaries(runs, *self._auxiliaries(student, projection)),
             lesson=lesson,
             held_out=HeldOutTokens(
                 self._config,
@@ -131,8 +133,23 @@ class LanguageModelStudents:
                 chunks=chunks,
             ),
             collator=aligned.collator(student.pad_id, codec, self._layers),
-            write_files=write_files,
+            write_files=taught.write_files,
         )
+
+    def _auxiliaries(
+        self, student: StartingStudent, projection: LearnedProjection | None
+    ) -> list[Auxiliary]:
+        """Projections of the teacher's ids, and of layers where the teacher's are matched."""
+        found: list[Auxiliary] = [] if projection is None else [projection]
+        if self._layers is not None:
+            found += self._layers.projections(student.model.get_input_embeddings().embedding_dim)
+        return found
+
+    def _matched_layers(self) -> list[Term]:
+        if self._layers is None:
+            return []
+        self._layers.say()
+        return self._layers.terms(PositionMap())
 
     def _say_if_coarse(self, alignment: Alignment) -> None:
         if not isinstance(self._codec, SampledCodec):
@@ -217,42 +234,52 @@ class LanguageModelStudents:
         )
         return student, PackedLanguageModel(loaded.model, packs=loaded.packs)
 
-    def _lesson(
-        self,
-        device: torch.device,
-        aligned: AlignedStudents,
-        codec: AnyCodec,
-        support: Support,
-        runs: MambaStudentForCausalLM | PackedLanguageModel,
-        projection: LearnedProjection | None,
-        chunks: Chunks | None,
-        data: TrainingData,
-    ) -> Lesson:
-        """The counted positions, through the alignment's map, and what else is matched."""
-        config = self._config
-        vocab_size = len(runs.output_head.weight)
-        fixed = aligned.fixed_map(vocab_size)
-        keeps_ids = fixed is None and not aligned.alignment.rereads
-        mask = _mask(support, vocab_size) if keeps_ids else aligned.support(vocab_size)
-        teacher: TargetsOf = CachedTeacher(
-            codec=_on_device(codec, device), fixed=None if fixed is None else fixed.to(device)
+
+@dataclass(frozen=True, kw_only=True)
+class _Taught:
+    """The teacher as a student of V outcomes learns from it.
+
+    Attributes:
+        aligned: the two tokenizers.
+        support: of the cached distributions.
+        codec: that decodes them.
+        projection: that learns beside the student; None where none does.
+        vocab_size: V.
+    """
+
+    aligned: AlignedStudents
+    support: Support
+    codec: AnyCodec
+    projection: LearnedProjection | None
+    vocab_size: int
+
+    def view(self, device: torch.device, num_steps: int) -> TokensView:
+        """The counted positions, through the alignment's map."""
+        fixed = self.aligned.fixed_map(self.vocab_size)
+        keeps_ids = fixed is None and not self.aligned.alignment.rereads
+        support = (
+            _mask(self.support, self.vocab_size)
+            if keeps_ids
+            else self.aligned.support(self.vocab_size)
         )
-        if projection is not None:
-            teacher = ProjectedTeacher(
-                fixed=teacher,
-                projection=projection,
-                between=aligned.projection_steps(data.num_steps),
-            )
-        terms: list[Term] = [] if chunks is None else [chunks]
-        if self._layers is not None:
-            self._layers.say()
-            terms += self._layers.terms(PositionMap())
-        return Lesson(
-            view=TokensView(codec, teacher, None if mask is None else mask.to(device)),
-            objective=config,
-            terms=terms,
-            schedule=Schedule.of(config, data.num_steps),
+        cached = CachedTeacher(
+            codec=_on_device(self.codec, device), fixed=None if fixed is None else fixed.to(device)
         )
+        teacher: TargetsOf = cached
+        if self.projection is not None:
+            between = self.aligned.projection_steps(num_steps)
+            teacher = ProjectedTeacher(fixed=cached, projection=self.projection, between=between)
+        return TokensView(cached.codec, teacher, None if support is None else support.to(device))
+
+    def write_files(self, folder: Path) -> None:
+        """The map and what was learned of it, beside the student.
+
+        Raises:
+            UserError: where the file system refuses.
+        """
+        self.aligned.write_map(folder)
+        if self.projection is not None:
+            write_projection(folder, self.projection)
 
 
 def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:

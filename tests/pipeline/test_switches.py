@@ -19,7 +19,6 @@ from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig, TransferConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
-from teacher_cache.stages.training.auxiliaries import WithAuxiliaries
 from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
 from tests.command_line import pipe, refused
 from tests.tiny_runs import student_config
@@ -77,7 +76,7 @@ def resolved(
         pipe("train-student", *flags, *switches)
     parts = raised.value.parts
     trained: Any = parts["model"]
-    is_projected = isinstance(trained, WithAuxiliaries)
+    is_projected = hasattr(trained, "auxiliaries")
     student: MambaStudentForSequenceClassification = trained.student if is_projected else trained
     weights = hashlib.sha256()
     for name, tensor in student.state_dict().items():

@@ -143,14 +143,14 @@ ACCURACIES = (0.5, 0.7, 0.6, 0.7, 0.65)
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each evaluation's accuracy by its place in the training, resumed or not."""
-    evaluate = finetune_teacher.ClassificationTrainer.evaluate
+    evaluate = finetune_teacher.LabelTrainer.evaluate
 
     def scripted_evaluate(trainer: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         accuracy = ACCURACIES[trainer.state.global_step // 2 - 1]
         trainer.compute_metrics = lambda _: {"accuracy": accuracy}
         return evaluate(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(finetune_teacher.ClassificationTrainer, "evaluate", scripted_evaluate)
+    monkeypatch.setattr(finetune_teacher.LabelTrainer, "evaluate", scripted_evaluate)
 
 
 @pytest.mark.usefixtures("scripted")

@@ -395,7 +395,8 @@ def test_projection_equals_a_loop(at: int, share: float, tmp_path: Path) -> None
     one = other_student()
     model = WithAuxiliaries(one, some_projection())
     assert learned_share_at(at, start=1, end=5) == share
-    weights = mixed_weights(model.projection, share)
+    projection: Any = model.projection
+    weights = mixed_weights(projection, share)
     expected = gradients(slow_step(codec, one, samples, weights), model)
     assert (expected[1]["projection.scores"].abs().sum() > 0) == (share > 0)
     data = aligned_data(samples, fake_aligned)

@@ -41,10 +41,10 @@ Order = list[list[int]]
 def test_the_projection_depends_on_the_seed_alone() -> None:
     student = small_student()
     torch.manual_seed(5)
-    one, again, other = (
-        with_pooled_projection(student, teacher_width=WIDTH, seed=seed).projection.weight
-        for seed in (3, 3, 4)
-    )
+    modules: list[Any] = [
+        with_pooled_projection(student, teacher_width=WIDTH, seed=seed) for seed in (3, 3, 4)
+    ]
+    one, again, other = (module.projection.weight for module in modules)
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))  # the global state was left alone
