@@ -17,7 +17,12 @@ from teacher_cache.pipeline.options import (
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
 )
-from teacher_cache.pipeline.presets import check_evaluation, resolve_cache_teacher, task_of
+from teacher_cache.pipeline.presets import (
+    held_out_corpus,
+    resolve_cache_teacher,
+    task_of,
+    with_own_cache,
+)
 from teacher_cache.pipeline.settings import (
     apply_settings,
     check_sections,
@@ -76,7 +81,7 @@ def run_all(
     if "evaluate" in stages and runs:
         _heading(console, "evaluation")
         commands.evaluate(
-            _with_own_cache(stages["evaluate"], cache_options, cache),
+            with_own_cache(stages["evaluate"], task_of(cache_options), cache),
             list(runs.values()),
             json_file=next(iter(runs.values())).parent / f"{cache.name}-evaluation.json",
             names={folder.name: name for name, folder in runs.items()},
@@ -122,19 +127,10 @@ def _refuse_early(stages: Mapping[str, Any]) -> None:
         options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
     task = resolve_cache_teacher(options).task
     if "evaluate" in stages:
-        check_evaluation(stages["evaluate"], options.task or task_of(options.data))
+        to_come = Path("made by this run")
+        held_out_corpus(with_own_cache(stages["evaluate"], task, to_come), task)
     for student in stages["students"].values():
         check_architecture(student, task=task)
-
-
-def _with_own_cache(
-    options: EvaluateCommandOptions, cache_options: CacheTeacherOptions, cache: Path
-) -> EvaluateCommandOptions:
-    """Language models that are given no text are evaluated on what they held out of their cache."""
-    task = cache_options.task or task_of(cache_options.data)
-    if task == "lm" and options.data is None and options.cache is None:
-        return options.model_copy(update={"cache": cache})
-    return options
 
 
 def _heading(console: Console, text: str) -> None:
