@@ -17,8 +17,12 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
-from teacher_cache.pipeline.pictures.attention_maps import Panels, readable_tokens, teacher_maps
-from teacher_cache.pipeline.pictures.both_maps import both_sides
+from teacher_cache.pipeline.pictures.attention_maps import (
+    Panels,
+    both_sides,
+    readable_tokens,
+    teacher_maps,
+)
 from teacher_cache.pipeline.tables import has_positions
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import recorded_map

@@ -15,9 +15,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages import evaluate, train_student
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.evaluate import EvaluateResult
-from teacher_cache.stages.evaluation import latency
-from teacher_cache.stages.evaluation.latency import NUM_REPEATS, measure_latency
+from teacher_cache.stages.evaluate import NUM_REPEATS, EvaluateResult, measure_latency
 from teacher_cache.stages.evaluation.models import Classifier
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.teacher.config import TeacherConfig
@@ -268,7 +266,7 @@ def test_latency_is_the_median_of_interleaved_passes(
         seconds = sum(name == classifier.name for name, _ in timed)
         return 100.0 if seconds == 1 else float(seconds)  # the first pass is not counted
 
-    monkeypatch.setattr(latency, "_time_forward", slower_each_time)
+    monkeypatch.setattr(evaluate, "_time_forward", slower_each_time)
     found = measure_latency([teacher, student], (8,))
     assert timed == [("teacher", 8), ("student", 8)] * (NUM_REPEATS + 1)
     assert found == {"teacher": {8: 6000.0}, "student": {8: 6000.0}}  # of 2 to 10 seconds
