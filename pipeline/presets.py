@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # they import torch
 UNLABELED_SPLITS = ("unsupervised", "unlabeled")
 HELD_OUT_SPLITS = ("test", "validation")
 OF_TEXT = ("data", "split", "text_column", "txt_unit", "max_samples")
+DEFAULT_TASK: TaskName = ShardConfig.model_fields["task"].default
 OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
 
 
@@ -178,12 +179,6 @@ def preset_of(data: str, reading: Reading) -> Preset | None:
     return None if found is None or (reading.labeled and not found.label_names) else found
 
 
-def task_of(options: CacheTeacherOptions) -> TaskName:
-    """What the teacher does: as the options say, or the preset, or else classification."""
-    preset = PRESETS.get(options.data)
-    return options.task or (preset.task if preset else "classification")
-
-
 def data_name(data: str) -> str:
     """A short name for folders: the preset's, or the last part of an id or path."""
     name = Path(data.rstrip("/")).name.replace(":", "-")
@@ -244,7 +239,7 @@ def main_corpus(
 
 
 def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
-    """Fill in what the preset, or the folder's own layout, supplies.
+    """Fill in what the preset, or the folder's own layout, supplies, the task first of all.
 
     Raises:
         UserError: if no teacher is named and there is no preset to name one, or an option has no
@@ -252,7 +247,8 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     """
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
-    task = task_of(options)
+    named = PRESETS.get(options.data)
+    task = options.task or (named.task if named else DEFAULT_TASK)
     reading = READINGS[task]
     refuse_foreign(options, task)
     refuse_misspelt(options.data)

@@ -20,7 +20,6 @@ from teacher_cache.pipeline.options import (
 from teacher_cache.pipeline.presets import (
     held_out_corpus,
     resolve_cache_teacher,
-    task_of,
     with_own_cache,
 )
 from teacher_cache.pipeline.settings import (
@@ -30,6 +29,7 @@ from teacher_cache.pipeline.settings import (
     require_settings,
     validate,
 )
+from teacher_cache.stages.teacher.config import TaskName
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.start import check_architecture
 
@@ -59,7 +59,7 @@ def run_all(
     if "cache_teacher" not in content:
         raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
     stages = _validated(content)
-    _refuse_early(stages)
+    task = _refuse_early(stages)
 
     teacher = stages.get("finetune_teacher")
     cache_options = stages["cache_teacher"]
@@ -81,7 +81,7 @@ def run_all(
     if "evaluate" in stages and runs:
         _heading(console, "evaluation")
         commands.evaluate(
-            with_own_cache(stages["evaluate"], task_of(cache_options), cache),
+            with_own_cache(stages["evaluate"], task, cache),
             list(runs.values()),
             json_file=next(iter(runs.values())).parent / f"{cache.name}-evaluation.json",
             names={folder.name: name for name, folder in runs.items()},
@@ -120,8 +120,12 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
     return stages
 
 
-def _refuse_early(stages: Mapping[str, Any]) -> None:
-    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps."""
+def _refuse_early(stages: Mapping[str, Any]) -> TaskName:
+    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps.
+
+    Returns:
+        The task of the run.
+    """
     options = stages["cache_teacher"]
     if "finetune_teacher" in stages:
         options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
@@ -131,6 +135,7 @@ def _refuse_early(stages: Mapping[str, Any]) -> None:
         held_out_corpus(with_own_cache(stages["evaluate"], task, to_come), task)
     for student in stages["students"].values():
         check_architecture(student, task=task)
+    return task
 
 
 def _heading(console: Console, text: str) -> None:
