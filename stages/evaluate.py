@@ -64,11 +64,11 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     say = on_step or (lambda _: None)
     task = evaluation_task(config.runs)
     require_distinct_names(config.runs, task.row_names)
-    students = [task.load_student(folder, config) for folder in config.runs]
+    students = [task.student.of_run(folder, config) for folder in config.runs]
     # A cache has what its teacher said.
     asked = teacher_beside(config.runs, config) if config.cache is None else None
     reading = task.read(config, students)
-    teacher = None if asked is None else task.load_teacher(asked)
+    teacher = None if asked is None else task.teacher.of_teacher(asked)
     scored = reading.score(teacher, say)
 
     models = [*([] if teacher is None else [teacher]), *students]

@@ -226,7 +226,7 @@ def asks_the_task(node: ast.AST) -> bool:
 
 def test_few_places_ask_which_task_it_is() -> None:
     places = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         for place in ASKED_OF_ALL
         for path in (modules(place) or [ROOT / place])
         if path.relative_to(ROOT).as_posix() not in TASK_MODULES

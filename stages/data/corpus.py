@@ -124,6 +124,20 @@ class Corpus:
             for idx, (text, position) in enumerate(zip(texts, positions.tolist(), strict=True))
         ]
 
+    def documents_with_text(self) -> list[Document]:
+        """All documents that are not empty.
+
+        Raises:
+            UserError: if all are.
+        """
+        documents = [one for one in self.documents(0, len(self)) if one.text.strip()]
+        if not documents:
+            raise UserError(
+                f"the {len(self)} documents of {self.config.source} are all empty: check "
+                "--text-column"
+            )
+        return documents
+
     def class_names(self) -> tuple[str, ...]:
         """Names for every class id, to fine-tune a new teacher with.
 

@@ -16,9 +16,8 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.labels import is_generic
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
-from teacher_cache.stages.evaluation.packed_text import documents_with_text
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored
-from teacher_cache.stages.teacher.config import TaskName, TeacherConfig
+from teacher_cache.stages.teacher.config import TaskName
 from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 
 MAJORITY = "majority"
@@ -108,14 +107,7 @@ class Classification:
 
     name: TaskName = "classification"
     row_names = (MAJORITY, TEACHER)
-
-    def load_student(self, run: Path, config: DeviceConfig) -> Classifier:
-        """A finished run's student."""
-        return Classifier.of_run(run, config)
-
-    def load_teacher(self, config: TeacherConfig) -> Classifier:
-        """A teacher as a classifier among others."""
-        return Classifier.of_teacher(config)
+    student = teacher = Classifier
 
     def read(self, config: EvaluateConfig, students: Sequence[Classifier]) -> LabeledDocuments:
         """Read the documents, their labels by the names of the first student's classes.
@@ -128,7 +120,7 @@ class Classification:
                 "evaluate needs --data: labelled documents that the student has not seen"
             )
         corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
-        documents = documents_with_text(corpus)
+        documents = corpus.documents_with_text()
         return LabeledDocuments(
             students=students,
             documents=documents,
@@ -155,7 +147,7 @@ class Classification:
                 f"{', '.join(generation.given)} is of language models, and {run} is a classifier: "
                 "leave that out"
             )
-        classifier = self.load_student(run, device)
+        classifier = Classifier.of_run(run, device)
         documents = [
             Document(text=one, source="prompt", split="prompt", position=i)
             for i, one in enumerate(texts)

@@ -13,27 +13,24 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.packing import PackedRow, packed_rows
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.generation import check_generation, continuation, prompt_ids
 from teacher_cache.stages.evaluation.models import TEACHER, LanguageModel, TeacherModel
-from teacher_cache.stages.evaluation.packed_text import (
-    PackedRow,
-    documents_with_text,
-    num_bytes_by_id,
-    packed_rows,
-)
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.scores import Score, score
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
 from teacher_cache.stages.models.device import resolve_device
-from teacher_cache.stages.teacher.config import TaskName, TeacherConfig
+from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.tokens.token_bytes import token_bytes
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 32
@@ -188,14 +185,8 @@ class LanguageModeling:
 
     name: TaskName = "lm"
     row_names = (TEACHER,)
-
-    def load_student(self, run: Path, config: DeviceConfig) -> LanguageModel:
-        """A finished run's student."""
-        return LanguageModel.of_run(run, config)
-
-    def load_teacher(self, config: TeacherConfig) -> TeacherModel:
-        """A teacher as a language model among others."""
-        return TeacherModel.of_teacher(config)
+    student = LanguageModel
+    teacher = TeacherModel
 
     def read(
         self, config: EvaluateConfig, students: Sequence[LanguageModel]
@@ -210,7 +201,7 @@ class LanguageModeling:
             return _read_cache(config, config.cache, students)
         if config.corpus is None:
             raise UserError("evaluate needs --data: text that the student has not seen; or --cache")
-        documents = documents_with_text(load_corpus(config.corpus))
+        documents = load_corpus(config.corpus).documents_with_text()
         packed = [
             packed_rows(documents, one.tokenizer, max_length=one.max_length) for one in students
         ]
@@ -238,7 +229,7 @@ class LanguageModeling:
         num_empty = sum(not text.strip() for text in texts)
         if num_empty:
             raise UserError(f"{num_empty} of {len(texts)} texts are empty: leave them out")
-        model = self.load_student(run, device)
+        model = LanguageModel.of_run(run, device)
         for text in texts:
             whole = text + continuation(model, prompt_ids(model, text), generation)
             yield json.dumps(whole, ensure_ascii=False) if one_a_line else whole
@@ -283,7 +274,7 @@ def _row(
     """A row of the table; `marks` is told what is not exact about it."""
     num = _num_positions(rows)
     try:
-        sizes, caveat = num_bytes_by_id(model.tokenizer)
+        sizes, caveat = _num_bytes_by_id(model.tokenizer)
     except UserError:
         sizes, caveat = None, "its tokenizer does not tell the bytes of a token"
     bits = None
@@ -301,6 +292,24 @@ def _row(
         agreement=its_score.agreement,
         kl=its_score.kl,
     )
+
+
+def _num_bytes_by_id(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, str | None]:
+    """Bytes of text that each id stands for, int64 [V]; 0 of special tokens, which are no text.
+
+    Returns:
+        The numbers, and what is not exact about them; None where all are.
+
+    Raises:
+        UserError: for a tokenizer that does not tell.
+    """
+    table = token_bytes(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    sizes = [
+        0 if content is None or token_id in special else len(content)
+        for token_id, content in enumerate(table.content)
+    ]
+    return np.array(sizes, np.int64), table.caveat
 
 
 def _require_positions(name: str, rows: Sequence[PackedRow]) -> None:

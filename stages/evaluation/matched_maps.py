@@ -101,7 +101,7 @@ class InsideOfRun:
                 f"{run} is a student of the task {task.name} and {reader.cache} is of "
                 f"{reader.manifest.settings['task']}: give a run that this cache trained"
             )
-        model = task.load_student(run, DeviceConfig(device="cpu")).model
+        model = task.student.of_run(run, DeviceConfig(device="cpu")).model
         if not isinstance(model.config, MambaStudentConfig):
             raise UserError(f"{run} is no Mamba student, and only these have mixing matrices")
         _require_same_tokens(run, record, reader)

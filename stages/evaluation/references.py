@@ -16,8 +16,8 @@ from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NEXT_LOG_PROB
+from teacher_cache.stages.data.packing import PackedRow
 from teacher_cache.stages.evaluation.models import TeacherModel
-from teacher_cache.stages.evaluation.packed_text import PackedRow
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.language_model import Targets
 from teacher_cache.stages.models.head import read_language_model_head

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teacher_cache.stages.data.packing import PackedRow
 from teacher_cache.stages.evaluation.models import LanguageModel
-from teacher_cache.stages.evaluation.packed_text import PackedRow
 from teacher_cache.stages.evaluation.references import TEMPERATURE, Reference
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution

@@ -13,7 +13,7 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
 from teacher_cache.stages.evaluation.models import EvaluatedModel
-from teacher_cache.stages.teacher.config import TaskName, TeacherConfig
+from teacher_cache.stages.teacher.config import TaskName
 
 Say = Callable[[str], None]
 ModelT = TypeVar("ModelT", bound=EvaluatedModel)
@@ -93,12 +93,14 @@ class EvaluationTask(Protocol[ModelT]):
         """Rows of the table that are no run's, whose names no run may have."""
         ...
 
-    def load_student(self, run: Path, config: DeviceConfig) -> ModelT:
-        """A finished run's student (`EvaluatedModel.of_run`)."""
+    @property
+    def student(self) -> type[ModelT]:
+        """What loads a run's student."""
         ...
 
-    def load_teacher(self, config: TeacherConfig) -> ModelT:
-        """A teacher as a model among others (`EvaluatedModel.of_teacher`)."""
+    @property
+    def teacher(self) -> type[ModelT]:
+        """What loads a teacher as a model among others."""
         ...
 
     def read(self, config: EvaluateConfig, students: Sequence[ModelT]) -> Reading[ModelT]:
