@@ -186,7 +186,11 @@ def data_name(data: str) -> str:
 
 
 def refuse_misspelt(data: str) -> None:
-    """A bare word that is no file is more likely a misspelt preset than a hub id."""
+    """A bare word that is no file is more likely a misspelt preset than a hub id.
+
+    Raises:
+        UserError: suggesting the nearest.
+    """
     suggestion = did_you_mean(data, list(PRESETS))
     if data not in PRESETS and suggestion.startswith("did") and not Path(data).exists():
         raise UserError(f"there is no preset, file or folder {data!r}: {suggestion}")
@@ -209,13 +213,9 @@ def main_corpus(
         held_out: take the split that a preset holds out, not the one to train on.
         own_classes: whether the class ids are the preset's own, not those of some other teacher,
             whose names must then decide.
-
-    Raises:
-        UserError: for a misspelt preset, suggesting the nearest.
     """
     from teacher_cache.stages.data.corpus import CorpusConfig
 
-    refuse_misspelt(options.data)
     preset = preset_of(options.data, reading)
     own: dict[str, Any] = {}
     if preset is not None:
@@ -283,6 +283,8 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
 
 def _fallback_corpus(options: CacheTeacherOptions, data: str, reading: Reading) -> CorpusConfig:
     """A preset brings what it knows; other data is read as `--data` would have been."""
+    if reading.labeled:  # text may fall back to any word that the hub knows
+        refuse_misspelt(data)
     is_preset = preset_of(data, reading) is not None
     dropped = reading.of_fallback_preset if is_preset else reading.of_fallback
     return main_corpus(options.model_copy(update={"data": data, **dict.fromkeys(dropped)}), reading)
@@ -354,6 +356,7 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
             f"--data {options.data} names no base model: give --model, the folder or hub id of an "
             "encoder or decoder"
         )
+    refuse_misspelt(options.data)
     labeled = main_corpus(options, reading, own_classes=True)
     held_out = options.validation_split or (preset.validation if preset else None)
     return FinetuneTeacherConfig(
