@@ -17,6 +17,7 @@ from teacher_cache.pipeline.presets import (
     held_out_corpus,
     resolve_cache_teacher,
     resolve_finetune_teacher,
+    with_own_cache,
 )
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
@@ -177,6 +178,23 @@ def test_a_fallback_is_only_what_the_user_lists() -> None:
     assert (file.source, file.text_column, file.split) == ("reviews.csv", "body", None)
 
 
+def test_a_fallback_of_text_has_the_texts_column_and_its_own_split() -> None:
+    options = {"teacher": "t", "task": "lm", "split": "s", "text_column": "body"}
+    config = resolve("a/b", **options, fallback="wikitext,c/d")
+    assert [(one.source, one.text_column, one.split) for one in config.fallback] == [
+        ("Salesforce/wikitext:wikitext-2-raw-v1", "body", "train"),
+        ("c/d", "body", None),
+    ]
+    assert [one.txt_unit for one in config.fallback] == ["article", "line"]
+
+
+def test_a_text_is_no_preset_of_classifiers() -> None:
+    config = resolve("wikitext", task="classification", teacher="t")
+    assert (config.labeled.source, config.labeled.labeled) == ("wikitext", True)
+    with pytest.raises(UserError, match="is no preset, so it names no teacher"):
+        resolve("wikitext", task="classification")
+
+
 @pytest.mark.parametrize(
     ("data", "name"),
     [
@@ -298,3 +316,12 @@ def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> 
             held_out("lm", **options)
     with pytest.raises(UserError, match="--cache is of language models"):
         held_out("classification", data="imdb", cache=Path("c"))
+
+
+def test_only_language_models_are_evaluated_on_their_own_cache() -> None:
+    cache, none = Path("c"), EvaluateCommandOptions()
+    assert with_own_cache(none, "lm", cache).cache == cache
+    assert with_own_cache(none, "classification", cache) == none
+    for named in ({"data": "imdb"}, {"cache": "other"}):
+        options = EvaluateCommandOptions.model_validate(named)
+        assert with_own_cache(options, "lm", cache) == options
