@@ -18,7 +18,7 @@ from teacher_cache.pipeline.options import (
     PredictSettings,
 )
 from teacher_cache.pipeline.presets import (
-    READINGS,
+    TASK_DATA,
     held_out_corpus,
     resolve_cache_teacher,
     resolve_finetune_teacher,
@@ -90,7 +90,7 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     config = resolve_cache_teacher(options)
     if dry_run:
         console.print(settings_table(config.model_dump(mode="json"), "cache-teacher would run"))
-        has_codec = READINGS[config.task].has_codec
+        has_codec = TASK_DATA[config.task].has_codec
         if has_codec or config.attention != "none" or config.hidden != "none":
             console.print(estimate_table(estimate(config), of_codec=has_codec))
         return None

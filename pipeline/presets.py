@@ -67,6 +67,16 @@ class Preset:
     base_model: str | None = None
     student_tokenizer: str | None = None
 
+    @property
+    def text(self) -> dict[str, Any]:
+        """Where the texts are and how they are read, by `CorpusConfig`'s names."""
+        return {
+            "source": self.source,
+            "text_column": self.text_column,
+            "txt_unit": self.txt_unit,
+            "streamed": self.is_streamed,
+        }
+
 
 PRESETS = {
     "imdb": Preset(
@@ -122,7 +132,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class TaskData:
     """How a task reads data, and what it says where something is not named.
 
     Attributes:
@@ -146,8 +156,8 @@ class Reading:
     needs_data: str
 
 
-READINGS: dict[TaskName, Reading] = {
-    "classification": Reading(
+TASK_DATA: dict[TaskName, TaskData] = {
+    "classification": TaskData(
         labeled=True,
         takes_unlabeled=True,
         of_fallback=(),
@@ -158,7 +168,7 @@ READINGS: dict[TaskName, Reading] = {
         "of a fine-tuned classifier",
         needs_data="evaluate needs --data: labelled documents that the student has not seen",
     ),
-    "lm": Reading(
+    "lm": TaskData(
         labeled=False,
         takes_unlabeled=False,
         of_fallback=("split",),
@@ -173,10 +183,10 @@ READINGS: dict[TaskName, Reading] = {
 }
 
 
-def preset_of(data: str, reading: Reading) -> Preset | None:
+def preset_of(data: str, task_data: TaskData) -> Preset | None:
     """The preset of that name; text alone is none for a task that needs labels."""
     found = PRESETS.get(data)
-    return None if found is None or (reading.labeled and not found.label_names) else found
+    return None if found is None or (task_data.labeled and not found.label_names) else found
 
 
 def data_name(data: str) -> str:
@@ -198,7 +208,7 @@ def refuse_misspelt(data: str) -> None:
 
 def main_corpus(
     options: DataOptions,
-    reading: Reading,
+    task_data: TaskData,
     *,
     split: str | None = None,
     held_out: bool = False,
@@ -208,7 +218,7 @@ def main_corpus(
 
     Args:
         options: with `data` given.
-        reading: how the task reads it.
+        task_data: how the task reads it.
         split: to read where neither the options nor a preset name one.
         held_out: take the split that a preset holds out, not the one to train on.
         own_classes: whether the class ids are the preset's own, not those of some other teacher,
@@ -216,13 +226,12 @@ def main_corpus(
     """
     from teacher_cache.stages.data.corpus import CorpusConfig
 
-    preset = preset_of(options.data, reading)
+    preset = preset_of(options.data, task_data)
     own: dict[str, Any] = {}
     if preset is not None:
         split = preset.held_out if held_out else preset.train
-        own = {"source": preset.source, "text_column": preset.text_column}
-        own |= {"txt_unit": preset.txt_unit, "streamed": preset.is_streamed}
-        if reading.labeled:
+        own = preset.text
+        if task_data.labeled:
             own["label_column"] = preset.label_column
             own["label_names"] = preset.label_names if own_classes else None
     given = {
@@ -232,7 +241,7 @@ def main_corpus(
     }
     return CorpusConfig(
         **{"source": options.data, "split": split, **own, **given},
-        labeled=reading.labeled,
+        labeled=task_data.labeled,
         max_samples=options.max_samples,
         seed=getattr(options, "seed", 0),
     )
@@ -249,14 +258,14 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
 
     named = PRESETS.get(options.data)
     task = options.task or (named.task if named else DEFAULT_TASK)
-    reading = READINGS[task]
+    task_data = TASK_DATA[task]
     refuse_foreign(options, task)
     refuse_misspelt(options.data)
-    preset = preset_of(options.data, reading)
+    preset = preset_of(options.data, task_data)
     own = preset if preset is not None and preset.task == task else None
     teacher = options.teacher or (own.teacher if own else None)
     if teacher is None:
-        raise UserError(f"--data {options.data} {reading.needs_teacher}")
+        raise UserError(f"--data {options.data} {task_data.needs_teacher}")
     is_own = own is not None and teacher == own.teacher
     if own and is_own and own.base_model and not Path(teacher).is_dir():
         raise UserError(
@@ -272,42 +281,42 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         **options.model_dump(include=set(ShardConfig.model_fields) - resolved.keys()),
         **resolved,
         name=data_name(options.data),
-        labeled=main_corpus(options, reading, own_classes=is_own),
-        unlabeled=_unlabeled_corpus(options, reading),
+        labeled=main_corpus(options, task_data, own_classes=is_own),
+        unlabeled=_unlabeled_corpus(options, task_data),
         unlabeled_is_named=options.unlabeled is not None,
-        fallback=tuple(_fallback_corpus(options, data, reading) for data in options.fallback),
+        fallback=tuple(_fallback_corpus(options, data, task_data) for data in options.fallback),
     )
     check_options(config)
     return config
 
 
-def _fallback_corpus(options: CacheTeacherOptions, data: str, reading: Reading) -> CorpusConfig:
+def _fallback_corpus(options: CacheTeacherOptions, data: str, task_data: TaskData) -> CorpusConfig:
     """A preset brings what it knows; other data is read as `--data` would have been."""
-    if reading.labeled:  # text may fall back to any word that the hub knows
+    if task_data.labeled:  # text may fall back to any word that the hub knows
         refuse_misspelt(data)
-    is_preset = preset_of(data, reading) is not None
-    dropped = reading.of_fallback_preset if is_preset else reading.of_fallback
-    return main_corpus(options.model_copy(update={"data": data, **dict.fromkeys(dropped)}), reading)
+    is_preset = preset_of(data, task_data) is not None
+    dropped = task_data.of_fallback_preset if is_preset else task_data.of_fallback
+    return main_corpus(
+        options.model_copy(update={"data": data, **dict.fromkeys(dropped)}), task_data
+    )
 
 
-def _unlabeled_corpus(options: CacheTeacherOptions, reading: Reading) -> CorpusConfig | None:
+def _unlabeled_corpus(options: CacheTeacherOptions, task_data: TaskData) -> CorpusConfig | None:
     """The corpus of `--unlabeled`, or the text without labels that comes with `--data`."""
     from teacher_cache.stages.data.corpus import CorpusConfig
 
-    is_none = options.unlabeled == "none"
-    if not reading.takes_unlabeled and options.unlabeled in (None, "none"):
-        _refuse_second_corpus(options)
-        is_none = True
-    if is_none:
+    takes_own = task_data.takes_unlabeled
+    if options.unlabeled == "none" or (options.unlabeled is None and not takes_own):
+        if not takes_own:
+            _refuse_second_corpus(options)
         return None
     data = options.data if options.unlabeled is None else options.unlabeled
-    preset = preset_of(data, reading)
+    preset = preset_of(data, task_data)
     own: dict[str, Any] = {"source": data}
     if preset is not None and preset.unlabeled is not None:
         own["source"], own["split"] = preset.unlabeled
     elif preset is not None:
-        own |= {"source": preset.source, "split": preset.train, "text_column": preset.text_column}
-        own |= {"txt_unit": preset.txt_unit, "streamed": preset.is_streamed}
+        own = {**preset.text, "split": preset.train}
     elif options.unlabeled is None:
         own["split"], own["text_column"] = _own_unlabeled_split(data), options.text_column
         if own["split"] is None:
@@ -346,8 +355,8 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     from teacher_cache.stages.data.packaged.packages import fetch
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 
-    reading = READINGS["classification"]
-    preset = preset_of(options.data, reading)
+    task_data = TASK_DATA["classification"]
+    preset = preset_of(options.data, task_data)
     model = options.model
     if model is None and preset is not None and preset.base_model is not None:
         model = str(fetch(preset.base_model))
@@ -357,7 +366,7 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
             "encoder or decoder"
         )
     refuse_misspelt(options.data)
-    labeled = main_corpus(options, reading, own_classes=True)
+    labeled = main_corpus(options, task_data, own_classes=True)
     held_out = options.validation_split or (preset.validation if preset else None)
     return FinetuneTeacherConfig(
         **options.model_dump(include=set(FinetuneOptions.model_fields) - {"model"}),
@@ -380,7 +389,7 @@ def with_own_cache(
         task: of the runs.
         cache: that they are trained from.
     """
-    if READINGS[task].evaluates_own_cache and options.data is None and options.cache is None:
+    if TASK_DATA[task].evaluates_own_cache and options.data is None and options.cache is None:
         return options.model_copy(update={"cache": cache})
     return options
 
@@ -399,7 +408,7 @@ def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusCo
         UserError: if neither data nor a cache is named, or both are; for an option of another
             task; or if there is no held-out split and none is named.
     """
-    reading = READINGS[task]
+    task_data = TASK_DATA[task]
     refuse_foreign(options, task)
     if options.cache is not None:
         given = [one for one in OF_TEXT if getattr(options, one) is not None]
@@ -410,9 +419,9 @@ def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusCo
             )
         return None
     if options.data is None:
-        raise UserError(reading.needs_data)
+        raise UserError(task_data.needs_data)
     refuse_misspelt(options.data)
-    preset = preset_of(options.data, reading)
+    preset = preset_of(options.data, task_data)
     if preset is not None and preset.held_out is None and options.split is None:
         raise UserError(
             f"--data {options.data} has no held-out split: evaluate on other text (--data "
@@ -420,7 +429,7 @@ def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusCo
         )
     is_open = preset is None and options.split is None
     split = _own_held_out_split(options.data) if is_open else None
-    return main_corpus(options, reading, split=split, held_out=True)
+    return main_corpus(options, task_data, split=split, held_out=True)
 
 
 def _own_held_out_split(data: str) -> str | None:

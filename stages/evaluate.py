@@ -67,9 +67,9 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     students = [task.student.of_run(folder, config) for folder in config.runs]
     # A cache has what its teacher said.
     asked = teacher_beside(config.runs, config) if config.cache is None else None
-    reading = task.read(config, students)
+    held_out = task.read(config, students)
     teacher = None if asked is None else task.teacher.of_teacher(asked)
-    scored = reading.score(teacher, say)
+    scored = held_out.score(teacher, say)
 
     models = [*([] if teacher is None else [teacher]), *students]
     say("timing one document at a time")
@@ -82,7 +82,7 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
         }
         for one in models
     }
-    written = reading.written(models, say)
+    written = held_out.written(models, say)
     if written is not None:
         for name, text in written.by_name.items():
             costs[name]["written"] = text

@@ -17,7 +17,7 @@ from teacher_cache.stages.teacher.config import TaskName
 
 Say = Callable[[str], None]
 ModelT = TypeVar("ModelT", bound=EvaluatedModel)
-ReadT = TypeVar("ReadT", bound=EvaluatedModel, contravariant=True)
+SetT = TypeVar("SetT", bound=EvaluatedModel, contravariant=True)
 
 
 class EvaluateConfig(EvaluateOptions):
@@ -60,10 +60,10 @@ class Written:
     by_name: Mapping[str, str | None]
 
 
-class Reading(Protocol[ReadT]):
+class EvaluationSet(Protocol[SetT]):
     """Documents as the students read them, ready to be scored."""
 
-    def score(self, teacher: ReadT | None, say: Say) -> Scored:
+    def score(self, teacher: SetT | None, say: Say) -> Scored:
         """Score the students, and the teacher beside them.
 
         Args:
@@ -75,7 +75,7 @@ class Reading(Protocol[ReadT]):
         """
         ...
 
-    def written(self, models: Sequence[ReadT], say: Say) -> Written | None:
+    def written(self, models: Sequence[SetT], say: Say) -> Written | None:
         """What the models write behind the documents' beginning; None where none writes."""
         ...
 
@@ -103,7 +103,7 @@ class EvaluationTask(Protocol[ModelT]):
         """What loads a teacher as a model among others."""
         ...
 
-    def read(self, config: EvaluateConfig, students: Sequence[ModelT]) -> Reading[ModelT]:
+    def read(self, config: EvaluateConfig, students: Sequence[ModelT]) -> EvaluationSet[ModelT]:
         """Read the documents, or the cache.
 
         Raises:
