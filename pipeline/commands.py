@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-
-import numpy as np
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
@@ -22,8 +18,8 @@ from teacher_cache.pipeline.options import (
     PredictSettings,
 )
 from teacher_cache.pipeline.presets import (
+    TASK_DATA,
     held_out_corpus,
-    held_out_text,
     resolve_cache_teacher,
     resolve_finetune_teacher,
 )
@@ -33,7 +29,6 @@ from teacher_cache.pipeline.tables import (
     cost_table,
     estimate_table,
     join_table,
-    language_model_table,
     manifest_table,
     quality_table,
     settings_table,
@@ -41,17 +36,13 @@ from teacher_cache.pipeline.tables import (
 from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages import convert as conversion
 from teacher_cache.stages import evaluate as evaluation
-from teacher_cache.stages import evaluate_language_model
 from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
-from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.estimate import estimate
-from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
 from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.evaluation.generation import check_generation, continuation, prompt_ids
-from teacher_cache.stages.evaluation.models import load_student, load_student_language_model
-from teacher_cache.stages.evaluation.runs import task_of
+from teacher_cache.stages.evaluation.named import evaluation_task
+from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.start import with_own_tokenizer
@@ -99,8 +90,9 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     config = resolve_cache_teacher(options)
     if dry_run:
         console.print(settings_table(config.model_dump(mode="json"), "cache-teacher would run"))
-        if config.task == "lm" or config.attention != "none" or config.hidden != "none":
-            console.print(estimate_table(estimate(config), is_language_model=config.task == "lm"))
+        has_codec = TASK_DATA[config.task].has_codec
+        if has_codec or config.attention != "none" or config.hidden != "none":
+            console.print(estimate_table(estimate(config), of_codec=has_codec))
         return None
     with StageOneProgress(console) as progress:
         result = stage_one.run(config, progress)
@@ -166,106 +158,36 @@ def evaluate(
     *,
     json_file: Path | None = None,
     names: dict[str, str] | None = None,
-) -> evaluation.EvaluateResult | EvaluateLanguageModelResult:
-    """Evaluate students beside their teacher and print the tables."""
-    run = evaluate_language_models if task_of(runs) == "lm" else evaluate_classifiers
-    result = run(options, runs, names)
+) -> evaluation.EvaluateResult:
+    """Evaluate students beside their teacher; print how well they predict, and what they write."""
+    config = EvaluateConfig(
+        runs=tuple(runs),
+        corpus=held_out_corpus(options, evaluation_task(runs).name),
+        cache=options.cache,
+        **options.model_dump(include=set(EvaluateOptions.model_fields)),
+    )
+    result = evaluation.run(config, on_step=lambda text: console.print(text, style="dim"))
+    console.print(quality_table(result, names))
+    console.print(result.rows[0].legend, style="dim")
+    for row in result.rows if result.prompt is not None else ():
+        if row.written is not None:
+            name = (names or {}).get(row.name, row.name)
+            console.print(f"{name}: {result.prompt}|{row.written}", soft_wrap=True)
     console.print(cost_table(result, names))
     for name, mark in result.marks.items():
         console.print(f"! {name}: {mark}", style="yellow")
     if json_file is not None:
-        figures = json.dumps(asdict(result), indent=1)
+        figures = json.dumps(result.to_json(), indent=1)
         write_bytes_atomically(json_file, f"{figures}\n".encode())
-    return result
-
-
-def evaluate_classifiers(
-    options: EvaluateCommandOptions, runs: list[Path], names: dict[str, str] | None
-) -> evaluation.EvaluateResult:
-    """Evaluate classifiers and print how well they classify."""
-    config = evaluation.EvaluateConfig(
-        runs=tuple(runs),
-        corpus=held_out_corpus(options),
-        **options.model_dump(include=set(evaluation.EvaluateOptions.model_fields)),
-    )
-    result = evaluation.run(config, on_step=lambda text: console.print(text, style="dim"))
-    console.print(quality_table(result, names))
-    console.print(
-        "agrees: the teacher's class is chosen; KL: from the teacher's distribution, mean nats",
-        style="dim",
-    )
     return result
 
 
 def predict(options: PredictSettings, run: Path, text: str) -> None:
     """Print a label and its probability for each text, or what a language model makes of it."""
-    texts = [line.rstrip("\n") for line in sys.stdin] if text == "-" else [text]
-    if task_of([run]) == "lm":
-        go_on(options, run, texts, as_json=text == "-")
-        return
-    if options.given:
-        raise UserError(
-            f"{', '.join(options.given)} is of language models, and {run} is a classifier: leave "
-            "that out"
-        )
-    classifier = load_student(run, options)
-    documents = [
-        Document(text=one, source="prompt", split="prompt", position=i)
-        for i, one in enumerate(texts)
-    ]
-    samples = classifier.tokenize(documents)
-    if len(samples) < len(documents):
-        raise UserError(
-            f"{len(documents) - len(samples)} of {len(documents)} texts are empty: leave them out"
-        )
-    logits = classifier.logits(samples, batch_tokens=8192).astype(np.float64)
-    probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-    for one, row in zip(texts, probabilities, strict=True):
-        label = classifier.id2label[int(row.argmax())]
-        # Not through rich, which would make spaces of the tabs.
-        print(f"{label}\t{row.max():.3f}\t{one}")
-
-
-def evaluate_language_models(
-    options: EvaluateCommandOptions, runs: list[Path], names: dict[str, str] | None
-) -> EvaluateLanguageModelResult:
-    """Evaluate language models; print how well they predict, and what they write."""
-    config = evaluate_language_model.EvaluateLanguageModelConfig(
-        runs=tuple(runs),
-        corpus=held_out_text(options),
-        cache=options.cache,
-        **options.model_dump(include=set(EvaluateOptions.model_fields)),
-    )
-    result = evaluate_language_model.run(
-        config, on_step=lambda text: console.print(text, style="dim")
-    )
-    console.print(language_model_table(result, names))
-    console.print(
-        "perplexity: of a token; agrees: the teacher's most probable token is chosen; KL: from "
-        "the teacher's distribution, mean nats of a position",
-        style="dim",
-    )
-    for row in result.rows:
-        if row.written is not None:
-            name = (names or {}).get(row.name, row.name)
-            console.print(f"{name}: {result.prompt}|{row.written}", soft_wrap=True)
-    return result
-
-
-def go_on(options: PredictSettings, run: Path, texts: Sequence[str], *, as_json: bool) -> None:
-    """Print each text with what the model writes behind it.
-
-    Args:
-        options: how it writes.
-        run: of the model.
-        texts: to go on with.
-        as_json: as JSON strings, so that each stays on one line.
-    """
-    check_generation(options)
-    num_empty = sum(not text.strip() for text in texts)
-    if num_empty:
-        raise UserError(f"{num_empty} of {len(texts)} texts are empty: leave them out")
-    model = load_student_language_model(run, options)
-    for text in texts:
-        whole = text + continuation(model, prompt_ids(model, text), options)
-        print(json.dumps(whole, ensure_ascii=False) if as_json else whole)
+    is_stream = text == "-"
+    texts = [line.rstrip("\n") for line in sys.stdin] if is_stream else [text]
+    task = evaluation_task([run])
+    for answer in task.predict(
+        run, texts, device=options, generation=options, one_a_line=is_stream
+    ):
+        print(answer)  # not through rich, which would make spaces of the tabs

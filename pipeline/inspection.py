@@ -15,7 +15,7 @@ from teacher_cache.pipeline.pictures.figures import write_figure
 from teacher_cache.pipeline.reporting import console, working
 from teacher_cache.pipeline.sample_view import attention_panels, print_sample
 from teacher_cache.pipeline.tables import (
-    is_language_model,
+    has_positions,
     kept_table,
     layer_fields,
     layer_table,
@@ -64,7 +64,7 @@ def inspect(
     console.print(f"cache {cache}: {state}; fingerprint {manifest.fingerprint}", soft_wrap=True)
     console.print(settings_table(manifest.settings | {"about": manifest.about}, "settings"))
     console.print(manifest_table(manifest))
-    if is_language_model(manifest):
+    if has_positions(manifest):
         console.print(kept_table(manifest))
     shapes = [f"{one.name} {one.dtype}{list(one.shape) or ''}" for one in manifest.schema]
     console.print("fields of a sample: " + ", ".join(shapes), soft_wrap=True)
@@ -115,6 +115,6 @@ def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
 def _found(manifest: Manifest, worst: float) -> str:
     layers = ", ".join(spec.name for spec in layer_fields(manifest))
     besides = f"; {layers} within what their rounding allows" if layers else ""
-    if is_language_model(manifest):
+    if has_positions(manifest):
         return f"distributions as cached: largest KL of a position {worst:.2g} nats{besides}"
     return f"logits as cached: largest difference {worst:.2g}{besides}"

@@ -5,11 +5,13 @@ Light to import: `--help` builds itself from these models.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions, Length
 from teacher_cache.stages.join.config import JoinConfig
@@ -19,6 +21,41 @@ from teacher_cache.stages.training.config import FinetuneOptions
 TxtUnit = Literal["line", "paragraph", "document", "article"]
 Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
 Lengths = Annotated[tuple[Length, ...], BeforeValidator(comma_separated)]
+MODELS: dict[TaskName, str] = {"classification": "classifiers", "lm": "language models"}
+
+
+@dataclass(frozen=True)
+class OfTask:
+    """In an option's annotation: it means something for one task alone.
+
+    Attributes:
+        task: whose it is.
+        remedy: what to do with another.
+    """
+
+    task: TaskName
+    remedy: str
+
+
+def refuse_foreign(options: StageConfig, task: TaskName) -> None:
+    """Refuse an option that is of another task, and was given.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, field in type(options).model_fields.items():
+        for mark in field.metadata:
+            is_foreign = isinstance(mark, OfTask) and mark.task != task
+            if is_foreign and getattr(options, name) != field.default:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of {MODELS[mark.task]}: {mark.remedy}"
+                )
+
+
+OF_LABELS = OfTask(
+    "classification",
+    "leave it out with language models, for which each token is the label of those before it",
+)
 
 
 class DataOptions(StageConfig):
@@ -35,10 +72,10 @@ class DataOptions(StageConfig):
     text_column: str | None = Field(
         default=None, description="Column with the texts. Default: the usual names are tried."
     )
-    label_column: str | None = Field(
+    label_column: Annotated[str | None, OF_LABELS] = Field(
         default=None, description="Column with the labels. Default: the usual names are tried."
     )
-    label_names: Names | None = Field(
+    label_names: Annotated[Names | None, OF_LABELS] = Field(
         default=None,
         description="Label names in the order of the teacher's class ids, comma-separated.",
     )
@@ -122,7 +159,7 @@ class EvaluateCommandOptions(DataOptions, TextOptions, EvaluateOptions):
         description="Data to evaluate on, labelled for classifiers: as for cache-teacher; a "
         "preset's held-out split.",
     )
-    cache: Path | None = Field(
+    cache: Annotated[Path | None, OfTask("lm", "give labelled documents with --data")] = Field(
         default=None,
         description="Of language models, in the place of --data: a cache, which needs no teacher; "
         "of the one that a run was trained on, what it held out. Default: none.",

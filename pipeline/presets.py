@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     DataOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
+    TxtUnit,
+    refuse_foreign,
 )
 from teacher_cache.stages.teacher.config import ShardConfig, TaskName
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.training.config import FinetuneOptions
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they import torch
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
     from teacher_cache.stages.data.corpus import CorpusConfig
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from teacher_cache.cache.errors import did_you_mean
-from teacher_cache.pipeline.options import TxtUnit
-
-if TYPE_CHECKING:
-    from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-    from teacher_cache.stages.data.corpus import CorpusConfig
+UNLABELED_SPLITS = ("unsupervised", "unlabeled")
+HELD_OUT_SPLITS = ("test", "validation")
+OF_TEXT = ("data", "split", "text_column", "txt_unit", "max_samples")
+DEFAULT_TASK: TaskName = ShardConfig.model_fields["task"].default
+OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,107 +36,94 @@ class Preset:
     """A data set by name, with all that a run needs besides.
 
     Attributes:
-        source: hub id, or the packaged `reviews`.
+        task: of its teacher.
+        source: hub id (`id:subset` where it has several), or a packaged data set.
         train: split that is cached.
-        held_out: split that `pipe evaluate` reads.
+        held_out: split that `pipe evaluate` reads; None where there is none.
         validation: split that fine-tuning evaluates on, None for a share of `train`.
         text_column: of the texts.
+        txt_unit: what of its lines is a document, where that is not each.
+        label_column: of the labels; None where there are none.
         label_names: in the order of the class ids.
-        unlabeled: source and split of the unlabelled text.
-        teacher: hub id or folder.
+        unlabeled: source and split of the unlabelled text; None where the data itself is that.
+        is_streamed: too large to be fetched whole: only so much is read as is asked for.
+        teacher: hub id or folder, None where one has to be named.
         base_model: what `finetune-teacher` starts from, None where a teacher exists.
+        student_tokenizer: hub id, None where students have the teacher's.
     """
 
+    task: TaskName
     source: str
-    train: str
-    held_out: str
+    train: str = "train"
+    held_out: str | None = "test"
     validation: str | None = None
-    text_column: str
-    label_column: str = "label"
-    label_names: tuple[str, ...]
-    unlabeled: tuple[str, str]
-    teacher: str
+    text_column: str = "text"
+    txt_unit: TxtUnit = "line"
+    label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    unlabeled: tuple[str, str] | None = None
+    is_streamed: bool = False
+    teacher: str | None = None
     base_model: str | None = None
+    student_tokenizer: str | None = None
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """Where the texts are and how they are read, by `CorpusConfig`'s names."""
+        return {
+            "source": self.source,
+            "text_column": self.text_column,
+            "txt_unit": self.txt_unit,
+            "streamed": self.is_streamed,
+        }
 
 
 PRESETS = {
     "imdb": Preset(
+        task="classification",
         source="stanfordnlp/imdb",
-        train="train",
-        held_out="test",
-        text_column="text",
+        label_column="label",
         label_names=("neg", "pos"),
         unlabeled=("stanfordnlp/imdb", "unsupervised"),
         teacher="hipnologo/gpt2-imdb-finetune",
     ),
     "sst2": Preset(
+        task="classification",
         source="stanfordnlp/sst2",
-        train="train",
         held_out="validation",  # the test labels are hidden
         text_column="sentence",
+        label_column="label",
         label_names=("negative", "positive"),
         unlabeled=("stanfordnlp/imdb", "unsupervised"),
         teacher="distilbert/distilbert-base-uncased-finetuned-sst-2-english",
     ),
     "demo": Preset(
+        task="classification",
         source="reviews",
-        train="train",
-        held_out="test",
         validation="validation",
-        text_column="text",
+        label_column="label",
         label_names=("rotten", "fresh"),
         unlabeled=("reviews", "unlabeled"),
         teacher="teachers/demo-minilm",
         base_model="minilm",
     ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextPreset:
-    """Text without labels by name, for language models.
-
-    Attributes:
-        source: hub id (`id:subset` where it has several), or a packaged text.
-        train: split that is cached.
-        held_out: split that `pipe evaluate` reads; None where there is none.
-        text_column: of the texts.
-        txt_unit: what of its lines is a document, where that is not each.
-        is_streamed: too large to be fetched whole: only so much is read as is asked for.
-        teacher: hub id, None where one has to be named.
-        student_tokenizer: hub id, None where students have the teacher's.
-    """
-
-    source: str
-    train: str
-    held_out: str | None
-    text_column: str = "text"
-    txt_unit: TxtUnit = "line"
-    is_streamed: bool = False
-    teacher: str | None = None
-    student_tokenizer: str | None = None
-
-
-TEXTS = {
-    "austen": TextPreset(source="austen", train="train", held_out="test"),
-    "wikitext": TextPreset(
+    "austen": Preset(task="lm", source="austen"),
+    "wikitext": Preset(
+        task="lm",
         source="Salesforce/wikitext:wikitext-2-raw-v1",
-        train="train",
-        held_out="test",
         txt_unit="article",
         teacher="openai-community/gpt2",
     ),
-    "openwebtext": TextPreset(
+    "openwebtext": Preset(
+        task="lm",
         source="Skylion007/openwebtext",
-        train="train",
         held_out=None,
         is_streamed=True,
         teacher="openai-community/gpt2",
     ),
-    "moe-to-mamba": TextPreset(
+    "moe-to-mamba": Preset(
+        task="lm",
         source="Salesforce/wikitext:wikitext-2-raw-v1",
-        train="train",
-        held_out="test",
         txt_unit="article",
         teacher="huihui-ai/Huihui-MoE-1B-A0.6B",
         student_tokenizer="HuggingFaceTB/SmolLM-135M",
@@ -144,137 +131,219 @@ TEXTS = {
 }
 
 
-def task_of(data: str) -> TaskName:
-    """What a teacher does with this data where the options do not say it."""
-    return "lm" if data in TEXTS else "classification"
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """How a task reads data, and what it says where something is not named.
+
+    Attributes:
+        labeled: whether a document needs a label.
+        takes_unlabeled: whether text without labels that comes with the data is taken unasked.
+        of_fallback: options of `--data` that other data, listed in `--fallback`, is read without.
+        of_fallback_preset: the same of a preset.
+        evaluates_own_cache: whether students can be evaluated on what they held out of their cache.
+        has_codec: whether what the teacher says is kept by a codec, whose loss can be measured.
+        needs_teacher: what is wrong with `--data NAME` that names no teacher.
+        needs_data: of an evaluation.
+    """
+
+    labeled: bool
+    takes_unlabeled: bool
+    of_fallback: tuple[str, ...]
+    of_fallback_preset: tuple[str, ...]
+    evaluates_own_cache: bool
+    has_codec: bool
+    needs_teacher: str
+    needs_data: str
+
+
+TASK_DATA: dict[TaskName, TaskData] = {
+    "classification": TaskData(
+        labeled=True,
+        takes_unlabeled=True,
+        of_fallback=(),
+        of_fallback_preset=("split", "text_column", "label_column", "label_names"),
+        evaluates_own_cache=False,
+        has_codec=False,
+        needs_teacher="is no preset, so it names no teacher: give --teacher, the folder or hub id "
+        "of a fine-tuned classifier",
+        needs_data="evaluate needs --data: labelled documents that the student has not seen",
+    ),
+    "lm": TaskData(
+        labeled=False,
+        takes_unlabeled=False,
+        of_fallback=("split",),
+        of_fallback_preset=("split",),
+        evaluates_own_cache=True,
+        has_codec=True,
+        needs_teacher="names no language model: give --teacher, the folder or hub id of a causal "
+        "language model",
+        needs_data="evaluate needs --data, text that the student has not seen; or --cache, of "
+        "which it reads what the run held out",
+    ),
+}
+
+
+def preset_of(data: str, task_data: TaskData) -> Preset | None:
+    """The preset of that name; text alone is none for a task that needs labels."""
+    found = PRESETS.get(data)
+    return None if found is None or (task_data.labeled and not found.label_names) else found
 
 
 def data_name(data: str) -> str:
     """A short name for folders: the preset's, or the last part of an id or path."""
     name = Path(data.rstrip("/")).name.replace(":", "-")
-    return data if data in PRESETS or data in TEXTS else name.split(".")[0] or "data"
+    return data if data in PRESETS else name.split(".")[0] or "data"
 
 
 def refuse_misspelt(data: str) -> None:
-    """A bare word that is no file is more likely a misspelt preset than a hub id."""
-    names = [*PRESETS, *TEXTS]
-    suggestion = did_you_mean(data, names)
-    if data not in names and suggestion.startswith("did") and not Path(data).exists():
+    """A bare word that is no file is more likely a misspelt preset than a hub id.
+
+    Raises:
+        UserError: suggesting the nearest.
+    """
+    suggestion = did_you_mean(data, list(PRESETS))
+    if data not in PRESETS and suggestion.startswith("did") and not Path(data).exists():
         raise UserError(f"there is no preset, file or folder {data!r}: {suggestion}")
 
 
-UNLABELED_SPLITS = ("unsupervised", "unlabeled")
-HELD_OUT_SPLITS = ("test", "validation")
-OF_TEXT = ("data", "split", "text_column", "txt_unit", "max_samples")
-
-
-def labeled_corpus(
-    options: DataOptions, split: str | None, *, own_classes: bool = False
+def main_corpus(
+    options: DataOptions,
+    task_data: TaskData,
+    *,
+    split: str | None = None,
+    held_out: bool = False,
+    own_classes: bool = False,
 ) -> CorpusConfig:
-    """The labelled corpus that the options name.
+    """The corpus that `--data` names.
 
     Args:
         options: with `data` given.
-        split: to read where the options name none.
+        task_data: how the task reads it.
+        split: to read where neither the options nor a preset name one.
+        held_out: take the split that a preset holds out, not the one to train on.
         own_classes: whether the class ids are the preset's own, not those of some other teacher,
             whose names must then decide.
-
-    Raises:
-        UserError: for a misspelt preset, suggesting the nearest.
     """
     from teacher_cache.stages.data.corpus import CorpusConfig
 
-    preset = PRESETS.get(options.data)
-    if preset is None:
-        refuse_misspelt(options.data)
+    preset = preset_of(options.data, task_data)
+    own: dict[str, Any] = {}
+    if preset is not None:
+        split = preset.held_out if held_out else preset.train
+        own = preset.text
+        if task_data.labeled:
+            own["label_column"] = preset.label_column
+            own["label_names"] = preset.label_names if own_classes else None
+    given = {
+        name: value
+        for name in ("split", "text_column", "label_column", "label_names", "txt_unit")
+        if (value := getattr(options, name, None))
+    }
     return CorpusConfig(
-        source=preset.source if preset else options.data,
-        split=options.split or split,
-        text_column=options.text_column or (preset.text_column if preset else None),
-        label_column=options.label_column or (preset.label_column if preset else None),
-        label_names=options.label_names or (preset.label_names if preset and own_classes else None),
-        txt_unit=getattr(options, "txt_unit", None) or "line",
+        **{"source": options.data, "split": split, **own, **given},
+        labeled=task_data.labeled,
         max_samples=options.max_samples,
         seed=getattr(options, "seed", 0),
     )
 
 
 def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
-    """Fill in what the preset, or the folder's own layout, supplies.
+    """Fill in what the preset, or the folder's own layout, supplies, the task first of all.
 
     Raises:
-        UserError: if no teacher is named and there is no preset to name one.
+        UserError: if no teacher is named and there is no preset to name one, or an option has no
+            meaning for the task.
     """
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
-    if (options.task or task_of(options.data)) == "lm":
-        return resolve_language_model(options)
-    preset = PRESETS.get(options.data)
-    teacher = options.teacher or (preset.teacher if preset else None)
-    labeled = labeled_corpus(
-        options,
-        preset.train if preset else None,
-        own_classes=preset is not None and teacher == preset.teacher,
-    )
+    named = PRESETS.get(options.data)
+    task = options.task or (named.task if named else DEFAULT_TASK)
+    task_data = TASK_DATA[task]
+    refuse_foreign(options, task)
+    refuse_misspelt(options.data)
+    preset = preset_of(options.data, task_data)
+    own = preset if preset is not None and preset.task == task else None
+    teacher = options.teacher or (own.teacher if own else None)
     if teacher is None:
-        raise UserError(
-            f"--data {options.data} is no preset, so it names no teacher: give --teacher, the "
-            "folder or hub id of a fine-tuned classifier"
-        )
-    if preset and teacher == preset.teacher and preset.base_model and not Path(teacher).is_dir():
+        raise UserError(f"--data {options.data} {task_data.needs_teacher}")
+    is_own = own is not None and teacher == own.teacher
+    if own and is_own and own.base_model and not Path(teacher).is_dir():
         raise UserError(
             f"the teacher of --data {options.data} is made here: run `pipe finetune-teacher "
             f"--data {options.data}` first, or give --teacher"
         )
+    resolved: dict[str, Any] = {
+        "task": task,
+        "teacher": teacher,
+        "student_tokenizer": options.student_tokenizer or (own.student_tokenizer if own else None),
+    }
     config = CacheTeacherConfig(
-        **options.model_dump(include=set(ShardConfig.model_fields) - {"teacher", "task"}),
-        teacher=teacher,
+        **options.model_dump(include=set(ShardConfig.model_fields) - resolved.keys()),
+        **resolved,
         name=data_name(options.data),
-        labeled=labeled,
-        unlabeled=_unlabeled_corpus(options, preset),
+        labeled=main_corpus(options, task_data, own_classes=is_own),
+        unlabeled=_unlabeled_corpus(options, task_data),
         unlabeled_is_named=options.unlabeled is not None,
-        fallback=tuple(_fallback_corpus(options, data) for data in options.fallback),
+        fallback=tuple(_fallback_corpus(options, data, task_data) for data in options.fallback),
     )
     check_options(config)
     return config
 
 
-def _fallback_corpus(options: CacheTeacherOptions, data: str) -> CorpusConfig:
-    """A preset brings its own split and columns; other data is read as `--data` would have been."""
-    preset = PRESETS.get(data)
-    named = dict.fromkeys(("split", "text_column", "label_column", "label_names") if preset else ())
-    own = options.model_copy(update={"data": data, **named})
-    return labeled_corpus(own, preset.train if preset else None)
+def _fallback_corpus(options: CacheTeacherOptions, data: str, task_data: TaskData) -> CorpusConfig:
+    """A preset brings what it knows; other data is read as `--data` would have been."""
+    if task_data.labeled:  # text may fall back to any word that the hub knows
+        refuse_misspelt(data)
+    is_preset = preset_of(data, task_data) is not None
+    dropped = task_data.of_fallback_preset if is_preset else task_data.of_fallback
+    return main_corpus(
+        options.model_copy(update={"data": data, **dict.fromkeys(dropped)}), task_data
+    )
 
 
-def _unlabeled_corpus(options: CacheTeacherOptions, preset: Preset | None) -> CorpusConfig | None:
+def _unlabeled_corpus(options: CacheTeacherOptions, task_data: TaskData) -> CorpusConfig | None:
+    """The corpus of `--unlabeled`, or the text without labels that comes with `--data`."""
     from teacher_cache.stages.data.corpus import CorpusConfig
+
+    takes_own = task_data.takes_unlabeled
+    if options.unlabeled == "none" or (options.unlabeled is None and not takes_own):
+        if not takes_own:
+            _refuse_second_corpus(options)
+        return None
+    data = options.data if options.unlabeled is None else options.unlabeled
+    preset = preset_of(data, task_data)
+    own: dict[str, Any] = {"source": data}
+    if preset is not None and preset.unlabeled is not None:
+        own["source"], own["split"] = preset.unlabeled
+    elif preset is not None:
+        own = {**preset.text, "split": preset.train}
+    elif options.unlabeled is None:
+        own["split"], own["text_column"] = _own_unlabeled_split(data), options.text_column
+        if own["split"] is None:
+            return None
+    if options.unlabeled_split:
+        own["split"] = options.unlabeled_split
+    if options.txt_unit:
+        own["txt_unit"] = options.txt_unit
+    return CorpusConfig(
+        **own, labeled=False, max_samples=options.unlabeled_max_samples, seed=options.seed
+    )
+
+
+def _own_unlabeled_split(data: str) -> str | None:
     from teacher_cache.stages.data.sources import offered_splits
 
-    text_column = None
-    if options.unlabeled == "none":
-        return None
-    if options.unlabeled in PRESETS:
-        source, split = PRESETS[options.unlabeled].unlabeled
-    elif options.unlabeled is not None:
-        source, split = options.unlabeled, options.unlabeled_split
-    elif preset is not None:
-        source, split = preset.unlabeled
-    else:
-        offered = offered_splits(options.data) or ()
-        found = [name for name in UNLABELED_SPLITS if name in offered]
-        if not found:
-            return None
-        source, split, text_column = options.data, found[0], options.text_column
-    return CorpusConfig(
-        source=source,
-        split=options.unlabeled_split or split,
-        text_column=text_column,
-        txt_unit=options.txt_unit or "line",
-        labeled=False,
-        max_samples=options.unlabeled_max_samples,
-        seed=options.seed,
-    )
+    offered = offered_splits(data) or ()
+    return next((name for name in UNLABELED_SPLITS if name in offered), None)
+
+
+def _refuse_second_corpus(options: CacheTeacherOptions) -> None:
+    for name in OF_SECOND_CORPUS:
+        if name in options.model_fields_set:
+            raise UserError(
+                f"--{name.replace('_', '-')} is of a second corpus, and there is none: name "
+                "it with --unlabeled, or leave the option out"
+            )
 
 
 def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacherConfig:
@@ -286,7 +355,8 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     from teacher_cache.stages.data.packaged.packages import fetch
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 
-    preset = PRESETS.get(options.data)
+    task_data = TASK_DATA["classification"]
+    preset = preset_of(options.data, task_data)
     model = options.model
     if model is None and preset is not None and preset.base_model is not None:
         model = str(fetch(preset.base_model))
@@ -295,7 +365,8 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
             f"--data {options.data} names no base model: give --model, the folder or hub id of an "
             "encoder or decoder"
         )
-    labeled = labeled_corpus(options, preset.train if preset else None, own_classes=True)
+    refuse_misspelt(options.data)
+    labeled = main_corpus(options, task_data, own_classes=True)
     held_out = options.validation_split or (preset.validation if preset else None)
     return FinetuneTeacherConfig(
         **options.model_dump(include=set(FinetuneOptions.model_fields) - {"model"}),
@@ -308,26 +379,37 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     )
 
 
-def check_evaluation(options: EvaluateCommandOptions, task: TaskName) -> None:
-    """Refuse before a run what its evaluation would refuse at the end.
+def with_own_cache(
+    options: EvaluateCommandOptions, task: TaskName, cache: Path
+) -> EvaluateCommandOptions:
+    """Where neither data nor a cache is named, the runs' own takes its place, if the task can.
+
+    Args:
+        options: of the evaluation.
+        task: of the runs.
+        cache: that they are trained from.
+    """
+    if TASK_DATA[task].evaluates_own_cache and options.data is None and options.cache is None:
+        return options.model_copy(update={"cache": cache})
+    return options
+
+
+def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusConfig | None:
+    """The documents to evaluate on: the preset's or folder's held-out split.
+
+    Args:
+        options: of the evaluation.
+        task: of the runs.
+
+    Returns:
+        The corpus; None where a cache takes its place.
 
     Raises:
-        UserError: as `held_out_corpus` and `held_out_text`.
+        UserError: if neither data nor a cache is named, or both are; for an option of another
+            task; or if there is no held-out split and none is named.
     """
-    if task == "classification":
-        held_out_corpus(options)
-    elif options.data is not None or options.cache is not None:
-        held_out_text(options)
-
-
-def held_out_text(options: EvaluateCommandOptions) -> CorpusConfig | None:
-    """The text to evaluate language models on; None where a cache takes its place.
-
-    Raises:
-        UserError: if neither text nor a cache is named, or both are; for a classifier's options; or
-            if there is no held-out split and none is named.
-    """
-    refuse_labels(options)
+    task_data = TASK_DATA[task]
+    refuse_foreign(options, task)
     if options.cache is not None:
         given = [one for one in OF_TEXT if getattr(options, one) is not None]
         if given:
@@ -337,39 +419,17 @@ def held_out_text(options: EvaluateCommandOptions) -> CorpusConfig | None:
             )
         return None
     if options.data is None:
-        raise UserError(
-            "evaluate needs --data, text that the student has not seen; or --cache, of which it "
-            "reads what the run held out"
-        )
+        raise UserError(task_data.needs_data)
     refuse_misspelt(options.data)
-    text = TEXTS.get(options.data)
-    if text is not None and text.held_out is None and options.split is None:
+    preset = preset_of(options.data, task_data)
+    if preset is not None and preset.held_out is None and options.split is None:
         raise UserError(
             f"--data {options.data} has no held-out split: evaluate on other text (--data "
             "wikitext, say) or on --cache, or name a split with --split"
         )
-    split = options.split
-    if split is None and text is None and options.data not in PRESETS:
-        split = _own_held_out_split(options.data)
-    return text_corpus(options, options.data, split, options.max_samples, is_held_out=True)
-
-
-def held_out_corpus(options: EvaluateCommandOptions) -> CorpusConfig:
-    """The labelled documents to evaluate on: the preset's or folder's held-out split.
-
-    Raises:
-        UserError: if no data is named, or the folder has no held-out split and none is named; or
-            for an option of language models.
-    """
-    if options.cache is not None:
-        raise UserError("--cache is of language models: give labelled documents with --data")
-    if options.data is None:
-        raise UserError("evaluate needs --data: labelled documents that the student has not seen")
-    preset = PRESETS.get(options.data)
-    if preset is not None:
-        return labeled_corpus(options, preset.held_out)
-    split = None if options.split is not None else _own_held_out_split(options.data)
-    return labeled_corpus(options, split)
+    is_open = preset is None and options.split is None
+    split = _own_held_out_split(options.data) if is_open else None
+    return main_corpus(options, task_data, split=split, held_out=True)
 
 
 def _own_held_out_split(data: str) -> str | None:
@@ -388,121 +448,3 @@ def _own_held_out_split(data: str) -> str | None:
             f"{', '.join(offered or ())}): name the split to evaluate on with --split"
         )
     return None if Path(data).is_file() else found[0]
-
-
-OF_LABELS = ("label_column", "label_names")
-OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
-
-
-def resolve_language_model(options: CacheTeacherOptions) -> CacheTeacherConfig:
-    """Fill in what the preset supplies.
-
-    Raises:
-        UserError: if nothing names a teacher, or an option has no meaning for a language model.
-    """
-    from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-
-    refuse_labels(options)
-    refuse_misspelt(options.data)
-    teacher, student_tokenizer = options.teacher, options.student_tokenizer
-    if options.data in TEXTS:
-        teacher = teacher or TEXTS[options.data].teacher
-        student_tokenizer = student_tokenizer or TEXTS[options.data].student_tokenizer
-    if teacher is None:
-        raise UserError(
-            f"--data {options.data} names no language model: give --teacher, the folder or hub id "
-            "of a causal language model"
-        )
-    config = CacheTeacherConfig(
-        **options.model_dump(
-            include=set(ShardConfig.model_fields) - {"teacher", "task", "student_tokenizer"}
-        ),
-        task="lm",
-        teacher=teacher,
-        student_tokenizer=student_tokenizer,
-        name=data_name(options.data),
-        labeled=text_corpus(options, options.data, options.split, options.max_samples),
-        unlabeled=_second_corpus(options),
-        unlabeled_is_named=options.unlabeled is not None,
-        fallback=tuple(
-            text_corpus(options, data, None, options.max_samples) for data in options.fallback
-        ),
-    )
-    check_options(config)
-    return config
-
-
-def _second_corpus(options: CacheTeacherOptions) -> CorpusConfig | None:
-    if options.unlabeled in (None, "none"):
-        for name in OF_SECOND_CORPUS:
-            if name in options.model_fields_set:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is of a second corpus, and there is none: name "
-                    "it with --unlabeled, or leave the option out"
-                )
-        return None
-    return text_corpus(
-        options,
-        options.unlabeled,
-        options.unlabeled_split,
-        options.unlabeled_max_samples,
-        is_second=True,
-    )
-
-
-def refuse_labels(options: DataOptions) -> None:
-    """Refuse what says how labels are read.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for name in OF_LABELS:
-        if getattr(options, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} is of classifiers: leave it out with language models, "
-                "for which each token is the label of those before it"
-            )
-
-
-def text_corpus(
-    options: CacheTeacherOptions | EvaluateCommandOptions,
-    data: str,
-    split: str | None,
-    max_samples: int | None,
-    *,
-    is_second: bool = False,
-    is_held_out: bool = False,
-) -> CorpusConfig:
-    """The text that `--data`, or with `is_second` `--unlabeled`, names.
-
-    Args:
-        options: with what says how to read it.
-        data: a preset, file, folder or hub id.
-        split: to read; the preset's if none is named.
-        max_samples: at most so many documents.
-        is_second: whether it is the corpus of `--unlabeled`.
-        is_held_out: take the split that a preset holds out.
-    """
-    from teacher_cache.stages.data.corpus import CorpusConfig
-
-    source, own_split, text_column, unit, is_streamed = data, None, None, None, False
-    if data in TEXTS:
-        text = TEXTS[data]
-        source, text_column, unit = text.source, text.text_column, text.txt_unit
-        own_split = text.held_out if is_held_out else text.train
-        is_streamed = text.is_streamed
-    elif data in PRESETS:
-        preset = PRESETS[data]
-        own = (preset.source, preset.held_out if is_held_out else preset.train)
-        source, own_split = preset.unlabeled if is_second else own
-        text_column = None if is_second else preset.text_column
-    return CorpusConfig(
-        source=source,
-        split=split or own_split,
-        text_column=(None if is_second else options.text_column) or text_column,
-        txt_unit=options.txt_unit or unit or "line",
-        labeled=False,
-        max_samples=max_samples,
-        seed=getattr(options, "seed", 0),
-        streamed=is_streamed,
-    )

@@ -17,9 +17,13 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
-from teacher_cache.pipeline.pictures.attention_maps import Panels, readable_tokens, teacher_maps
-from teacher_cache.pipeline.pictures.both_maps import both_sides
-from teacher_cache.pipeline.tables import is_language_model
+from teacher_cache.pipeline.pictures.attention_maps import (
+    Panels,
+    both_sides,
+    readable_tokens,
+    teacher_maps,
+)
+from teacher_cache.pipeline.tables import has_positions
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import recorded_map
 
@@ -146,7 +150,7 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     sample = reader.sample(sample_idx)
     tokenizer = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="CACHE")
     console.print(f"{split} sample {sample_idx}, id {sample['sample_id'].tobytes().hex()}")
-    if is_language_model(reader.manifest):
+    if has_positions(reader.manifest):
         print_distributions(console, reader.manifest, sample, tokenizer, cache)
     else:
         _print_classes(console, reader.manifest, sample)

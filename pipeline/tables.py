@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from teacher_cache.cache.manifest import Manifest, SplitSummary
-from teacher_cache.cache.splits import viewed_split
-from teacher_cache.stages.join.report import JoinReport
-
-if TYPE_CHECKING:  # it imports torch
-    from teacher_cache.stages.evaluate import EvaluateResult, Evaluation
-    from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
-    from teacher_cache.stages.evaluation.scores import LanguageModelEvaluation
-from typing import TYPE_CHECKING
-
-from teacher_cache.cache.codecs.named import codec_from
-from teacher_cache.cache.schema import bytes_per_position
-
-if TYPE_CHECKING:  # it imports torch
-    from teacher_cache.stages.estimate import Estimate
-    from teacher_cache.stages.evaluate_language_model import EvaluateLanguageModelResult
-from collections.abc import Mapping
-
 import numpy as np
+from rich.table import Table
 
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.codecs.hidden import HIDDEN
+from teacher_cache.cache.codecs.named import codec_from
+from teacher_cache.cache.manifest import Manifest, SplitSummary
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import Schema
+from teacher_cache.cache.schema import NEXT_LOG_PROB, Schema, bytes_per_position
+from teacher_cache.cache.splits import viewed_split
+from teacher_cache.stages.join.report import JoinReport
+
+if TYPE_CHECKING:  # they import torch
+    from teacher_cache.stages.estimate import Estimate
+    from teacher_cache.stages.evaluate import EvaluateResult
 
 NONE = "–"
+NOT_PROBED = "not probed: teacher or data is not on this machine"
+NOT_PROBED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
+NUM_SAMPLES = 64
+
+
+def _percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def _nats(value: float | None) -> str:
+    """To three places."""
+    return NONE if value is None else f"{value:.3f}"
+
+
+def _bytes_a_sample(splits: list[SplitSummary]) -> str:
+    num_samples = sum(split.num_samples for split in splits)
+    return f"{_bytes(splits) / num_samples:,.0f}" if num_samples else NONE
+
+
+def _bytes(splits: list[SplitSummary]) -> int:
+    return sum(split.num_bytes for split in splits)
+
+
+# What an evaluation shows: of a row's figure its name, and how it is printed.
+QUALITY: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "positions": ("num_positions", "{:,}".format),
+    "accuracy %": ("accuracy", _percent),
+    "F1 %": ("f1", _percent),
+    "ECE %": ("ece", _percent),
+    "perplexity": ("perplexity", "{:,.2f}".format),
+    "bits a byte": ("bits_per_byte", _nats),
+    "agrees %": ("agreement", _percent),
+    "KL": ("kl", _nats),
+}
+COUNTS: dict[str, Callable[[SplitSummary], int]] = {
+    "documents": lambda split: split.num_documents,
+    "empty (left out)": lambda split: split.report["num_empty"],
+    # Reports of older releases, which knew no views, do not count these.
+    "no such view (left out)": lambda split: split.report.get("num_unchanged", 0),
+    "duplicates (kept)": lambda split: split.report["num_duplicates"],
+    "samples": lambda split: split.num_samples,
+    "cut at the maximum length": lambda split: split.num_truncated,
+    "tokens": lambda split: split.num_tokens,
+    "shards": lambda split: split.num_shards,
+}
+SIZES: dict[str, Callable[[list[SplitSummary]], str]] = {
+    "MB": lambda splits: f"{_bytes(splits) / 1e6:,.2f}",
+    "bytes a sample": _bytes_a_sample,
+}
+
+
+def has_positions(manifest: Manifest) -> bool:
+    """Whether a teacher spoke at the positions of a cache's samples, not once of each."""
+    return any(spec.name == NEXT_LOG_PROB for spec in manifest.schema)
 
 
 def join_table(report: JoinReport) -> Table:
@@ -46,25 +90,26 @@ def join_table(report: JoinReport) -> Table:
 
 
 def quality_table(result: EvaluateResult, names: dict[str, str] | None = None) -> Table:
-    """Teacher and students side by side: how well they classify.
+    """Teacher and students side by side: how well they predict.
 
     Args:
-        result: of `stages.evaluate`.
+        result: of `stages.evaluate`; a figure that its rows do not have gets no column.
         names: what to call a row, by its name.
     """
     table = Table(title=f"{result.num_documents:,} held-out documents", title_justify="left")
     table.add_column("model", overflow="fold", min_width=20)
-    for heading in QUALITY:
+    columns = {
+        heading: figure for heading, figure in QUALITY.items() if hasattr(result.rows[0], figure[0])
+    }
+    for heading in columns:
         table.add_column(heading, justify="right")
     for row in result.rows:
-        cells = [cell(row) for cell in QUALITY.values()]
+        cells = [shown(getattr(row, name)) for name, shown in columns.values()]
         table.add_row((names or {}).get(row.name, row.name), *cells)
     return table
 
 
-def cost_table(
-    result: EvaluateResult | EvaluateLanguageModelResult, names: dict[str, str] | None = None
-) -> Table:
+def cost_table(result: EvaluateResult, names: dict[str, str] | None = None) -> Table:
     """Teacher and students side by side: size, and milliseconds for one document by length."""
     table = Table(title="size, and time for one document", title_justify="left")
     lengths = sorted({n for row in result.rows for n in row.latency_ms or {}})
@@ -99,28 +144,9 @@ def evaluation_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def percent(value: float | None) -> str:
-    """A share as a percentage."""
-    return NONE if value is None else f"{100 * value:.1f}"
-
-
-def nats(value: float | None) -> str:
-    """To three places."""
-    return NONE if value is None else f"{value:.3f}"
-
-
-def _ms(row: Evaluation | LanguageModelEvaluation, length: int) -> str:
+def _ms(row: Any, length: int) -> str:
     found = (row.latency_ms or {}).get(length)
     return NONE if found is None else f"{found:.1f}"
-
-
-QUALITY: dict[str, Callable[[Evaluation], str]] = {
-    "accuracy %": lambda row: percent(row.accuracy),
-    "F1 %": lambda row: percent(row.f1),
-    "ECE %": lambda row: percent(row.ece),
-    "agrees %": lambda row: percent(row.agreement),
-    "KL": lambda row: nats(row.kl),
-}
 
 
 def manifest_table(manifest: Manifest) -> Table:
@@ -140,32 +166,6 @@ def manifest_table(manifest: Manifest) -> Table:
         table.add_row(heading, *(size(splits) for splits in columns.values()))
     table.add_row("format", *(manifest.store for _ in columns))
     return table
-
-
-def _bytes_a_sample(splits: list[SplitSummary]) -> str:
-    num_samples = sum(split.num_samples for split in splits)
-    return f"{_bytes(splits) / num_samples:,.0f}" if num_samples else NONE
-
-
-def _bytes(splits: list[SplitSummary]) -> int:
-    return sum(split.num_bytes for split in splits)
-
-
-COUNTS: dict[str, Callable[[SplitSummary], int]] = {
-    "documents": lambda split: split.num_documents,
-    "empty (left out)": lambda split: split.report["num_empty"],
-    # Reports of older releases, which knew no views, do not count these.
-    "no such view (left out)": lambda split: split.report.get("num_unchanged", 0),
-    "duplicates (kept)": lambda split: split.report["num_duplicates"],
-    "samples": lambda split: split.num_samples,
-    "cut at the maximum length": lambda split: split.num_truncated,
-    "tokens": lambda split: split.num_tokens,
-    "shards": lambda split: split.num_shards,
-}
-SIZES: dict[str, Callable[[list[SplitSummary]], str]] = {
-    "MB": lambda splits: f"{_bytes(splits) / 1e6:,.2f}",
-    "bytes a sample": _bytes_a_sample,
-}
 
 
 def settings_table(values: dict[str, Any], title: str) -> Table:
@@ -188,19 +188,15 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-NOT_PROBED = "not probed: teacher or data is not on this machine"
-NOT_PROBED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
+def estimate_table(estimate: Estimate, *, of_codec: bool) -> Table:
+    """Of a cache to be made; what is not known is not guessed.
 
-
-def is_language_model(manifest: Manifest) -> bool:
-    """Whether a cache is one of a language model."""
-    return manifest.settings["task"] == "lm"
-
-
-def estimate_table(estimate: Estimate, *, is_language_model: bool) -> Table:
-    """Of a cache to be made; what is not known is not guessed."""
+    Args:
+        estimate: of the cache.
+        of_codec: whether a codec keeps what the teacher says, which takes bytes and loses some.
+    """
     table = _table("estimated")
-    if is_language_model:
+    if of_codec:
         per_token = NONE if estimate.bytes_per_token is None else f"{estimate.bytes_per_token:,.1f}"
         if estimate.bytes_per_token is not None and estimate.num_ids is None:
             per_token += " (if the teacher has at most 65,536 ids)"
@@ -211,7 +207,7 @@ def estimate_table(estimate: Estimate, *, is_language_model: bool) -> Table:
     if estimate.num_layer_bytes is None or estimate.num_layer_bytes:
         table.add_row("MB of maps and states of layers", _megabytes(estimate.num_layer_bytes))
     add_map_errors(table, estimate.maps)
-    if is_language_model:
+    if of_codec:
         errors = [] if estimate.probe is None else estimate.probe.to_json()["reconstruction"]
         _add_errors(table, errors)
     return table
@@ -235,31 +231,6 @@ def kept_table(manifest: Manifest) -> Table:
         )
     else:
         _add_errors(table, errors)
-    return table
-
-
-def language_model_table(
-    result: EvaluateLanguageModelResult, names: dict[str, str] | None = None
-) -> Table:
-    """Teacher and students side by side: how well they predict the next token.
-
-    Args:
-        result: of `stages.evaluate_language_model`.
-        names: what to call a row, by its name.
-    """
-    table = Table(title=f"{result.num_documents:,} held-out documents", title_justify="left")
-    table.add_column("model", overflow="fold", min_width=20)
-    for heading in ("positions", "perplexity", "bits a byte", "agrees %", "KL"):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        table.add_row(
-            (names or {}).get(row.name, row.name),
-            f"{row.num_positions:,}",
-            f"{row.perplexity:,.2f}",
-            nats(row.bits_per_byte),
-            percent(row.agreement),
-            nats(row.kl),
-        )
     return table
 
 
@@ -304,9 +275,6 @@ def _counted(number: float | None) -> str:
     return NONE if number is None else f"{number:,.0f}"
 
 
-NUM_SAMPLES = 64
-
-
 def layer_fields(manifest: Manifest) -> Schema:
     """The fields of maps and states, but for those that are the codec's own."""
     attention = attention_from(manifest.settings)
@@ -323,9 +291,7 @@ def layer_table(reader: CacheReader) -> Table:
     chosen = np.unique(np.linspace(0, len(reader) - 1, NUM_SAMPLES).astype(int))
     samples = [reader.sample(int(idx)) for idx in chosen]
     title = f"maps and states of layers, {len(samples)} samples"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("quantity")
-    table.add_column("value", overflow="fold")
+    table = _table(title)
     for spec in fields:
         mean = np.mean([sample[spec.name].nbytes for sample in samples])
         table.add_row(f"bytes a sample of {spec.name}", f"{mean:,.0f}")

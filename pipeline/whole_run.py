@@ -17,7 +17,11 @@ from teacher_cache.pipeline.options import (
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
 )
-from teacher_cache.pipeline.presets import check_evaluation, resolve_cache_teacher, task_of
+from teacher_cache.pipeline.presets import (
+    held_out_corpus,
+    resolve_cache_teacher,
+    with_own_cache,
+)
 from teacher_cache.pipeline.settings import (
     apply_settings,
     check_sections,
@@ -25,6 +29,7 @@ from teacher_cache.pipeline.settings import (
     require_settings,
     validate,
 )
+from teacher_cache.stages.teacher.config import TaskName
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.start import check_architecture
 
@@ -54,7 +59,7 @@ def run_all(
     if "cache_teacher" not in content:
         raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
     stages = _validated(content)
-    _refuse_early(stages)
+    task = _refuse_early(stages)
 
     teacher = stages.get("finetune_teacher")
     cache_options = stages["cache_teacher"]
@@ -76,7 +81,7 @@ def run_all(
     if "evaluate" in stages and runs:
         _heading(console, "evaluation")
         commands.evaluate(
-            _with_own_cache(stages["evaluate"], cache_options, cache),
+            with_own_cache(stages["evaluate"], task, cache),
             list(runs.values()),
             json_file=next(iter(runs.values())).parent / f"{cache.name}-evaluation.json",
             names={folder.name: name for name, folder in runs.items()},
@@ -115,26 +120,22 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
     return stages
 
 
-def _refuse_early(stages: Mapping[str, Any]) -> None:
-    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps."""
+def _refuse_early(stages: Mapping[str, Any]) -> TaskName:
+    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps.
+
+    Returns:
+        The task of the run.
+    """
     options = stages["cache_teacher"]
     if "finetune_teacher" in stages:
         options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
     task = resolve_cache_teacher(options).task
     if "evaluate" in stages:
-        check_evaluation(stages["evaluate"], options.task or task_of(options.data))
+        to_come = Path("made by this run")
+        held_out_corpus(with_own_cache(stages["evaluate"], task, to_come), task)
     for student in stages["students"].values():
         check_architecture(student, task=task)
-
-
-def _with_own_cache(
-    options: EvaluateCommandOptions, cache_options: CacheTeacherOptions, cache: Path
-) -> EvaluateCommandOptions:
-    """Language models that are given no text are evaluated on what they held out of their cache."""
-    task = cache_options.task or task_of(cache_options.data)
-    if task == "lm" and options.data is None and options.cache is None:
-        return options.model_copy(update={"cache": cache})
-    return options
+    return task
 
 
 def _heading(console: Console, text: str) -> None:

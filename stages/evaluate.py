@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
 
 import numpy as np
-from pydantic import Field
+import torch
 
-from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.labels import is_generic
-from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.evaluation.latency import measure_latency
-from teacher_cache.stages.evaluation.models import (
-    TEACHER,
-    Classifier,
-    load_student,
-    load_teacher_classifier,
-)
-from teacher_cache.stages.evaluation.packed_text import documents_with_text
+from teacher_cache.stages.evaluation.models import EvaluatedModel
+from teacher_cache.stages.evaluation.named import evaluation_task
 from teacher_cache.stages.evaluation.runs import (
     require_distinct_names,
     teacher_beside,
     tokenization_marks,
 )
-from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
+from teacher_cache.stages.evaluation.task import EvaluateConfig
+from teacher_cache.stages.models.inference import forward
 
-MAJORITY = "majority"
-
-
-class EvaluateConfig(EvaluateOptions):
-    """Everything the evaluation needs, resolved: no preset."""
-
-    runs: tuple[Path, ...] = Field(min_length=1, description="Folders of trained students.")
-    corpus: CorpusConfig = Field(description="Labelled documents to evaluate on.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One row of the comparison; None where a column does not apply.
-
-    Attributes:
-        name: `majority`, `teacher`, or the run's folder name.
-        accuracy: share of documents.
-        f1: macro average.
-        ece: expected calibration error.
-        nll: mean negative log-likelihood of the labels, nats.
-        agreement: share of documents on which it chooses the teacher's class.
-        kl: mean KL from the teacher's distribution, nats.
-        num_parameters: embeddings included.
-        megabytes: of the parameters, 10**6 bytes.
-        latency_ms: milliseconds of one forward pass of one document, by length in tokens.
-    """
-
-    name: str
-    accuracy: float
-    f1: float
-    ece: float | None = None
-    nll: float | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    num_parameters: int | None = None
-    megabytes: float | None = None
-    latency_ms: dict[int, float] | None = None
+NUM_REPEATS = 9  # of timing a forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,96 +29,110 @@ class EvaluateResult:
     """The table.
 
     Attributes:
-        num_documents: that were not empty.
-        rows: majority, teacher (unless there is none), then the runs as given.
+        num_documents: that were not empty; of a cache, whole ones and pieces.
+        prompt: the beginning of the first document, with which language models went on; None of
+            classifiers, which write nothing.
+        rows: classifiers' majority, teacher (unless there is none), then the runs as given; each of
+            its task's kind (`Evaluation` or `LanguageModelEvaluation`).
         marks: by row, what a reader must know: a join that was let pass, say.
     """
 
     num_documents: int
-    rows: tuple[Evaluation, ...]
+    prompt: str | None = None
+    rows: tuple[Any, ...]
     marks: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `pipe evaluate --json` writes it: without a prompt where nothing was written."""
+        figures = asdict(self)
+        if self.prompt is None:
+            del figures["prompt"]
+        return figures
 
 
 def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) -> EvaluateResult:
     """Evaluate students, and their teacher where it can be had.
 
     Args:
-        config: runs and documents.
+        config: runs, and documents or a cache.
         on_step: told what is being done.
 
     Raises:
-        UserError: for anything the user can mend: runs, documents, teacher.
+        UserError: for anything the user can mend: runs, documents, cache, teacher.
+        CheckFailed: if the cache's head is damaged or missing.
     """
     say = on_step or (lambda _: None)
-    require_distinct_names(config.runs, [MAJORITY, TEACHER])
-    students = [load_student(folder, config) for folder in config.runs]
-    asked = teacher_beside(config.runs, config)
-    teacher = None if asked is None else load_teacher_classifier(asked)
-    classifiers = [*([teacher] if teacher else []), *students]
-    corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
-    documents = documents_with_text(corpus)
-    labels = np.array([document.label for document in documents], np.int64)
-    teacher_logits = None
-    rows = [_majority(labels)]
-    for classifier in classifiers:
-        say(f"classifying {len(labels):,} documents with {classifier.name}")
-        _require_same_classes(classifier, students[0])
-        samples = classifier.tokenize(documents)
-        if len(samples) < len(documents):
-            raise UserError(
-                f"the tokenizer of {classifier.name} leaves nothing of "
-                f"{len(documents) - len(samples)} documents that are not empty: take them out"
-            )
-        logits = classifier.logits(samples, batch_tokens=config.batch_tokens)
-        if classifier is teacher:
-            teacher_logits = logits
-        rows.append(_row(classifier, logits, labels, teacher_logits))
+    task = evaluation_task(config.runs)
+    require_distinct_names(config.runs, task.row_names)
+    students = [task.student.of_run(folder, config) for folder in config.runs]
+    # A cache has what its teacher said.
+    asked = teacher_beside(config.runs, config) if config.cache is None else None
+    held_out = task.read(config, students)
+    teacher = None if asked is None else task.teacher.of_teacher(asked)
+    scored = held_out.score(teacher, say)
+
+    models = [*([] if teacher is None else [teacher]), *students]
     say("timing one document at a time")
-    latency = measure_latency(classifiers, config.latency_lengths)
-    timed = [replace(row, latency_ms=latency.get(row.name)) for row in rows]
+    latency = measure_latency(models, config.latency_lengths)
+    costs: dict[str, dict[str, Any]] = {
+        one.name: {
+            "num_parameters": one.num_parameters,
+            "megabytes": one.megabytes,
+            "latency_ms": latency[one.name],
+        }
+        for one in models
+    }
+    written = held_out.written(models, say)
+    if written is not None:
+        for name, text in written.by_name.items():
+            costs[name]["written"] = text
     return EvaluateResult(
-        num_documents=len(labels), rows=tuple(timed), marks=tokenization_marks(config.runs)
+        num_documents=scored.num_documents,
+        prompt=None if written is None else written.prompt,
+        rows=tuple(replace(row, **costs.get(row.name, {})) for row in scored.rows),
+        marks=_joined(tokenization_marks(config.runs), scored.marks),
     )
 
 
-def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
-    """Names must be equal; a teacher that only has placeholders (`LABEL_0`) must have as many."""
-    comparable = classifier.id2label == student.id2label or (
-        is_generic(classifier.id2label) and classifier.id2label.keys() == student.id2label.keys()
-    )
-    if not comparable:
-        raise UserError(
-            f"{classifier.name} has the classes {list(classifier.id2label.values())}, "
-            f"{student.name} has {list(student.id2label.values())}: compare models of one task"
-        )
+def _joined(first: Mapping[str, str], then: Mapping[str, str]) -> dict[str, str]:
+    """Marks of both, by row."""
+    marks = dict(first)
+    for name, mark in then.items():
+        marks[name] = f"{marks[name]}; {mark}" if name in marks else mark
+    return marks
 
 
-def _majority(labels: np.ndarray) -> Evaluation:
-    """Always the class that is the most frequent in these very documents."""
-    counts = np.bincount(labels)
-    logits = np.tile(
-        np.where(np.arange(len(counts)) == counts.argmax(), 1.0, 0.0), (len(labels), 1)
-    )
-    metrics = classification_metrics(logits, labels)
-    return Evaluation(name=MAJORITY, accuracy=metrics["accuracy"], f1=metrics["f1"])
+def measure_latency(
+    models: Sequence[EvaluatedModel], lengths: tuple[int, ...]
+) -> dict[str, dict[int, float]]:
+    """Milliseconds of one forward pass of one document; medians of interleaved repeats.
+
+    Args:
+        models: with distinct names.
+        lengths: in tokens; one that a model has no positions for is left out for it.
+
+    Returns:
+        By name, by length.
+    """
+    generator = np.random.default_rng(0)
+    found: dict[str, dict[int, float]] = {one.name: {} for one in models}
+    for length in lengths:
+        timed = [one for one in models if length <= one.num_positions]
+        durations: dict[str, list[float]] = {one.name: [] for one in timed}
+        for repeat in range(NUM_REPEATS + 1):
+            for one in timed:
+                ids = generator.integers(0, one.model.config.vocab_size, (1, length))
+                duration = _time_forward(one, torch.from_numpy(ids))
+                if repeat > 0:  # the first pass allocates
+                    durations[one.name].append(1000 * duration)
+        for name, values in durations.items():
+            found[name][length] = median(values)
+    return found
 
 
-def _row(
-    classifier: Classifier,
-    logits: np.ndarray,
-    labels: np.ndarray,
-    teacher_logits: np.ndarray | None,
-) -> Evaluation:
-    quality = classification_metrics(logits, labels)
-    likeness = {} if teacher_logits is None else agreement_metrics(logits, teacher_logits)
-    return Evaluation(
-        name=classifier.name,
-        accuracy=quality["accuracy"],
-        f1=quality["f1"],
-        ece=quality["ece"],
-        nll=quality["nll"],
-        agreement=likeness.get("agreement"),
-        kl=likeness.get("kl"),
-        num_parameters=classifier.num_parameters,
-        megabytes=classifier.megabytes,
-    )
+def _time_forward(one: EvaluatedModel, input_ids: torch.Tensor) -> float:
+    input_ids = input_ids.to(one.model.device)
+    mask = torch.ones_like(input_ids)
+    started = time.perf_counter()
+    forward(one.model, input_ids, mask, one.autocast).cpu()  # waits for the device
+    return time.perf_counter() - started

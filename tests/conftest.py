@@ -19,8 +19,12 @@ os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "a
 import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from teacher_cache.stages.data.packaged.packaged_assets import PACKAGED_ASSETS
-from teacher_cache.stages.data.packaged.packages import ProgramMissing, assets_folder, fetch
+from teacher_cache.stages.data.packaged.packages import (
+    PACKAGED_ASSETS,
+    ProgramMissing,
+    assets_folder,
+    fetch,
+)
 from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
 from tests.stand_ins import write_acl_imdb
 from tests.tiny_models import write_tiny_bert, write_tiny_gpt2

@@ -206,6 +206,54 @@ def test_an_editable_install_adds_the_package_and_no_other_name(
     assert ran.stdout.split() == ["True"], ran.stdout + ran.stderr
 
 
+# What alone knows whether a sample has one position or many, and what may not ask.
+TASK_MODULES = {"stages/evaluation/classification.py", "stages/evaluation/language_modeling.py"}
+TASKS = ("classification", "lm")
+ASKED_OF_ALL = ("pipeline", "stages/evaluation", "stages/evaluate.py")
+MOST_QUESTIONS = 2  # of an evaluation, by its runs; and of one run, which may be of another
+
+
+def asks_the_task(node: ast.AST) -> bool:
+    """Whether code decides by the task: a comparison with its name, or a helper that makes one."""
+    if isinstance(node, ast.Compare):
+        return any(getattr(one, "value", None) in TASKS for one in ast.walk(node))
+    if isinstance(node, ast.MatchValue):
+        return getattr(node.value, "value", None) in TASKS
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", getattr(node.func, "attr", "")) == "task_of"
+    return getattr(node, "id", getattr(node, "arg", None)) == "is_language_model"
+
+
+def test_few_places_ask_which_task_it_is() -> None:
+    places = [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        for place in ASKED_OF_ALL
+        for path in (modules(place) or [ROOT / place])
+        if path.relative_to(ROOT).as_posix() not in TASK_MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if asks_the_task(node)
+    ]
+    assert len(places) <= MOST_QUESTIONS, f"these ask for the task: {places}"
+
+
+@pytest.mark.parametrize(
+    ("code", "asks"),
+    [
+        ('task == "lm"', True),
+        ('settings.get("task") != "classification"', True),
+        ('task in ("lm", "other")', True),
+        ("task_of(runs)", True),
+        ("runs.task_of([run])", True),
+        ("f(is_language_model=True)", True),
+        ('match task:\n    case "lm":\n        pass', True),
+        ('TASKS["lm"]', False),
+        ('dict(task="lm")', False),
+    ],
+)
+def test_the_count_sees_questions_and_nothing_else(code: str, asks: bool) -> None:
+    assert any(asks_the_task(node) for node in ast.walk(ast.parse(code))) == asks
+
+
 def test_every_config_begins_with_its_command() -> None:
     yamls = sorted((ROOT / "configs").glob("*.yaml"))
     assert yamls, "configs/ holds no YAML"

@@ -17,7 +17,7 @@ from benchmarks.distillation.scale import Scale
 from benchmarks.distillation.training import student_config
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.packaged.reviews import LABEL_NAMES
-from teacher_cache.stages.evaluation.models import Classifier, load_student
+from teacher_cache.stages.evaluation.models import Classifier
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
 
@@ -94,7 +94,7 @@ class Models:
 
     def load_student(self, row: Row, trial: Settings, seed: int) -> Classifier:
         """One trained student, ready to classify."""
-        return load_student(self.run(row, trial, seed), DeviceConfig())
+        return Classifier.of_run(self.run(row, trial, seed), DeviceConfig())
 
     def _tfidf_answers(self, row: Row, trial: Settings, taught_by: np.ndarray) -> Answers:
         texts = [one.text for one in self._prepared.held_out[row.block].documents]

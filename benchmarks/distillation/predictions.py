@@ -18,8 +18,6 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.evaluation.config import EvaluateOptions
 from teacher_cache.stages.evaluation.models import (
     Classifier,
-    load_student,
-    load_teacher_classifier,
 )
 from teacher_cache.stages.teacher.config import TeacherConfig
 
@@ -78,7 +76,7 @@ class Prediction:
 
 def of_student(run: Path, held_out: HeldOut) -> Prediction:
     """What a finished student says."""
-    return _kept(run, held_out, lambda: load_student(run, DeviceConfig()))
+    return _kept(run, held_out, lambda: Classifier.of_run(run, DeviceConfig()))
 
 
 def of_teacher(teacher: Path, max_length: int, held_out: HeldOut) -> Prediction:
@@ -88,7 +86,7 @@ def of_teacher(teacher: Path, max_length: int, held_out: HeldOut) -> Prediction:
 
 def load_teacher(teacher: Path, max_length: int) -> Classifier:
     """A fine-tuned teacher, ready to classify."""
-    return load_teacher_classifier(TeacherConfig(teacher=str(teacher), max_length=max_length))
+    return Classifier.of_teacher(TeacherConfig(teacher=str(teacher), max_length=max_length))
 
 
 def _kept(folder: Path, held_out: HeldOut, load: Callable[[], Classifier]) -> Prediction:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rich.table import Table
 
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.pictures.curves import HELD_OUT, curves_figure, curves_of, is_clock
-from teacher_cache.pipeline.pictures.figures import rendered
-from teacher_cache.pipeline.report.page import Picture, Section, page
+from teacher_cache.pipeline.pictures.figures import (
+    HELD_OUT,
+    curves_figure,
+    curves_of,
+    is_clock,
+    rendered,
+)
 from teacher_cache.pipeline.sample_view import attention_panels
 from teacher_cache.pipeline.tables import evaluation_table, manifest_table, settings_table
 from teacher_cache.stages.evaluation.runs import finished_run
 from teacher_cache.stages.training.run_folder import RunRecord
 
 REPORT_NAME = "report.html"
+TEMPLATE = "page.html.jinja"
+MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,43 @@ class ReportOptions:
     evaluation: Path | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture, which lies in the page itself.
+
+    Attributes:
+        caption: what it shows.
+        kind: png or svg.
+        data: of the file.
+    """
+
+    caption: str
+    kind: str
+    data: bytes
+
+    @property
+    def uri(self) -> str:
+        """The whole file as an address."""
+        return f"data:{MEDIA_TYPES[self.kind]};base64,{base64.b64encode(self.data).decode()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: above it.
+        notes: sentences.
+        tables: as the terminal shows them.
+        pictures: behind the tables.
+    """
+
+    title: str
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+
+
 def write_report(options: ReportOptions, out: Path) -> None:
     """Write the page.
 
@@ -49,7 +97,7 @@ def write_report(options: ReportOptions, out: Path) -> None:
             read, matplotlib is missing, or the file cannot be written.
     """
     record = finished_run(options.run)
-    text = page(f"Run {options.run.resolve().name}", list(sections(options, record)))
+    text = page_of(f"Run {options.run.resolve().name}", list(sections(options, record)))
     write_bytes_atomically(out, text.encode())
 
 
@@ -169,3 +217,38 @@ def _attention_section(options: ReportOptions, cache: Path, manifest: Manifest) 
         for sample_id, one in zip(samples, panels, strict=True)
     ]
     return Section(title=title, notes=notes, pictures=pictures)
+
+
+def page_of(title: str, sections: Sequence[Section]) -> str:
+    """The whole page; every text is escaped.
+
+    Args:
+        title: of the page.
+        sections: in the order of reading.
+    """
+    # Always: jinja's own choice goes by the ending of a file's name, and a string has none.
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files(__package__ or "").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    shown = [
+        {
+            "title": one.title,
+            "notes": one.notes,
+            "tables": [_words(table) for table in one.tables],
+            "pictures": one.pictures,
+        }
+        for one in sections
+    ]
+    return environment.from_string(source).render(title=title, sections=shown)
+
+
+def _words(table: Table) -> dict[str, object]:
+    """A terminal's table as words."""
+    columns = table.columns
+    return {
+        "title": str(table.title or ""),
+        "headings": [str(one.header) for one in columns] if table.show_header else [],
+        "numeric": [one.justify == "right" for one in columns],
+        "rows": list(zip(*([str(cell) for cell in one.cells] for one in columns), strict=True)),
+    }

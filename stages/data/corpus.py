@@ -22,102 +22,17 @@ from pydantic import Field
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.errors import SourceUnavailable
 from teacher_cache.stages.data.hub import Beginning
 from teacher_cache.stages.data.labels import Labels, is_generic, map_labels, read_labels
+from teacher_cache.stages.data.opening import SourceUnavailable
 from teacher_cache.stages.data.sources import open_source
 
-# One `=` on each side; a heading of a lower level has more.
-_TITLE = re.compile(r"= (?!=)(?:.*[^ =]|[^ =]) =")
-
-
-def join_articles(lines: Iterable[str | None]) -> list[str]:
-    """Articles of lines in their order.
-
-    Args:
-        lines: with or without their line breaks; None is an empty one.
-
-    Raises:
-        UserError: if no line is a title.
-    """
-    read = [_line(one) for one in lines]
-    is_empty = [not one.strip() for one in read]
-    starts = [
-        i
-        for i, line in enumerate(read)
-        # A title stands alone; a paragraph may look like one.
-        if _TITLE.fullmatch(line.strip())
-        and (i == 0 or is_empty[i - 1])
-        and (i + 1 == len(read) or is_empty[i + 1])
-    ]
-    if not starts:
-        raise UserError(
-            "--txt-unit article joins WikiText's lines to articles, and no line is a title, as in "
-            "` = Emma = `: give another unit"
-        )
-    ends = [*starts[1:], len(read)]
-    return ["".join(read[start:end]) for start, end in zip([0, *starts[1:]], ends, strict=True)]
-
-
-def _line(text: str | None) -> str:
-    """As in the original file, where an empty line is a space; tables keep it as no text."""
-    return f"{(text or '').rstrip(chr(10)) or ' '}\n"
-
+logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document", "body", "comment")
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "target", "rating")
-
-
-def find_text_column(features: Features, wanted: str | None) -> str:
-    """The column to read texts from: the wanted one, or the first of the usual names.
-
-    Raises:
-        UserError: if it is not there or does not hold text; the columns there are get named.
-    """
-    name = _find_column(features, wanted, TEXT_COLUMNS, option="--text-column")
-    column_type = features.arrow_schema.field(name).type
-    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
-        raise UserError(
-            f"the column {name!r} holds {column_type}, expected text: name another one with "
-            f"--text-column ({_listed(features)})"
-        )
-    return name
-
-
-def find_label_column(features: Features, wanted: str | None) -> str:
-    """The column to read labels from: the wanted one, or the first of the usual names.
-
-    Raises:
-        UserError: if it is not there; the columns there are get named.
-    """
-    return _find_column(features, wanted, LABEL_COLUMNS, option="--label-column")
-
-
-def _find_column(
-    features: Features, wanted: str | None, usual: Sequence[str], *, option: str
-) -> str:
-    if wanted is not None:
-        if wanted not in features:
-            raise UserError(
-                f"there is no column {wanted!r} ({_listed(features)}): "
-                f"{did_you_mean(wanted, features)}"
-            )
-        return wanted
-    by_lower_name = {name.lower(): name for name in reversed(list(features))}
-    for name in usual:
-        if name in by_lower_name:
-            return by_lower_name[name]
-    raise UserError(
-        f"no column is called {', '.join(usual[:-1])} or {usual[-1]}: name the right one with "
-        f"{option} ({_listed(features)})"
-    )
-
-
-def _listed(features: Features) -> str:
-    return f"the columns are {', '.join(features)}" if features else "there are no columns"
-
-
-logger = logging.getLogger(__name__)
+# One `=` on each side; a heading of a lower level has more.
+_TITLE = re.compile(r"= (?!=)(?:.*[^ =]|[^ =]) =")
 
 
 class CorpusConfig(StageConfig):
@@ -208,6 +123,20 @@ class Corpus:
             )
             for idx, (text, position) in enumerate(zip(texts, positions.tolist(), strict=True))
         ]
+
+    def documents_with_text(self) -> list[Document]:
+        """All documents that are not empty.
+
+        Raises:
+            UserError: if all are.
+        """
+        documents = [one for one in self.documents(0, len(self)) if one.text.strip()]
+        if not documents:
+            raise UserError(
+                f"the {len(self)} documents of {self.config.source} are all empty: check "
+                "--text-column"
+            )
+        return documents
 
     def class_names(self) -> tuple[str, ...]:
         """Names for every class id, to fine-tune a new teacher with.
@@ -369,3 +298,85 @@ def load_with_fallback(
     raise SourceUnavailable(
         reasons[0] if len(reasons) == 1 else f"no source could be loaded; {'; '.join(reasons)}"
     )
+
+
+def find_text_column(features: Features, wanted: str | None) -> str:
+    """The column to read texts from: the wanted one, or the first of the usual names.
+
+    Raises:
+        UserError: if it is not there or does not hold text; the columns there are get named.
+    """
+    name = _find_column(features, wanted, TEXT_COLUMNS, option="--text-column")
+    column_type = features.arrow_schema.field(name).type
+    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
+        raise UserError(
+            f"the column {name!r} holds {column_type}, expected text: name another one with "
+            f"--text-column ({_listed(features)})"
+        )
+    return name
+
+
+def find_label_column(features: Features, wanted: str | None) -> str:
+    """The column to read labels from: the wanted one, or the first of the usual names.
+
+    Raises:
+        UserError: if it is not there; the columns there are get named.
+    """
+    return _find_column(features, wanted, LABEL_COLUMNS, option="--label-column")
+
+
+def _find_column(
+    features: Features, wanted: str | None, usual: Sequence[str], *, option: str
+) -> str:
+    if wanted is not None:
+        if wanted not in features:
+            raise UserError(
+                f"there is no column {wanted!r} ({_listed(features)}): "
+                f"{did_you_mean(wanted, features)}"
+            )
+        return wanted
+    by_lower_name = {name.lower(): name for name in reversed(list(features))}
+    for name in usual:
+        if name in by_lower_name:
+            return by_lower_name[name]
+    raise UserError(
+        f"no column is called {', '.join(usual[:-1])} or {usual[-1]}: name the right one with "
+        f"{option} ({_listed(features)})"
+    )
+
+
+def _listed(features: Features) -> str:
+    return f"the columns are {', '.join(features)}" if features else "there are no columns"
+
+
+def join_articles(lines: Iterable[str | None]) -> list[str]:
+    """Articles of lines in their order.
+
+    Args:
+        lines: with or without their line breaks; None is an empty one.
+
+    Raises:
+        UserError: if no line is a title.
+    """
+    read = [_line(one) for one in lines]
+    is_empty = [not one.strip() for one in read]
+    starts = [
+        i
+        for i, line in enumerate(read)
+        # A title stands alone; a paragraph may look like one.
+        if _TITLE.fullmatch(line.strip())
+        and (i == 0 or is_empty[i - 1])
+        and (i + 1 == len(read) or is_empty[i + 1])
+    ]
+    if not starts:
+        raise UserError(
+            "--txt-unit article joins WikiText's lines to articles, and no line is a title, as in "
+            "` = Emma = `: give another unit"
+        )
+    ends = [*starts[1:], len(read)]
+    return ["".join(read[start:end]) for start, end in zip([0, *starts[1:]], ends, strict=True)]
+
+
+def _line(text: str | None) -> str:
+    """As in the original file, where an empty line is a space; tables keep it as no text."""
+    return f"{(text or '').rstrip(chr(10)) or ' '}\n"

@@ -21,80 +21,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from teacher_cache.stages.data.errors import SourceUnavailable
 from teacher_cache.stages.data.local_files import root_cause
-from teacher_cache.stages.data.quiet import quiet_datasets
-from teacher_cache.stages.data.splits import choose_split
-
-_SHARD_ROWS = 1000  # written to the disk at a time
-
-
-def read_beginning(
-    builder: datasets.DatasetBuilder, name: str, split: str | None, num_rows: int | None
-) -> tuple[datasets.Dataset, str]:
-    """Read the first rows of a split, and no more of its files than they take.
-
-    Args:
-        builder: of the data set.
-        name: its id.
-        split: None for `train` or the only one.
-        num_rows: so many, or all.
-
-    Returns:
-        The table and the name of its split.
-
-    Raises:
-        UserError: if there is no such split.
-    """
-    streams = cast(dict[str, datasets.IterableDataset], builder.as_streaming_dataset())
-    chosen = choose_split(list(streams), split, name)
-    folder = _folder(name, chosen, num_rows) / str(builder.hash)
-    if not folder.is_dir():
-        _write(streams[chosen], folder, num_rows)
-    return datasets.Dataset.load_from_disk(str(folder)), chosen
-
-
-def kept_beginning(
-    name: str, split: str | None, num_rows: int | None
-) -> tuple[datasets.Dataset, str, str] | None:
-    """What `read_beginning` kept last: table, split and revision; None if nothing."""
-    wanted = split or "train"
-    kept = [one for one in _folder(name, wanted, num_rows).glob("*") if one.suffix != ".part"]
-    if not kept:
-        return None
-    newest = max(kept, key=lambda one: one.stat().st_mtime)
-    return datasets.Dataset.load_from_disk(str(newest)), wanted, newest.name
-
-
-def _folder(name: str, split: str, num_rows: int | None) -> Path:
-    base = Path(datasets_config.HF_DATASETS_CACHE) / "teacher_cache" / "streamed"
-    return base / name.replace("/", "___").replace(":", "__") / f"{split}-{num_rows or 'all'}"
-
-
-def _write(stream: datasets.IterableDataset, folder: Path, num_rows: int | None) -> None:
-    """Through a folder that is renamed once it is whole."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from itertools.islice(cast(Any, stream), num_rows)
-
-    table = datasets.Dataset.from_generator(
-        rows,
-        features=stream.features,
-        cache_dir=str(part / "rows"),
-        fingerprint=folder.name[:16].ljust(16, "0"),
-        writer_batch_size=_SHARD_ROWS,
-    )
-    cast(datasets.Dataset, table).save_to_disk(str(part / "table"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    (part / "table").rename(folder)
-    shutil.rmtree(part, ignore_errors=True)
-
+from teacher_cache.stages.data.opening import SourceUnavailable, choose_split, quiet_datasets
 
 PROBE_TIMEOUT_S = 10.0
 # Where the hub keeps parquet files of a data set that is otherwise read by code of its own.
 CONVERTED = "refs/convert/parquet"
+_SHARD_ROWS = 1000  # of a streamed split, written to the disk at a time
 _NEEDS_CODE = "Dataset scripts are no longer supported"
 
 
@@ -130,7 +63,7 @@ def read_hub(
         try:
             builder = _builder(name, is_streamed=beginning is not None)
             if beginning is not None:
-                table, chosen = read_beginning(builder, name, split, beginning.num_rows)
+                table, chosen = _read_beginning(builder, name, split, beginning.num_rows)
                 return table, chosen, str(builder.hash)
             chosen = split
             if builder.info.splits:
@@ -139,7 +72,7 @@ def read_hub(
             chosen = choose_split(list(builder.info.splits or ()), chosen, name)
             table = cast(datasets.Dataset, builder.as_dataset(split=chosen))
         except _Unreachable as error:
-            kept = beginning and kept_beginning(name, split, beginning.num_rows)
+            kept = beginning and _kept_beginning(name, split, beginning.num_rows)
             if not kept:
                 raise SourceUnavailable(str(error)) from error
             return kept
@@ -214,3 +147,66 @@ def _not_here(name: str, reason: Exception) -> str:
         f"{name!r} is no file or folder here, and the hub could not be reached "
         f"({root_cause(reason)}): {local_alternative()}"
     )
+
+
+def _read_beginning(
+    builder: datasets.DatasetBuilder, name: str, split: str | None, num_rows: int | None
+) -> tuple[datasets.Dataset, str]:
+    """Read the first rows of a split, and no more of its files than they take.
+
+    Args:
+        builder: of the data set.
+        name: its id.
+        split: None for `train` or the only one.
+        num_rows: so many, or all.
+
+    Returns:
+        The table and the name of its split.
+
+    Raises:
+        UserError: if there is no such split.
+    """
+    streams = cast(dict[str, datasets.IterableDataset], builder.as_streaming_dataset())
+    chosen = choose_split(list(streams), split, name)
+    folder = _folder(name, chosen, num_rows) / str(builder.hash)
+    if not folder.is_dir():
+        _write(streams[chosen], folder, num_rows)
+    return datasets.Dataset.load_from_disk(str(folder)), chosen
+
+
+def _kept_beginning(
+    name: str, split: str | None, num_rows: int | None
+) -> tuple[datasets.Dataset, str, str] | None:
+    """What `_read_beginning` kept last: table, split and revision; None if nothing."""
+    wanted = split or "train"
+    kept = [one for one in _folder(name, wanted, num_rows).glob("*") if one.suffix != ".part"]
+    if not kept:
+        return None
+    newest = max(kept, key=lambda one: one.stat().st_mtime)
+    return datasets.Dataset.load_from_disk(str(newest)), wanted, newest.name
+
+
+def _folder(name: str, split: str, num_rows: int | None) -> Path:
+    base = Path(datasets_config.HF_DATASETS_CACHE) / "teacher_cache" / "streamed"
+    return base / name.replace("/", "___").replace(":", "__") / f"{split}-{num_rows or 'all'}"
+
+
+def _write(stream: datasets.IterableDataset, folder: Path, num_rows: int | None) -> None:
+    """Through a folder that is renamed once it is whole."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(cast(Any, stream), num_rows)
+
+    table = datasets.Dataset.from_generator(
+        rows,
+        features=stream.features,
+        cache_dir=str(part / "rows"),
+        fingerprint=folder.name[:16].ljust(16, "0"),
+        writer_batch_size=_SHARD_ROWS,
+    )
+    cast(datasets.Dataset, table).save_to_disk(str(part / "table"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (part / "table").rename(folder)
+    shutil.rmtree(part, ignore_errors=True)

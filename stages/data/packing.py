@@ -220,3 +220,44 @@ def _tokenized(
             if ids and end_id is not None and ids[-1] != end_id:
                 ids = [*ids, end_id]
             yield document, np.asarray(ids, np.uint32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedRow:
+    """A packed sample of S tokens as an evaluation reads it, from documents or from a cache.
+
+    Attributes:
+        input_ids: uint32 [S].
+        segment: [S] the document of each token, ascending.
+        loss_mask: bool [S], the positions that count, as in training: those whose next token is of
+            the same document.
+    """
+
+    input_ids: np.ndarray
+    segment: np.ndarray
+    loss_mask: np.ndarray
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document, in order."""
+        starts = np.flatnonzero(np.diff(self.segment)) + 1
+        return np.diff(starts, prepend=0, append=len(self.segment)).tolist()
+
+    @property
+    def next_ids(self) -> np.ndarray:
+        """The next token of each position that counts, int64 [N]."""
+        return self.input_ids[1:][self.loss_mask[:-1]].astype(np.int64)
+
+
+def packed_rows(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[PackedRow]:
+    """Documents packed as stage one packs a shard of them.
+
+    Raises:
+        UserError: if `max_length` leaves no room for a token and its next.
+    """
+    return [
+        PackedRow(input_ids=one.input_ids, segment=one.segment, loss_mask=one.loss_mask)
+        for one in pack(documents, tokenizer, max_length=max_length).samples
+    ]

@@ -11,20 +11,20 @@ from typing import NamedTuple
 import datasets
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.class_folders import find_class_folders, read_class_folders
-from teacher_cache.stages.data.errors import SourceUnavailable
 from teacher_cache.stages.data.hub import Beginning, read_hub
 from teacher_cache.stages.data.local_files import (
     TxtUnit,
     content_hash,
     file_kind,
+    find_class_folders,
     find_split_files,
     known_extensions,
+    read_class_folders,
     read_files,
     split_name,
 )
+from teacher_cache.stages.data.opening import SourceUnavailable, choose_split
 from teacher_cache.stages.data.packaged import austen, reviews
-from teacher_cache.stages.data.splits import choose_split
 
 
 class _Packaged(NamedTuple):

@@ -15,8 +15,8 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.collation import pad_batch
-from teacher_cache.stages.evaluation.models import load_student, load_student_language_model
-from teacher_cache.stages.evaluation.runs import finished_student, task_of
+from teacher_cache.stages.evaluation.named import evaluation_task
+from teacher_cache.stages.evaluation.runs import finished_student
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import TokenizationMismatch, join
 from teacher_cache.stages.losses.layers import normalised_rows
@@ -95,15 +95,13 @@ class InsideOfRun:
                 cache holds other tokens than it reads, or lacks maps or states.
         """
         record = finished_student(run)
-        is_language_model = task_of([run]) == "lm"
-        task = "lm" if is_language_model else "classification"
-        if reader.manifest.settings["task"] != task:
+        task = evaluation_task([run])
+        if reader.manifest.settings["task"] != task.name:
             raise UserError(
-                f"{run} is a student of the task {task} and {reader.cache} is of "
+                f"{run} is a student of the task {task.name} and {reader.cache} is of "
                 f"{reader.manifest.settings['task']}: give a run that this cache trained"
             )
-        load = load_student_language_model if is_language_model else load_student
-        model = load(run, DeviceConfig(device="cpu")).model
+        model = task.student.of_run(run, DeviceConfig(device="cpu")).model
         if not isinstance(model.config, MambaStudentConfig):
             raise UserError(f"{run} is no Mamba student, and only these have mixing matrices")
         _require_same_tokens(run, record, reader)

@@ -1,10 +1,11 @@
-"""A sequence classifier ready to classify text: a teacher's folder or a student's run."""
+"""Models ready to be evaluated, from a teacher's folder or a student's run: one way for both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,19 +25,22 @@ from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.models.pretrained import class_names, num_positions, on_device
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.config import TaskName, TeacherConfig
 from teacher_cache.stages.teacher.load import load_language_model, load_teacher
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 
 TEACHER = "teacher"  # what a table calls it
+KINDS: dict[TaskName, str] = {"classification": "a classifier", "lm": "a language model"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """A model with all it needs to read text.
+    """A model with all it needs to read text; each kind says what its models have besides.
 
     Attributes:
+        task: what models of this kind do.
+        auto: the class of transformers that loads one.
         name: what a table calls it.
         model: in evaluation mode, on its device.
         tokenizer: its own.
@@ -45,11 +49,64 @@ class EvaluatedModel:
             teacher's weights are in its format themselves.
     """
 
+    task: ClassVar[TaskName]
+    auto: ClassVar[Any]
+
     name: str
     model: PreTrainedModel
     tokenizer: Tokenizer
     max_length: int
     autocast: torch.dtype = torch.float32
+
+    @classmethod
+    def of_run(cls, run: Path, config: DeviceConfig) -> Self:
+        """Load a finished run's student.
+
+        Raises:
+            UserError: if the folder is no run, its training has not ended, its model is damaged or
+                of another kind.
+        """
+        record = finished_student(run)
+        found = task_of([run])
+        if found != cls.task:
+            raise UserError(f"{run} is {KINDS[found]}: give {KINDS[cls.task]}'s run")
+        device = resolve_device(config)
+        model = _load_model(run, cls.auto)
+        own = cls._of_student(model, str(run))
+        return cls(
+            name=run.name,
+            model=on_device(model, device, torch.float32),
+            tokenizer=load_tokenizer(str(run.resolve()), option="RUN"),
+            max_length=record.about["max_length"],
+            autocast=resolve_dtype(config, device),
+            **own,
+        )
+
+    @classmethod
+    def of_teacher(cls, config: TeacherConfig) -> Self:
+        """Load a teacher as a model among others.
+
+        Raises:
+            UserError: as the teacher's own loading.
+        """
+        teacher, own = cls._loaded_teacher(config)
+        return cls(
+            name=TEACHER,
+            model=teacher.model,
+            tokenizer=teacher.tokenizer,
+            max_length=teacher.max_length(config.max_length),
+            **own,
+        )
+
+    @classmethod
+    def _of_student(cls, model: PreTrainedModel, where: str) -> dict[str, Any]:
+        """What this kind has besides, of a student just loaded."""
+        raise NotImplementedError
+
+    @classmethod
+    def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
+        """A teacher, and what this kind has besides."""
+        raise NotImplementedError
 
     @property
     def num_parameters(self) -> int:
@@ -75,6 +132,16 @@ class EvaluatedModel:
         return sum(p.numel() * p.element_size() for p in self.model.parameters()) / 1e6
 
 
+def _load_model(run: Path, auto: Any) -> PreTrainedModel:
+    try:
+        return auto.from_pretrained(str(run.resolve()), dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the model in {run} cannot be loaded ({first_line(error)}): its files are damaged or "
+            "of another version; train it again with --resume never"
+        ) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Classifier(EvaluatedModel):
     """A sequence classifier; documents are cut at its `max_length`.
@@ -84,8 +151,20 @@ class Classifier(EvaluatedModel):
         id2label: class names by id.
     """
 
+    task = "classification"
+    auto = AutoModelForSequenceClassification
+
     pad_id: int
     id2label: dict[int, str]
+
+    @classmethod
+    def _of_student(cls, model: PreTrainedModel, where: str) -> dict[str, Any]:
+        return {"pad_id": model.config.pad_token_id or 0, "id2label": class_names(model)}
+
+    @classmethod
+    def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
+        teacher = load_teacher(config)
+        return teacher, {"pad_id": teacher.pad_id, "id2label": teacher.id2label}
 
     def tokenize(self, documents: list[Document]) -> list[Sample]:
         """Samples of the documents that are not empty, in their order."""
@@ -103,57 +182,6 @@ class Classifier(EvaluatedModel):
         ).logits
 
 
-def load_student(run: Path, config: DeviceConfig) -> Classifier:
-    """Load a finished run's student.
-
-    Raises:
-        UserError: if the folder is no run, its training has not ended, its model is damaged or a
-            language model.
-    """
-    record = finished_student(run)
-    if task_of([run]) == "lm":
-        raise UserError(f"{run} is a language model: give a classifier's run")
-    device = resolve_device(config)
-    model = _load_model(run)
-    tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
-    return Classifier(
-        name=run.name,
-        model=on_device(model, device, torch.float32),
-        tokenizer=tokenizer,
-        pad_id=model.config.pad_token_id or 0,
-        max_length=record.about["max_length"],
-        id2label=class_names(model),
-        autocast=resolve_dtype(config, device),
-    )
-
-
-def _load_model(run: Path) -> PreTrainedModel:
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(str(run.resolve()))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"the model in {run} cannot be loaded ({first_line(error)}): its files are damaged or "
-            "of another version; train it again with --resume never"
-        ) from error
-
-
-def load_teacher_classifier(config: TeacherConfig) -> Classifier:
-    """Load a teacher as a classifier among others.
-
-    Raises:
-        UserError: as `load_teacher`.
-    """
-    teacher = load_teacher(config)
-    return Classifier(
-        name=TEACHER,
-        model=teacher.model,
-        tokenizer=teacher.tokenizer,
-        pad_id=teacher.pad_id,
-        max_length=teacher.max_length(config.max_length),
-        id2label=teacher.id2label,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel(EvaluatedModel):
     """A causal language model; packed samples have at most its `max_length` tokens.
@@ -162,7 +190,21 @@ class LanguageModel(EvaluatedModel):
         packs: whether several documents of a sample run in one row; each is one of its own if not.
     """
 
+    task = "lm"
+    auto = AutoModelForCausalLM
+
     packs: bool
+
+    @classmethod
+    def _of_student(cls, model: PreTrainedModel, where: str) -> dict[str, Any]:
+        # Each document of ours is a row of its own, so that nothing of packing has to be trusted.
+        is_ours = isinstance(model, MambaStudentForCausalLM)
+        return {"packs": False if is_ours else check_language_model(where, model.eval())}
+
+    @classmethod
+    def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
+        teacher = load_language_model(config)
+        return teacher, {"packs": teacher.packs}
 
     def states(self, sequences: Sequence[np.ndarray], lengths: Sequence[Sequence[int]]) -> Tensor:
         """What the head reads of every token, [N, D], the sequences end to end.
@@ -190,54 +232,8 @@ class TeacherModel(LanguageModel):
 
     support: Support
 
-
-def load_student_language_model(run: Path, config: DeviceConfig) -> LanguageModel:
-    """Load a finished run's student.
-
-    Raises:
-        UserError: if the folder is no run, its training has not ended, its model is damaged or a
-            classifier.
-    """
-    record = finished_student(run)
-    if task_of([run]) != "lm":
-        raise UserError(f"{run} is a classifier: give a language model's run")
-    device = resolve_device(config)
-    model = _load_language_model(run)
-    # Each document of ours is a row of its own, so that nothing of packing has to be trusted.
-    is_ours = isinstance(model, MambaStudentForCausalLM)
-    packs = False if is_ours else check_language_model(str(run), model.eval())
-    return LanguageModel(
-        name=run.name,
-        model=on_device(model, device, torch.float32),
-        tokenizer=load_tokenizer(str(run.resolve()), option="RUN"),
-        max_length=record.about["max_length"],
-        autocast=resolve_dtype(config, device),
-        packs=packs,
-    )
-
-
-def _load_language_model(run: Path) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(str(run.resolve()), dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"the model in {run} cannot be loaded ({first_line(error)}): its files are damaged or "
-            "of another version; train it again with --resume never"
-        ) from error
-
-
-def load_teacher_language_model(config: TeacherConfig) -> TeacherModel:
-    """Load a teacher as a language model among others.
-
-    Raises:
-        UserError: as `load_language_model`.
-    """
-    teacher = load_language_model(config)
-    return TeacherModel(
-        name=TEACHER,
-        model=teacher.model,
-        tokenizer=teacher.tokenizer,
-        max_length=teacher.max_length(config.max_length),
-        packs=teacher.packs,
-        support=Support.of_tokenizer(teacher.tokenizer, teacher.num_logits),
-    )
+    @classmethod
+    def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
+        teacher = load_language_model(config)
+        support = Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
+        return teacher, {"packs": teacher.packs, "support": support}

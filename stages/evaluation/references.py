@@ -16,8 +16,8 @@ from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NEXT_LOG_PROB
+from teacher_cache.stages.data.packing import PackedRow
 from teacher_cache.stages.evaluation.models import TeacherModel
-from teacher_cache.stages.evaluation.packed_text import PackedRow
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.objective import Targets
 from teacher_cache.stages.models.head import read_language_model_head
@@ -138,11 +138,10 @@ class CachedReference:
             device: where the positions are decoded.
 
         Raises:
-            UserError: if it is no language model's, its ids are others than the tokenizer's, or it
-                cannot be decoded at temperature 1.
+            UserError: if its ids are others than the tokenizer's, or it cannot be decoded at
+                temperature 1.
             CheckFailed: if its head is damaged or missing.
         """
-        _require_language_model(reader)
         support = _support(reader, tokenizer)
         codec = _codec(reader, support, device)
         chosen = np.arange(len(reader)) if held_out is None else np.flatnonzero(held_out)
@@ -176,15 +175,6 @@ class _CachedBatch:
 def _row(sample: Mapping[str, np.ndarray]) -> PackedRow:
     names = ("input_ids", "segment", "loss_mask")
     return PackedRow(**{name: np.asarray(sample[name]) for name in names})
-
-
-def _require_language_model(reader: CacheReader) -> None:
-    task = reader.manifest.settings.get("task", "classification")
-    if task != "lm":
-        raise UserError(
-            f"--cache {reader.cache} is of the task {task!r}: give a language model's cache, or "
-            "text with --data"
-        )
 
 
 def _support(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> Support:

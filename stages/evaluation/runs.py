@@ -51,8 +51,8 @@ def task_of(runs: Sequence[Path]) -> TaskName:
     """
     tasks: dict[TaskName, Path] = {}
     for folder in runs:
-        is_language_model = read_run(folder).settings.get("task") == "lm"
-        tasks.setdefault("lm" if is_language_model else "classification", folder)
+        # The record of a classifier does not say it.
+        tasks.setdefault(read_run(folder).settings.get("task", "classification"), folder)
     if len(tasks) > 1:
         raise UserError(
             f"{tasks['lm']} is a language model and {tasks['classification']} a classifier: "

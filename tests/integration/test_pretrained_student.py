@@ -16,7 +16,7 @@ from transformers import BertConfig, TrainerCallback, pipeline
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
 from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.evaluation.models import load_student
+from teacher_cache.stages.evaluation.models import Classifier
 from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
@@ -73,7 +73,7 @@ def test_the_folder_works_as_every_student(run: Path, bert_cache: Path, acl_imdb
 
 
 def test_training_moved_it_from_where_it_started(run: Path, start: Path) -> None:
-    student = load_student(run, EvaluateOptions(device="cpu"))
+    student = Classifier.of_run(run, EvaluateOptions(device="cpu"))
     assert student.model.config.architectures == ["BertForSequenceClassification"]
     before, after = (load_file(one / "model.safetensors") for one in (start, run))
     assert before.keys() == after.keys()

@@ -201,3 +201,9 @@ def test_a_classifiers_data_serves_as_text() -> None:
     assert config.labeled.text_column == "text" and not config.labeled.labeled
     assert config.unlabeled is not None
     assert (config.unlabeled.split, config.unlabeled.max_samples) == ("unsupervised", 7)
+
+
+def test_a_run_refuses_at_once_what_its_evaluation_would_at_the_end(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("cache_teacher: {data: austen, teacher: t}\nevaluate: {max_samples: 3}\n")
+    refused("run", "--config", config, saying="--max-samples is of text, and --cache takes its")

@@ -13,17 +13,28 @@ from teacher_cache.pipeline.options import (
 )
 from teacher_cache.pipeline.presets import (
     PRESETS,
-    TEXTS,
     data_name,
     held_out_corpus,
-    held_out_text,
     resolve_cache_teacher,
     resolve_finetune_teacher,
+    with_own_cache,
 )
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.data.corpus import CorpusConfig
+from teacher_cache.stages.teacher.config import TaskName
 from tests.command_line import done, pipe
 
 pytestmark = pytest.mark.usefixtures("no_network")
+
+
+def held_out(task: TaskName, **options: Any) -> CorpusConfig | None:
+    return held_out_corpus(EvaluateCommandOptions.model_validate(options), task)
+
+
+def held_out_labeled(**options: Any) -> CorpusConfig:
+    found = held_out("classification", **options)
+    assert found is not None and found.labeled
+    return found
 
 
 def resolve(data: str, **options: Any) -> CacheTeacherConfig:
@@ -50,7 +61,7 @@ TABLE = {
 
 
 def test_the_table_is_whole() -> None:
-    assert set(TABLE) == set(PRESETS)
+    assert set(TABLE) == {name for name, one in PRESETS.items() if one.label_names}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -59,7 +70,7 @@ def test_a_preset_names_data_teacher_and_splits(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("teachers/demo-minilm").mkdir(parents=True)  # the demo's is made by its own run
-    source, text_column, train, held_out, names, unlabeled, teacher = TABLE[name]
+    source, text_column, train, test, names, unlabeled, teacher = TABLE[name]
     config = resolve(name)
     assert config.name == name
     assert config.teacher == teacher
@@ -71,8 +82,8 @@ def test_a_preset_names_data_teacher_and_splits(
     assert (config.unlabeled.source, config.unlabeled.split) == unlabeled
     assert config.unlabeled.max_samples == 5000
     assert config.fallback == ()
-    evaluated = held_out_corpus(EvaluateCommandOptions(data=name))
-    assert (evaluated.source, evaluated.split) == (source, held_out)
+    evaluated = held_out_labeled(data=name)
+    assert (evaluated.source, evaluated.split) == (source, test)
     assert (evaluated.text_column, evaluated.label_column) == (text_column, "label")
 
 
@@ -167,6 +178,23 @@ def test_a_fallback_is_only_what_the_user_lists() -> None:
     assert (file.source, file.text_column, file.split) == ("reviews.csv", "body", None)
 
 
+def test_a_fallback_of_text_has_the_texts_column_and_its_own_split() -> None:
+    options = {"teacher": "t", "task": "lm", "split": "s", "text_column": "body"}
+    config = resolve("a/b", **options, fallback="wikitext,c/d")
+    assert [(one.source, one.text_column, one.split) for one in config.fallback] == [
+        ("Salesforce/wikitext:wikitext-2-raw-v1", "body", "train"),
+        ("c/d", "body", None),
+    ]
+    assert [one.txt_unit for one in config.fallback] == ["article", "line"]
+
+
+def test_a_text_is_no_preset_of_classifiers() -> None:
+    config = resolve("wikitext", task="classification", teacher="t")
+    assert (config.labeled.source, config.labeled.labeled) == ("wikitext", True)
+    with pytest.raises(UserError, match="is no preset, so it names no teacher"):
+        resolve("wikitext", task="classification")
+
+
 @pytest.mark.parametrize(
     ("data", "name"),
     [
@@ -217,26 +245,25 @@ def test_other_data_needs_a_base_model(data: str) -> None:
 
 
 def test_evaluation_reads_a_folders_held_out_split(acl_imdb: Path) -> None:
-    assert held_out_corpus(EvaluateCommandOptions(data=str(acl_imdb))).split == "test"
-    asked = EvaluateCommandOptions(data=str(acl_imdb), split="train")
-    assert held_out_corpus(asked).split == "train"
+    assert held_out_labeled(data=str(acl_imdb)).split == "test"
+    assert held_out_labeled(data=str(acl_imdb), split="train").split == "train"
 
 
 def test_evaluation_reads_a_file_whole(tmp_path: Path) -> None:
     file = tmp_path / "held.csv"
     file.write_text("text,label\na,0\nb,1\n")
-    assert held_out_corpus(EvaluateCommandOptions(data=str(file))).split is None
+    assert held_out_labeled(data=str(file)).split is None
 
 
 def test_evaluation_does_not_fall_back_to_what_was_trained_on(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
     with pytest.raises(UserError, match=r"has no split test or validation \(it has train\)"):
-        held_out_corpus(EvaluateCommandOptions(data=str(tmp_path)))
+        held_out_labeled(data=str(tmp_path))
 
 
 def test_evaluation_needs_data() -> None:
     with pytest.raises(UserError, match="evaluate needs --data"):
-        held_out_corpus(EvaluateCommandOptions())
+        held_out_labeled()
 
 
 # Design, section 3: data set, training split, held-out split, unit, teacher.
@@ -251,33 +278,32 @@ TEXT_TABLE = {
 
 
 def test_the_table_of_texts_is_whole() -> None:
-    assert set(TEXT_TABLE) <= set(TEXTS)
+    assert set(TEXT_TABLE) <= set(PRESETS) - set(TABLE)
 
 
 @pytest.mark.parametrize("name", TEXT_TABLE)
 def test_a_text_names_data_teacher_and_splits(name: str) -> None:
-    source, train, held_out, unit, teacher = TEXT_TABLE[name]
+    source, train, test, unit, teacher = TEXT_TABLE[name]
     config = resolve(name, **({} if teacher else {"teacher": "t"}))
     assert (config.task, config.teacher, config.name) == ("lm", teacher or "t", name)
     labeled = config.labeled
     assert (labeled.source, labeled.split, labeled.text_column) == (source, train, "text")
     assert (labeled.txt_unit, labeled.labeled, config.unlabeled) == (unit, False, None)
     assert labeled.streamed == (name == "openwebtext")
-    options = EvaluateCommandOptions(data=name)
-    if held_out is None:
+    if test is None:
         with pytest.raises(UserError, match="has no held-out split: evaluate on other text"):
-            held_out_text(options)
+            held_out("lm", data=name)
         return
-    evaluated = held_out_text(options)
+    evaluated = held_out("lm", data=name)
     assert evaluated is not None
-    assert (evaluated.source, evaluated.split, evaluated.txt_unit) == (source, held_out, unit)
+    assert (evaluated.source, evaluated.split, evaluated.txt_unit) == (source, test, unit)
 
 
 def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> None:
-    held = held_out_text(EvaluateCommandOptions(data="imdb"))
+    held = held_out("lm", data="imdb")
     assert held is not None and (held.split, held.labeled) == ("test", False)
-    assert held_out_text(EvaluateCommandOptions(cache=Path("c"))) is None
-    folder = held_out_text(EvaluateCommandOptions(data=str(acl_imdb)))
+    assert held_out("lm", cache=Path("c")) is None
+    folder = held_out("lm", data=str(acl_imdb))
     assert folder is not None and folder.split == "test"
     for options, saying in (
         ({}, "needs --data, text that .* or --cache"),
@@ -287,6 +313,15 @@ def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> 
         ({"data": "wikitxt"}, "did you mean 'wikitext'"),
     ):
         with pytest.raises(UserError, match=saying):
-            held_out_text(EvaluateCommandOptions.model_validate(options))
+            held_out("lm", **options)
     with pytest.raises(UserError, match="--cache is of language models"):
-        held_out_corpus(EvaluateCommandOptions(data="imdb", cache=Path("c")))
+        held_out("classification", data="imdb", cache=Path("c"))
+
+
+def test_only_language_models_are_evaluated_on_their_own_cache() -> None:
+    cache, none = Path("c"), EvaluateCommandOptions()
+    assert with_own_cache(none, "lm", cache).cache == cache
+    assert with_own_cache(none, "classification", cache) == none
+    for named in ({"data": "imdb"}, {"cache": "other"}):
+        options = EvaluateCommandOptions.model_validate(named)
+        assert with_own_cache(options, "lm", cache) == options

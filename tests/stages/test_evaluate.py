@@ -15,13 +15,9 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages import evaluate, train_student
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.evaluate import EvaluateConfig, EvaluateResult
-from teacher_cache.stages.evaluation import latency
-from teacher_cache.stages.evaluation.latency import NUM_REPEATS, measure_latency
-from teacher_cache.stages.evaluation.models import (
-    load_student,
-    load_teacher_classifier,
-)
+from teacher_cache.stages.evaluate import NUM_REPEATS, EvaluateResult, measure_latency
+from teacher_cache.stages.evaluation.models import Classifier
+from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
 from tests import reference_losses as reference
@@ -194,7 +190,7 @@ def test_a_damaged_model_is_named(own: Callable[..., Path], name: str, content: 
     if content is not None:
         file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     with pytest.raises(UserError, match=r"the model in .*damaged cannot be loaded \(.+\): "):
-        load_student(file.parent, DeviceConfig(device="cpu"))
+        Classifier.of_run(file.parent, DeviceConfig(device="cpu"))
 
 
 def test_a_run_that_is_not_finished(acl_imdb: Path, own: Callable[..., Path]) -> None:
@@ -235,7 +231,7 @@ def test_empty_documents_do_not_count(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_student_is_the_same_in_every_batch(run: Path, acl_imdb: Path) -> None:
-    student = load_student(run, DeviceConfig(device="cpu"))
+    student = Classifier.of_run(run, DeviceConfig(device="cpu"))
     samples = student.tokenize(
         load_corpus(CorpusConfig(source=str(acl_imdb), split="test")).documents(0, 20)
     )
@@ -248,7 +244,7 @@ def test_a_student_is_the_same_in_every_batch(run: Path, acl_imdb: Path) -> None
 def test_bfloat16_students_are_near(run: Path, acl_imdb: Path) -> None:
     documents = load_corpus(CorpusConfig(source=str(acl_imdb), split="test")).documents(0, 10)
     whole, half = (
-        load_student(run, DeviceConfig.model_validate({"device": "cpu", "dtype": dtype}))
+        Classifier.of_run(run, DeviceConfig.model_validate({"device": "cpu", "dtype": dtype}))
         for dtype in ("float32", "bfloat16")
     )
     expected, found = (
@@ -261,8 +257,8 @@ def test_bfloat16_students_are_near(run: Path, acl_imdb: Path) -> None:
 def test_latency_is_the_median_of_interleaved_passes(
     run: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = load_student(run, DeviceConfig(device="cpu"))
-    teacher = load_teacher_classifier(TeacherConfig(teacher=str(tiny_bert), device="cpu"))
+    student = Classifier.of_run(run, DeviceConfig(device="cpu"))
+    teacher = Classifier.of_teacher(TeacherConfig(teacher=str(tiny_bert), device="cpu"))
     timed: list[tuple[str, int]] = []
 
     def slower_each_time(classifier: Any, input_ids: torch.Tensor) -> float:
@@ -270,7 +266,7 @@ def test_latency_is_the_median_of_interleaved_passes(
         seconds = sum(name == classifier.name for name, _ in timed)
         return 100.0 if seconds == 1 else float(seconds)  # the first pass is not counted
 
-    monkeypatch.setattr(latency, "_time_forward", slower_each_time)
+    monkeypatch.setattr(evaluate, "_time_forward", slower_each_time)
     found = measure_latency([teacher, student], (8,))
     assert timed == [("teacher", 8), ("student", 8)] * (NUM_REPEATS + 1)
     assert found == {"teacher": {8: 6000.0}, "student": {8: 6000.0}}  # of 2 to 10 seconds
@@ -279,8 +275,8 @@ def test_latency_is_the_median_of_interleaved_passes(
 def test_a_length_beyond_the_teacher_is_timed_for_the_student_alone(
     run: Path, tiny_bert: Path
 ) -> None:
-    student = load_student(run, DeviceConfig(device="cpu"))
-    teacher = load_teacher_classifier(
+    student = Classifier.of_run(run, DeviceConfig(device="cpu"))
+    teacher = Classifier.of_teacher(
         TeacherConfig(teacher=str(tiny_bert), device="cpu", max_length=MAX_LENGTH)
     )
     found = measure_latency([teacher, student], (32, 600))

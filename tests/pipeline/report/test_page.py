@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 from rich.table import Table
 
-from teacher_cache.pipeline.report.page import Picture, Section, page
+from teacher_cache.pipeline.report.report import Picture, Section, page_of
 
 
 class Read(HTMLParser):
@@ -39,7 +39,7 @@ def test_tables_are_those_of_the_terminal() -> None:
     table = Table("model", title="<models> & more")
     table.add_column("accuracy", justify="right")
     table.add_row("<b>tiny</b>", "81.5")
-    text = page("a < b", [Section(title="T", notes=["1 < 2"], tables=[table])])
+    text = page_of("a < b", [Section(title="T", notes=["1 < 2"], tables=[table])])
     read = Read(text)
     assert read.open == [] and read.cells == ["model", "accuracy", "<b>tiny</b>", "81.5"]
     assert '<td class="number">81.5</td>' in text and "<td>&lt;b&gt;" in text
@@ -51,7 +51,7 @@ def test_a_table_without_headings() -> None:
     table = Table(show_header=False)
     table.add_column("setting")
     table.add_row("[red]lr[/red]")
-    text = page("t", [Section(title="s", tables=[table])])
+    text = page_of("t", [Section(title="s", tables=[table])])
     assert "<thead>" not in text and "<caption>" not in text
     assert Read(text).cells == ["[red]lr[/red]"]
 
@@ -59,7 +59,7 @@ def test_a_table_without_headings() -> None:
 def test_pictures_lie_in_the_page() -> None:
     data = bytes(range(256))
     picture = Picture(caption='of "it"', kind="png", data=data)
-    text = page("t", [Section(title="s", pictures=[picture])])
+    text = page_of("t", [Section(title="s", pictures=[picture])])
     own, source = Read(text).addresses
     assert own == "#s1" and source.startswith("data:image/png;base64,")
     assert base64.b64decode(source.partition(",")[2]) == data

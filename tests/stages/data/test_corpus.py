@@ -16,7 +16,7 @@ from teacher_cache.stages.data.corpus import (
     load_corpus,
     load_with_fallback,
 )
-from teacher_cache.stages.data.errors import SourceUnavailable
+from teacher_cache.stages.data.opening import SourceUnavailable
 from teacher_cache.stages.data.survey import survey
 
 

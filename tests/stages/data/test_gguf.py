@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.gguf import read_metadata
+from teacher_cache.stages.data.packaged_tokenizers import read_metadata
 
 
 def _string(text: str) -> bytes:

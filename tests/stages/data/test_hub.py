@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data import hub
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
-from teacher_cache.stages.data.errors import SourceUnavailable
+from teacher_cache.stages.data.opening import SourceUnavailable
 from tests.stand_ins import write_hub_parquet
 
 REVISION = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"

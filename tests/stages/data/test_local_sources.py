@@ -16,7 +16,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data import sources
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.errors import SourceUnavailable
+from teacher_cache.stages.data.opening import SourceUnavailable
 from tests.stand_ins import write_acl_imdb, write_hub_parquet
 
 # What readers of csv like to spoil: NA and null, numbers, quotes, separators, lines in a text.

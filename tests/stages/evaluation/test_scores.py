@@ -15,9 +15,8 @@ from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.named import AnyCodec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
-from teacher_cache.stages.data.packing import PackedSample, pack_tokens
+from teacher_cache.stages.data.packing import PackedRow, PackedSample, pack_tokens
 from teacher_cache.stages.evaluation.models import LanguageModel, TeacherModel
-from teacher_cache.stages.evaluation.packed_text import PackedRow
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.scores import score
 from teacher_cache.stages.models.head import LanguageModelHead

@@ -1,10 +1,33 @@
-"""Which split of a source to read."""
+"""What every way of opening a source shares: silence, the split to read, and the failure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import datasets
+from datasets.utils import logging as datasets_logging
 
 from teacher_cache.cache.errors import UserError, did_you_mean
+
+
+class SourceUnavailable(UserError):
+    """A source is not there, cannot be reached or holds nothing: another may be tried instead."""
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Turn the bars and log messages of `datasets`, which break into ours, off and back again."""
+    had_bars = not datasets.are_progress_bars_disabled()
+    verbosity = datasets_logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 def choose_split(splits: Sequence[str], wanted: str | None, source: str) -> str:

@@ -1,0 +1,202 @@
+"""Evaluating classifiers: a document has one position at which a teacher speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.data.corpus import load_corpus
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.labels import is_generic
+from teacher_cache.stages.evaluation.config import GenerationOptions
+from teacher_cache.stages.evaluation.models import TEACHER, Classifier
+from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored
+from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
+
+MAJORITY = "majority"
+PREDICTION_TOKENS = 8192  # padded, in a forward batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One row of the comparison; None where a column does not apply.
+
+    Attributes:
+        legend: what the figures mean, in a line.
+        name: `majority`, `teacher`, or the run's folder name.
+        accuracy: share of documents.
+        f1: macro average.
+        ece: expected calibration error.
+        nll: mean negative log-likelihood of the labels, nats.
+        agreement: share of documents on which it chooses the teacher's class.
+        kl: mean KL from the teacher's distribution, nats.
+        num_parameters: embeddings included.
+        megabytes: of the parameters, 10**6 bytes.
+        latency_ms: milliseconds of one forward pass of one document, by length in tokens.
+    """
+
+    legend: ClassVar[str] = (
+        "agrees: the teacher's class is chosen; KL: from the teacher's distribution, mean nats"
+    )
+
+    name: str
+    accuracy: float
+    f1: float
+    ece: float | None = None
+    nll: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    num_parameters: int | None = None
+    megabytes: float | None = None
+    latency_ms: dict[int, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledDocuments:
+    """Documents with their classes.
+
+    Attributes:
+        students: that read them.
+        documents: that are not empty.
+        labels: class id of each, int64 [N].
+        batch_tokens: padded tokens in a forward batch.
+    """
+
+    students: Sequence[Classifier]
+    documents: list[Document]
+    labels: np.ndarray
+    batch_tokens: int
+
+    def score(self, teacher: Classifier | None, say: Say) -> Scored:
+        """A row for the most frequent class, the teacher and each student.
+
+        Raises:
+            UserError: if a model has other classes, or its tokenizer leaves nothing of a document.
+        """
+        rows = [_majority(self.labels)]
+        teacher_logits = None
+        for classifier in [*([teacher] if teacher else []), *self.students]:
+            say(f"classifying {len(self.labels):,} documents with {classifier.name}")
+            _require_same_classes(classifier, self.students[0])
+            samples = classifier.tokenize(self.documents)
+            if len(samples) < len(self.documents):
+                raise UserError(
+                    f"the tokenizer of {classifier.name} leaves nothing of "
+                    f"{len(self.documents) - len(samples)} documents that are not empty: take them "
+                    "out"
+                )
+            logits = classifier.logits(samples, batch_tokens=self.batch_tokens)
+            if classifier is teacher:
+                teacher_logits = logits
+            rows.append(_row(classifier.name, logits, self.labels, teacher_logits))
+        return Scored(num_documents=len(self.labels), rows=rows)
+
+    def written(self, models: Sequence[Classifier], say: Say) -> None:
+        """Classifiers write nothing."""
+
+
+class Classification:
+    """Classifiers, on documents with labels."""
+
+    name: TaskName = "classification"
+    row_names = (MAJORITY, TEACHER)
+    student = teacher = Classifier
+
+    def read(self, config: EvaluateConfig, students: Sequence[Classifier]) -> LabeledDocuments:
+        """Read the documents, their labels by the names of the first student's classes.
+
+        Raises:
+            UserError: if none are named, or all are empty.
+        """
+        if config.corpus is None or config.cache is not None:
+            raise UserError(
+                "evaluate needs --data: labelled documents that the student has not seen"
+            )
+        corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
+        documents = corpus.documents_with_text()
+        return LabeledDocuments(
+            students=students,
+            documents=documents,
+            labels=np.array([document.label for document in documents], np.int64),
+            batch_tokens=config.batch_tokens,
+        )
+
+    def predict(
+        self,
+        run: Path,
+        texts: Sequence[str],
+        *,
+        device: DeviceConfig,
+        generation: GenerationOptions,
+        one_a_line: bool,
+    ) -> Iterator[str]:
+        """The class of each text, its probability and the text, tabs between.
+
+        Raises:
+            UserError: for an empty text, or options of what writes.
+        """
+        if generation.given:
+            raise UserError(
+                f"{', '.join(generation.given)} is of language models, and {run} is a classifier: "
+                "leave that out"
+            )
+        classifier = Classifier.of_run(run, device)
+        documents = [
+            Document(text=one, source="prompt", split="prompt", position=i)
+            for i, one in enumerate(texts)
+        ]
+        samples = classifier.tokenize(documents)
+        if len(samples) < len(documents):
+            raise UserError(
+                f"{len(documents) - len(samples)} of {len(documents)} texts are empty: leave them "
+                "out"
+            )
+        logits = classifier.logits(samples, batch_tokens=PREDICTION_TOKENS).astype(np.float64)
+        probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+        for one, row in zip(texts, probabilities, strict=True):
+            yield f"{classifier.id2label[int(row.argmax())]}\t{row.max():.3f}\t{one}"
+
+
+def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
+    """Names must be equal; a teacher that only has placeholders (`LABEL_0`) must have as many."""
+    comparable = classifier.id2label == student.id2label or (
+        is_generic(classifier.id2label) and classifier.id2label.keys() == student.id2label.keys()
+    )
+    if not comparable:
+        raise UserError(
+            f"{classifier.name} has the classes {list(classifier.id2label.values())}, "
+            f"{student.name} has {list(student.id2label.values())}: compare models of one task"
+        )
+
+
+def _majority(labels: np.ndarray) -> Evaluation:
+    """Always the class that is the most frequent in these very documents."""
+    counts = np.bincount(labels)
+    logits = np.tile(
+        np.where(np.arange(len(counts)) == counts.argmax(), 1.0, 0.0), (len(labels), 1)
+    )
+    metrics = classification_metrics(logits, labels)
+    return Evaluation(name=MAJORITY, accuracy=metrics["accuracy"], f1=metrics["f1"])
+
+
+def _row(
+    name: str, logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | None
+) -> Evaluation:
+    quality = classification_metrics(logits, labels)
+    likeness = {} if teacher_logits is None else agreement_metrics(logits, teacher_logits)
+    return Evaluation(
+        name=name,
+        accuracy=quality["accuracy"],
+        f1=quality["f1"],
+        ece=quality["ece"],
+        nll=quality["nll"],
+        agreement=likeness.get("agreement"),
+        kl=likeness.get("kl"),
+    )

@@ -1,0 +1,374 @@
+"""Evaluating language models: a teacher speaks at every position that has a next token.
+
+The teacher's part comes from running it over the text, or from a cache, which needs no teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.data.corpus import load_corpus
+from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.packing import PackedRow, packed_rows
+from teacher_cache.stages.evaluation.config import GenerationOptions
+from teacher_cache.stages.evaluation.generation import check_generation, continuation, prompt_ids
+from teacher_cache.stages.evaluation.models import TEACHER, LanguageModel, TeacherModel
+from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
+from teacher_cache.stages.evaluation.runs import held_out_of
+from teacher_cache.stages.evaluation.scores import Score, score
+from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
+from teacher_cache.stages.models.device import resolve_device
+from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.tokens.token_bytes import token_bytes
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelEvaluation:
+    """One row of the comparison; None where a column does not apply. Means over positions.
+
+    Attributes:
+        legend: what the figures mean, in a line.
+        name: `teacher`, or the run's folder name.
+        num_positions: that count: those with a next token in their document.
+        nll: negative log-likelihood of the next token, nats.
+        perplexity: `exp(nll)`; of tokens, so only models of one tokenizer compare.
+        bits_per_byte: negative log2-likelihood a byte of the predicted tokens' text.
+        agreement: share of positions with the teacher's most probable token.
+        kl: from the teacher's distribution, nats.
+        num_parameters: embeddings included.
+        megabytes: of the parameters, 10**6 bytes.
+        latency_ms: milliseconds of one forward pass of one document, by length in tokens.
+        written: what it writes, taking the most probable token, behind the result's `prompt`.
+    """
+
+    legend: ClassVar[str] = (
+        "perplexity: of a token; agrees: the teacher's most probable token is chosen; KL: from "
+        "the teacher's distribution, mean nats of a position"
+    )
+
+    name: str
+    num_positions: int
+    nll: float
+    perplexity: float
+    bits_per_byte: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    num_parameters: int | None = None
+    megabytes: float | None = None
+    latency_ms: dict[int, float] | None = None
+    written: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadText:
+    """Text, packed for each student as it reads it.
+
+    Attributes:
+        students: that read it.
+        documents: that are not empty.
+        packed: rows of each student.
+        batch_tokens: padded tokens in a forward batch.
+    """
+
+    students: Sequence[LanguageModel]
+    documents: list[Document]
+    packed: Sequence[Sequence[PackedRow]]
+    batch_tokens: int
+
+    def score(self, teacher: TeacherModel | None, say: Say) -> Scored:
+        """The teacher beside those students that read the very same samples, the others alone."""
+        marks: dict[str, str] = {}
+        rows: dict[str, LanguageModelEvaluation] = {}
+        if teacher is not None:
+            rows |= self._beside(teacher, say, marks)
+        for one, own in zip(self.students, self.packed, strict=True):
+            if one.name in rows:
+                continue
+            say(f"reading {_num_positions(own):,} positions with {one.name}")
+            scores = score([one], own, None, batch_tokens=self.batch_tokens)
+            rows[one.name] = _row(one, own, scores.models[0], marks)
+            if teacher is not None:
+                marks[one.name] = (
+                    "reads other samples than the teacher (tokenizer or --max-length), so there is "
+                    "no KL or agreement: compare bits a byte"
+                )
+        names = [*([] if teacher is None else [TEACHER]), *(one.name for one in self.students)]
+        return Scored(
+            num_documents=len(self.documents), rows=[rows[name] for name in names], marks=marks
+        )
+
+    def _beside(
+        self, teacher: TeacherModel, say: Say, marks: dict[str, str]
+    ) -> dict[str, LanguageModelEvaluation]:
+        """Rows of the teacher, and of the students that read what it reads."""
+        own = packed_rows(self.documents, teacher.tokenizer, max_length=teacher.max_length)
+        together = [
+            one
+            for one, rows in zip(self.students, self.packed, strict=True)
+            if _reads_as(teacher, own, one, rows)
+        ]
+        say(f"reading {_num_positions(own):,} positions with {_listed([teacher, *together])}")
+        reference = LiveReference(teacher=teacher, rows=own)
+        scores = score(together, own, reference, batch_tokens=self.batch_tokens)
+        assert scores.teacher is not None, "there is a reference"
+        found = {TEACHER: _row(teacher, own, scores.teacher, marks)}
+        for one, its_score in zip(together, scores.models, strict=True):
+            found[one.name] = _row(one, own, its_score, marks)
+        return found
+
+    def written(self, models: Sequence[LanguageModel], say: Say) -> Written:
+        """What the models go on with behind the first document's beginning."""
+        return _written(models, _prompt(self.students[0], self.packed[0]), say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadCache:
+    """A cache's samples, or where a run was trained on it those that the runs held out.
+
+    Attributes:
+        students: that read them, of one tokenizer.
+        reference: what the cache keeps of its teacher.
+        batch_tokens: padded tokens in a forward batch.
+    """
+
+    students: Sequence[LanguageModel]
+    reference: CachedReference
+    batch_tokens: int
+
+    def score(self, teacher: TeacherModel | None, say: Say) -> Scored:
+        """Each student beside what the cache has of the teacher."""
+        read = self.reference.rows
+        say(f"reading {_num_positions(read):,} positions with {_listed(self.students)}")
+        scores = score(self.students, read, self.reference, batch_tokens=self.batch_tokens)
+        assert scores.teacher is not None, "there is a reference"
+        marks: dict[str, str] = {}
+        rows = [
+            _row(one, read, its_score, marks)
+            for one, its_score in zip(self.students, scores.models, strict=True)
+        ]
+        # Of one tokenizer, so a byte is worth as much to each.
+        per_nat = None if rows[0].bits_per_byte is None else rows[0].bits_per_byte / rows[0].nll
+        of_teacher = LanguageModelEvaluation(
+            name=TEACHER,
+            num_positions=scores.num_positions,
+            nll=scores.teacher.nll,
+            perplexity=scores.teacher.perplexity,
+            bits_per_byte=None if per_nat is None else per_nat * scores.teacher.nll,
+        )
+        return Scored(
+            num_documents=sum(len(row.lengths) for row in read),
+            rows=[of_teacher, *rows],
+            marks=marks,
+        )
+
+    def written(self, models: Sequence[LanguageModel], say: Say) -> Written:
+        """What the models go on with behind the first document's beginning."""
+        return _written(models, _prompt(self.students[0], self.reference.rows), say)
+
+
+class LanguageModeling:
+    """Language models, on text or on a cache."""
+
+    name: TaskName = "lm"
+    row_names = (TEACHER,)
+    student = LanguageModel
+    teacher = TeacherModel
+
+    def read(
+        self, config: EvaluateConfig, students: Sequence[LanguageModel]
+    ) -> ReadText | ReadCache:
+        """Read the text, or the cache.
+
+        Raises:
+            UserError: if neither is named, or it does not fit the students.
+            CheckFailed: if the cache's head is damaged or missing.
+        """
+        if config.cache is not None:
+            return _read_cache(config, config.cache, students)
+        if config.corpus is None:
+            raise UserError("evaluate needs --data: text that the student has not seen; or --cache")
+        documents = load_corpus(config.corpus).documents_with_text()
+        packed = [
+            packed_rows(documents, one.tokenizer, max_length=one.max_length) for one in students
+        ]
+        for student, rows in zip(students, packed, strict=True):
+            _require_positions(student.name, rows)
+        return ReadText(
+            students=students, documents=documents, packed=packed, batch_tokens=config.batch_tokens
+        )
+
+    def predict(
+        self,
+        run: Path,
+        texts: Sequence[str],
+        *,
+        device: DeviceConfig,
+        generation: GenerationOptions,
+        one_a_line: bool,
+    ) -> Iterator[str]:
+        """Each text with what the model writes behind it; as a JSON string if it is to be a line.
+
+        Raises:
+            UserError: for an empty text, or options that mean nothing.
+        """
+        check_generation(generation)
+        num_empty = sum(not text.strip() for text in texts)
+        if num_empty:
+            raise UserError(f"{num_empty} of {len(texts)} texts are empty: leave them out")
+        model = LanguageModel.of_run(run, device)
+        for text in texts:
+            whole = text + continuation(model, prompt_ids(model, text), generation)
+            yield json.dumps(whole, ensure_ascii=False) if one_a_line else whole
+
+
+def _read_cache(
+    config: EvaluateConfig, cache: Path, students: Sequence[LanguageModel]
+) -> ReadCache:
+    if config.teacher not in (None, "none"):
+        raise UserError(
+            f"--teacher {config.teacher} is run over text, and --cache has what the teacher said: "
+            "leave one of them out"
+        )
+    for one in students[1:]:
+        if one.tokenizer.get_vocab() != students[0].tokenizer.get_vocab():
+            raise UserError(
+                f"{one.name} and {students[0].name} have different tokenizers: evaluate them on "
+                "--cache apart"
+            )
+    reader = CacheReader(cache)
+    held_out = held_out_of(config.runs, reader)
+    _require_language_model(reader)
+    reference = CachedReference.of_cache(
+        reader, students[0].tokenizer, held_out=held_out, device=resolve_device(config)
+    )
+    _require_positions(str(cache), reference.rows)
+    return ReadCache(students=students, reference=reference, batch_tokens=config.batch_tokens)
+
+
+def _require_language_model(reader: CacheReader) -> None:
+    task = reader.manifest.settings.get("task", "classification")
+    if task != LanguageModeling.name:
+        raise UserError(
+            f"--cache {reader.cache} is of the task {task!r}: give a language model's cache, or "
+            "text with --data"
+        )
+
+
+def _row(
+    model: LanguageModel, rows: Sequence[PackedRow], its_score: Score, marks: dict[str, str]
+) -> LanguageModelEvaluation:
+    """A row of the table; `marks` is told what is not exact about it."""
+    num = _num_positions(rows)
+    try:
+        sizes, caveat = _num_bytes_by_id(model.tokenizer)
+    except UserError:
+        sizes, caveat = None, "its tokenizer does not tell the bytes of a token"
+    bits = None
+    if sizes is not None:
+        num_bytes = sum(int(sizes[row.next_ids].sum()) for row in rows)
+        bits = its_score.nll * num / math.log(2) / num_bytes if num_bytes else None
+    if caveat is not None:
+        marks[model.name] = f"bits a byte: {caveat}"
+    return LanguageModelEvaluation(
+        name=model.name,
+        num_positions=num,
+        nll=its_score.nll,
+        perplexity=its_score.perplexity,
+        bits_per_byte=bits,
+        agreement=its_score.agreement,
+        kl=its_score.kl,
+    )
+
+
+def _num_bytes_by_id(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, str | None]:
+    """Bytes of text that each id stands for, int64 [V]; 0 of special tokens, which are no text.
+
+    Returns:
+        The numbers, and what is not exact about them; None where all are.
+
+    Raises:
+        UserError: for a tokenizer that does not tell.
+    """
+    table = token_bytes(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    sizes = [
+        0 if content is None or token_id in special else len(content)
+        for token_id, content in enumerate(table.content)
+    ]
+    return np.array(sizes, np.int64), table.caveat
+
+
+def _require_positions(name: str, rows: Sequence[PackedRow]) -> None:
+    """Refuse text that predicts nothing.
+
+    Raises:
+        UserError: saying for whom.
+    """
+    if not _num_positions(rows):
+        raise UserError(f"no token of the text has a next one for {name} to predict: give more")
+
+
+def _num_positions(rows: Sequence[PackedRow]) -> int:
+    """How many positions count."""
+    return sum(int(row.loss_mask.sum()) for row in rows)
+
+
+def _reads_as(
+    teacher: TeacherModel,
+    own: Sequence[PackedRow],
+    student: LanguageModel,
+    rows: Sequence[PackedRow],
+) -> bool:
+    """Whether a student gets the teacher's samples, id by id, and its ids mean the same."""
+    ids = student.tokenizer.get_vocab()
+    return (
+        len(own) == len(rows)
+        and all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(own, rows, strict=True))
+        and all(ids.get(token) == one for token, one in teacher.tokenizer.get_vocab().items())
+    )
+
+
+def _listed(models: Sequence[LanguageModel]) -> str:
+    return ", ".join(one.name for one in models)
+
+
+def _prompt(model: LanguageModel, rows: Sequence[PackedRow]) -> str:
+    """The beginning of the first document that has a next token."""
+    documents = (
+        ids
+        for row in rows
+        for ids in np.split(row.input_ids, np.cumsum(row.lengths)[:-1])
+        if len(ids) > 1
+    )
+    beginning = next(documents)[:PROMPT_TOKENS].tolist()
+    return str(model.tokenizer.decode(beginning, skip_special_tokens=True))
+
+
+def _written(models: Sequence[LanguageModel], prompt: str, say: Say) -> Written:
+    say("writing")
+    return Written(prompt=prompt, by_name={one.name: _continuation(one, prompt) for one in models})
+
+
+def _continuation(model: LanguageModel, prompt: str) -> str | None:
+    """What a model goes on with; None where it cannot."""
+    if not prompt.strip():
+        return None
+    ids = prompt_ids(model, prompt)
+    num_new = int(min(NEW_TOKENS, model.num_positions - len(ids)))
+    if num_new < 1:
+        return None
+    return continuation(model, ids, GenerationOptions(max_new_tokens=num_new))
