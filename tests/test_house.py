@@ -254,6 +254,31 @@ def test_the_count_sees_questions_and_nothing_else(code: str, asks: bool) -> Non
     assert any(asks_the_task(node) for node in ast.walk(ast.parse(code))) == asks
 
 
+# Distributions whose modules are called otherwise; the others differ by hyphens at most.
+MODULE_OF = {"pyyaml": "yaml"}
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    project = PYPROJECT["project"]
+
+    def declared(requirements: list[str]) -> set[str]:
+        names = {re.split(r"[<>=\[ ]", one)[0].lower().replace("-", "_") for one in requirements}
+        return {MODULE_OF.get(name, name) for name in names}
+
+    needed = declared(project["dependencies"])
+    optional = declared(
+        [one for extra in project["optional-dependencies"].values() for one in extra]
+    )
+    imported = {
+        name.split(".")[0]
+        for folder in FOLDERS
+        for module in modules(folder)
+        for name in imported_names(module)
+    } - {"teacher_cache", *sys.stdlib_module_names}
+    assert not imported - needed - optional, "imported, and not declared"
+    assert not needed - imported, "declared, and not imported"
+
+
 def test_every_config_begins_with_its_command() -> None:
     yamls = sorted((ROOT / "configs").glob("*.yaml"))
     assert yamls, "configs/ holds no YAML"
