@@ -1,0 +1,111 @@
+"""Do again, in one process, all that the golden tests look at: `python -m tests.golden.replay`.
+
+FOLDER/anew/            everything made anew
+FOLDER/anew.json        its values
+FOLDER/old/             the committed artefacts, and what was done to them
+FOLDER/old.json         by artefact: what each command said, and the hashes of files after it
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from contextlib import chdir
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from tests.command_line import pipe
+from tests.golden.commands import (
+    CACHES,
+    EVALUATIONS,
+    HALVES,
+    RUNS,
+    TEACHERS,
+    evaluation,
+    resumed,
+)
+from tests.golden.make import make, unpack, values
+from tests.golden.measure import cache_values, figures, file_hashes, run_values
+from tests.golden.sources import write_sources
+
+Json = dict[str, Any]
+
+
+def said(command: tuple[str, ...]) -> Json:
+    """What a command said; an exception is a failure of this command alone."""
+    try:
+        outcome = pipe(*command)
+    except Exception:
+        return {"code": "exception", "stdout": "", "stderr": traceback.format_exc()}
+    return {"code": outcome.code, "stdout": outcome.stdout, "stderr": outcome.stderr}
+
+
+def replay_anew(folder: Path) -> Json:
+    """Make everything; values or, if a command fails, why."""
+    folder.mkdir()
+    try:
+        make(folder)
+        return values(folder)
+    except Exception:
+        return {"failed": traceback.format_exc()}
+
+
+def replay_cache(name: str) -> Json:
+    """Look at an old cache, check it, make it again, and again without one of its shards."""
+    cache = Path("caches") / name
+    found: Json = {"before": file_hashes(cache), "values": cache_values(cache)}
+    found["inspect"] = said(("inspect", str(cache), "--json"))
+    found["verify"] = said(("verify", str(cache)))
+    found["deep"] = said(("verify", str(cache), "--deep", "3", "--teacher", TEACHERS[name]))
+    found["again"] = said(CACHES[name])
+    found["after"] = file_hashes(cache)
+    found["removed"] = _remove_a_shard(cache)
+    found["rebuild"] = said(CACHES[name])
+    found["rebuilt"] = file_hashes(cache)
+    found["verify_rebuilt"] = said(("verify", str(cache)))
+    return found
+
+
+def replay_run(name: str) -> Json:
+    """Train an old run again, which has nothing to do; evaluate it; finish its other half."""
+    run = Path("runs") / name
+    found: Json = {"before": file_hashes(run), "values": run_values(run)}
+    found["again"] = said(RUNS[name])
+    found["after"] = file_hashes(run)
+    found["evaluate"] = said(evaluation(name, f"{name}.json"))
+    if Path(f"{name}.json").exists():
+        found["figures"] = figures(Path(f"{name}.json"))
+    if name in HALVES:
+        found["resume"] = said(resumed(name))
+        if found["resume"]["code"] == 0:
+            found["resumed"] = run_values(Path("runs") / HALVES[name])
+    return found
+
+
+def _remove_a_shard(cache: Path) -> str:
+    sidecar = json.loads(sorted(cache.glob("labeled/*/*.json"))[-1].read_text())
+    shard = cache / sidecar["path"]
+    if shard.is_dir():
+        rmtree(shard)
+    else:
+        shard.unlink()
+    return sidecar["path"]
+
+
+def main(folder: Path) -> None:
+    """Everything, into this folder."""
+    anew, old = folder / "anew", folder / "old"
+    (folder / "anew.json").write_text(json.dumps(replay_anew(anew)))
+    write_sources(old)
+    unpack(old)
+    with chdir(old):
+        # Runs first: they read the caches as they were committed.
+        runs = {name: replay_run(name) for name in EVALUATIONS}
+        caches = {name: replay_cache(name) for name in CACHES}
+    (folder / "old.json").write_text(json.dumps({"runs": runs, "caches": caches}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
