@@ -18,6 +18,7 @@ from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Ragged
+from teacher_cache.stages.codecs.named import require_temperature, serves
 from teacher_cache.stages.join.alignment import Alignment, require_known_ids
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.models.head import read_language_model_head
@@ -38,7 +39,6 @@ from teacher_cache.stages.training.data import TrainingData, ordered_data
 from teacher_cache.stages.training.language_model_trainer import LanguageModelTrainer
 from teacher_cache.stages.training.measures import OBJECTIVE, Measure
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
-from teacher_cache.stages.training.targets import require_temperature, serves
 
 logger = logging.getLogger(__name__)
 
