@@ -36,10 +36,13 @@ _CACHES: dict[str, tuple[str, ...]] = {
     "dense": (*_LANGUAGE, "--codec", "dense", *_FEW),
 }
 
+_TRAINING = (
+    *("--device", "cpu", "--batch-size", "4", "--max-steps", "6", "--checkpoint-steps", "3"),
+    *("--log-steps", "1", "--eval-fraction", "0.2", "--lr", "0.01"),
+)
 _STUDENT = (
-    *("--device", "cpu", "--d-model", "8", "--num-layers", "1", "--expand", "2", "--d-state", "4"),
-    *("--batch-size", "4", "--max-steps", "6", "--checkpoint-steps", "3", "--log-steps", "1"),
-    *("--eval-fraction", "0.2", "--lr", "0.01"),
+    *("--d-model", "8", "--num-layers", "1", "--expand", "2", "--d-state", "4"),
+    *_TRAINING,
 )
 
 _RUNS: dict[str, tuple[str, ...]] = {
@@ -58,10 +61,67 @@ CACHES = {
 }
 """Each cache's command, by its name in `caches/`."""
 
+_CONVERSIONS: dict[str, tuple[str, ...]] = {
+    "reviews-plain-to-zarr": ("caches/reviews-plain", "--format", "zarr"),
+    "reviews-zarr-to-arrow": ("caches/reviews-zarr", "--format", "arrow"),
+    "dense-to-topk": ("caches/dense", "--codec", "topk", "--top-k", "8"),
+    "topk-to-smaller": ("caches/topk", "--top-k", "4"),
+    "hidden-to-sampled": ("caches/hidden", "--codec", "sampled", "--num-draws", "6"),
+}
+
+CONVERSIONS = {
+    name: ("convert", cache, f"caches/{name}", *options, "--device", "cpu")
+    for name, (cache, *options) in _CONVERSIONS.items()
+}
+"""Caches made of other caches; of these only the values are kept."""
+
 RUNS = {
     name: ("train-student", *options, "--out", f"runs/{name}") for name, options in _RUNS.items()
 }
 """Each run's command, by its name in `runs/`."""
+
+_OTHER = ("--student-tokenizer", "teachers/other", "--align")
+_OTHER_RUNS: dict[str, tuple[str, ...]] = {
+    "bidirectional": (
+        *("--cache", "caches/reviews-zarr", *_STUDENT, "--head-dim", "8", "--bidirectional"),
+        *("--pooling", "mean", "--head", "linear", "--divergence", "jsd"),
+    ),
+    "teacher-states": (
+        *("--cache", "caches/reviews", *_STUDENT, "--head-dim", "8"),
+        *("--embeddings", "teacher-states", "--embedding-lr-scale", "0.1"),
+        *("--transfer-schedule", "staged", "--attention-weight", "1", "--hidden-weight", "1"),
+    ),
+    "pretrained": (
+        *("--cache", "caches/reviews-zarr", *_TRAINING, "--arch", "hf:teachers/classifier"),
+        *("--early-stopping", "1"),
+    ),
+    "pretrained-language": (
+        *("--cache", "caches/topk-top-p", *_TRAINING, "--arch", "hf:teachers/language"),
+    ),
+    "of-exact": ("--cache", "caches/topk-exact", *_STUDENT, "--head-dim", "8"),
+    "of-mapped": (
+        *("--cache", "caches/topk-mapped", *_STUDENT, "--head-dim", "8"),
+        *("--student-tokenizer", "teachers/other"),
+    ),
+    "of-topk-zarr": ("--cache", "caches/topk-zarr", *_STUDENT, "--arch", "mamba"),
+    "of-sampled": ("--cache", "caches/sampled", *_STUDENT, "--head-dim", "8"),
+    "of-hidden": ("--cache", "caches/hidden", *_STUDENT, "--head-dim", "8"),
+    "of-dense": ("--cache", "caches/dense", *_STUDENT, "--head-dim", "8"),
+    "mapped": ("--cache", "caches/topk", *_STUDENT, "--head-dim", "8", *_OTHER, "map"),
+    "spans": ("--cache", "caches/topk", *_STUDENT, "--head-dim", "8", *_OTHER, "spans"),
+    "projection": ("--cache", "caches/topk", *_STUDENT, "--head-dim", "8", *_OTHER, "projection"),
+}
+
+OTHER_RUNS = {
+    name: ("train-student", *options, "--out", f"runs/{name}")
+    for name, options in _OTHER_RUNS.items()
+} | {
+    "finetuned": (
+        *("finetune-teacher", "--data", "data/reviews.jsonl", "--model", "teachers/classifier"),
+        *(*_TRAINING, "--max-length", "12", "--out", "runs/finetuned"),
+    )
+}
+"""Runs of other kinds; of these only the values are kept."""
 
 TEACHERS = {
     name: "teachers/classifier" if name.startswith("reviews") else "teachers/language"
@@ -83,6 +143,12 @@ def evaluation(run: str, figures: str) -> tuple[str, ...]:
     how = ("--json", figures, "--latency-lengths", "8", "--device", "cpu")
     return ("evaluate", f"runs/{run}", *EVALUATIONS[run], *how)
 
+
+UNNAMED = {
+    "caches": CACHES["reviews-plain"][:-2],
+    "runs": RUNS["mamba1"][:-2],
+}
+"""Commands without `--out`, by the folder in which they then choose a name themselves."""
 
 STOPPED_AT = 3
 """The step of the checkpoint at which half-done runs stopped."""

@@ -20,8 +20,17 @@ from pathlib import Path
 from shutil import copytree, ignore_patterns, rmtree
 from typing import Any
 
-from tests.golden.commands import CACHES, EVALUATIONS, HALVES, RUNS, STOPPED_AT, evaluation
-from tests.golden.environment import ENVIRONMENT, installed
+from tests.golden.commands import (
+    CACHES,
+    CONVERSIONS,
+    EVALUATIONS,
+    HALVES,
+    OTHER_RUNS,
+    RUNS,
+    STOPPED_AT,
+    evaluation,
+)
+from tests.golden.environment import ENVIRONMENT, float_functions, installed
 from tests.golden.measure import cache_values, figures, run_values
 from tests.golden.sources import write_sources
 
@@ -38,7 +47,7 @@ def make(folder: Path) -> None:
 
     write_sources(folder)
     with chdir(folder):
-        for command in (*CACHES.values(), *RUNS.values()):
+        for command in (CACHES | CONVERSIONS | RUNS | OTHER_RUNS).values():
             done(*command)
         for name in EVALUATIONS:
             done(*evaluation(name, f"{name}.json"))
@@ -50,8 +59,11 @@ def values(folder: Path) -> dict[str, Any]:
     """All that is written down of what was made."""
     return {
         "versions": installed(),
-        "caches": {name: cache_values(folder / "caches" / name) for name in CACHES},
-        "runs": {name: run_values(folder / "runs" / name) for name in RUNS},
+        "float_functions": float_functions(),
+        "caches": {name: cache_values(folder / "caches" / name) for name in CACHES | CONVERSIONS},
+        "runs": {
+            name: _kept(name, run_values(folder / "runs" / name)) for name in RUNS | OTHER_RUNS
+        },
         "figures": {name: figures(folder / f"{name}.json") for name in EVALUATIONS},
     }
 
@@ -65,7 +77,7 @@ def record(folder: Path) -> None:
         _pack(folder / "runs" / name, ARTEFACTS / "runs" / f"{name}{_PACKED}", without=_CHECKPOINTS)
     for half in HALVES.values():
         _pack(folder / "runs" / half, ARTEFACTS / "runs" / f"{half}{_PACKED}")
-    VALUES.write_text(json.dumps(values(folder), indent=1, sort_keys=True) + "\n")
+    VALUES.write_text(_written_down(values(folder)) + "\n")
 
 
 def unpack(folder: Path) -> None:
@@ -74,6 +86,22 @@ def unpack(folder: Path) -> None:
         name = packed.relative_to(ARTEFACTS).as_posix().removesuffix(_PACKED)
         with tarfile.open(packed) as archive:
             archive.extractall(folder / name, filter="data")
+
+
+def _kept(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A run's values; of what no artefact is kept of, without settings, which have their hash."""
+    left_out = () if name in RUNS else ("settings",)
+    return {key: value for key, value in found.items() if key not in left_out}
+
+
+def _written_down(value: Any, depth: int = 3) -> str:
+    """JSON with a line for every value at this depth, so that a difference shows what differs."""
+    if not depth or not isinstance(value, dict):
+        return json.dumps(value, sort_keys=True)
+    lines = [
+        f"{json.dumps(key)}: {_written_down(one, depth - 1)}" for key, one in sorted(value.items())
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def _stop(finished: Path, half: Path) -> None:
@@ -115,8 +143,10 @@ def main() -> None:
     if ENVIRONMENT.items() - os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | ENVIRONMENT)
     folder = given.folder.resolve()
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")  # not the user's own
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} is not empty: give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     make(folder)
     if given.record:
         record(folder)

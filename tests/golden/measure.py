@@ -33,6 +33,12 @@ def stable_manifest(manifest: Json) -> Json:
     """A manifest without what differs between two makings of one cache."""
     kept = {name: value for name, value in manifest.items() if name not in _OF_ONE_MAKING}
     kept["about"] = {k: v for k, v in manifest["about"].items() if k not in _OF_ONE_PLACE}
+    if converted := kept["about"].get("converted_from"):
+        its_own = ("cache", *_OF_ONE_MAKING)
+        kept["about"]["converted_from"] = {k: v for k, v in converted.items() if k not in its_own}
+    kept["schema"] = [
+        " ".join(f"{k}={v}" for k, v in sorted(spec.items())) for spec in kept["schema"]
+    ]
     # A segment's hash is of sidecars, which name versions.
     kept["index"] = [segment["path"] for segment in manifest["index"]]
     return kept
@@ -68,7 +74,7 @@ def run_values(run: Path) -> Json:
         "weights_sha256": weights_sha256(run),
         "num_steps": result["num_steps"],
         "evaluation": _without_clock(result["evaluation"]),
-        "log": [_without_clock(line) for line in result["log"]],
+        "losses": [line["loss"] for line in result["log"] if "loss" in line],
     }
 
 

@@ -19,18 +19,25 @@ from typing import Any
 from tests.command_line import pipe
 from tests.golden.commands import (
     CACHES,
+    CONVERSIONS,
     EVALUATIONS,
     HALVES,
+    OTHER_RUNS,
     RUNS,
+    STOPPED_AT,
     TEACHERS,
+    UNNAMED,
     evaluation,
     resumed,
 )
-from tests.golden.make import make, unpack, values
+from tests.golden.make import unpack
 from tests.golden.measure import cache_values, figures, file_hashes, run_values
 from tests.golden.sources import write_sources
 
 Json = dict[str, Any]
+
+_ALL_CACHES = CACHES | CONVERSIONS
+_ALL_RUNS = RUNS | OTHER_RUNS
 
 
 def said(command: tuple[str, ...]) -> Json:
@@ -42,14 +49,18 @@ def said(command: tuple[str, ...]) -> Json:
     return {"code": outcome.code, "stdout": outcome.stdout, "stderr": outcome.stderr}
 
 
-def replay_anew(folder: Path) -> Json:
-    """Make everything; values or, if a command fails, why."""
-    folder.mkdir()
-    try:
-        make(folder)
-        return values(folder)
-    except Exception:
-        return {"failed": traceback.format_exc()}
+def replay_anew() -> Json:
+    """Make everything; of each cache and run its values or, if its command fails, why."""
+    caches = {name: _made(command, "caches", name) for name, command in _ALL_CACHES.items()}
+    runs = {name: _made(command, "runs", name) for name, command in _ALL_RUNS.items()}
+    return {"caches": caches, "runs": runs}
+
+
+def _made(command: tuple[str, ...], kind: str, name: str) -> Json:
+    outcome = said(command)
+    if outcome["code"] != 0:
+        return {"failed": outcome["stdout"] + outcome["stderr"]}
+    return (cache_values if kind == "caches" else run_values)(Path(kind) / name)
 
 
 def replay_cache(name: str) -> Json:
@@ -78,10 +89,27 @@ def replay_run(name: str) -> Json:
     if Path(f"{name}.json").exists():
         found["figures"] = figures(Path(f"{name}.json"))
     if name in HALVES:
-        found["resume"] = said(resumed(name))
-        if found["resume"]["code"] == 0:
-            found["resumed"] = run_values(Path("runs") / HALVES[name])
+        found |= replay_half(name)
     return found
+
+
+def replay_half(name: str) -> Json:
+    """Go on with a half-done run; its log before and after, clock and all."""
+    half = Path("runs") / HALVES[name]
+    state = half / f"checkpoints/checkpoint-{STOPPED_AT}/trainer_state.json"
+    found: Json = {"history": json.loads(state.read_text())["log_history"]}
+    found["resume"] = said(resumed(name))
+    if found["resume"]["code"] == 0:
+        found["resumed"] = run_values(half)
+        found["log"] = json.loads((half / "run.json").read_text())["result"]["log"]
+    return found
+
+
+def replay_unnamed(kind: str) -> Json:
+    """Run a command without `--out`; which folder it made."""
+    before = set(Path(kind).iterdir())
+    found = said(UNNAMED[kind])
+    return found | {"made": sorted(path.name for path in set(Path(kind).iterdir()) - before)}
 
 
 def _remove_a_shard(cache: Path) -> str:
@@ -97,14 +125,19 @@ def _remove_a_shard(cache: Path) -> str:
 def main(folder: Path) -> None:
     """Everything, into this folder."""
     anew, old = folder / "anew", folder / "old"
-    (folder / "anew.json").write_text(json.dumps(replay_anew(anew)))
+    write_sources(anew)
+    with chdir(anew):
+        made = replay_anew()
+    (folder / "anew.json").write_text(json.dumps(made))
     write_sources(old)
     unpack(old)
     with chdir(old):
         # Runs first: they read the caches as they were committed.
         runs = {name: replay_run(name) for name in EVALUATIONS}
         caches = {name: replay_cache(name) for name in CACHES}
-    (folder / "old.json").write_text(json.dumps({"runs": runs, "caches": caches}))
+        unnamed = {kind: replay_unnamed(kind) for kind in UNNAMED}
+    found = {"runs": runs, "caches": caches, "unnamed": unnamed}
+    (folder / "old.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

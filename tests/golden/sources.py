@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 WORDS = (
     *("the", "film", "plot", "is", "was", "warm", "dull", "funny", "slow", "and", "but", "never"),
-    *("drags", "shines", "we", "laughed", "slept", "a", "story", "of", "love", "war", "ends", "too"),
-)  # fmt: skip
+    *("drags", "shines", "we", "laughed", "slept", "a", "story", "of", "love", "war", "ends"),
+    "too",
+)
 CLASS_NAMES = ("neg", "pos")
 WIDTH = 8
 NUM_LAYERS = 2
@@ -90,7 +91,7 @@ def word_tokenizer() -> dict[str, Any]:
         post_processor={
             "type": "TemplateProcessing",
             "single": between,
-            "pair": between + [{"Sequence": {"id": "B", "type_id": 1}}],
+            "pair": [*between, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": special,
         },
     )
@@ -98,7 +99,7 @@ def word_tokenizer() -> dict[str, Any]:
 
 def byte_tokenizer(words: Sequence[str]) -> dict[str, Any]:
     """Letters, merged from the left into these words behind a space, as tokenizer.json."""
-    letters = sorted({*chain.from_iterable(WORDS)}) + [SPACE]
+    letters = [*sorted({*chain.from_iterable(WORDS)}), SPACE]
     merges: dict[tuple[str, str], None] = {}
     for word in words:
         whole = SPACE + word
