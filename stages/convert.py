@@ -137,8 +137,8 @@ def _codecs(config: ConvertConfig, reader: CacheReader) -> Codecs | None:
     Raises:
         UserError: if the source has no such codecs, or does not hold what the target needs.
     """
-    recorded = reader.manifest.settings["codec"]
-    if isinstance(recorded, str):  # class logits, which are stored as they are
+    recorded = reader.manifest.settings.get("codec")
+    if not isinstance(recorded, dict):  # of class logits, which are stored as they are
         given = given_options(config)
         if given:
             raise UserError(

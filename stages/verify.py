@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from teacher_cache.cache.codecs.attention import largest_kl, row_kl
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
-from teacher_cache.stages.teacher.layers import LayerPlan, LayersApart
+from teacher_cache.stages.teacher.layers import STATE_TOLERANCE, LayerPlan, LayerTap, states_apart
 from teacher_cache.stages.teacher.load import Teacher
 from teacher_cache.stages.teacher.named import TASKS
+
+# Of a row of a map, nats, beyond what its encoding can lose.
+MAP_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.01}
 
 
 def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) -> float:
@@ -101,3 +107,64 @@ def recorded_plan(settings: Mapping[str, Any], teacher: Teacher, *, is_packed: b
         attention_layers=maps["layers"],
     )
     return LayerPlan.prepared(config, teacher, is_packed=is_packed)
+
+
+class LayersApart:
+    """How far cached maps and states are from the teacher's; a listener of a tap.
+
+    Args:
+        plan: of the cache.
+    """
+
+    def __init__(self, plan: LayerPlan):
+        self._plan = plan
+        self._samples: Sequence[Mapping[str, np.ndarray]] = ()
+        self._map_kl = 0.0  # of a row beyond what its encoding can lose, nats
+        self._state = 0.0  # as a share of the cached one's length
+
+    def tap(self, model: PreTrainedModel, samples: Sequence[Mapping[str, np.ndarray]]) -> LayerTap:
+        """What compares these samples, as the reader gives them, while the teacher reads them."""
+        self._samples = samples
+        return LayerTap(model, self._plan, self)
+
+    def __call__(self, name: str, sample: int, piece: int, values: Tensor) -> None:
+        """Compare a piece."""
+        cached = self._samples[sample]
+        again = values.float().cpu().numpy()
+        lengths = _stored_lengths(cached)
+        if name in self._plan.widths:
+            start = sum(lengths[:piece])
+            stored = cached[name][start : start + lengths[piece]]
+            self._state = float(np.maximum(self._state, states_apart(again, stored).max()))
+            return
+        codec = self._plan.attention
+        assert codec is not None, "no other field is heard"
+        stored = codec.split(cached[name], lengths)[piece]
+        kl = row_kl(again, codec.decode(stored, lengths[piece])) - largest_kl(again)
+        self._map_kl = float(np.maximum(self._map_kl, kl.max()))  # a NaN stays one
+
+    def require_close(self, cache: Path, dtype: str) -> None:
+        """Refuse what number format and encoding do not explain.
+
+        Raises:
+            CheckFailed: naming the distance and the tolerance.
+        """
+        if not self._map_kl <= MAP_TOLERANCE[dtype]:
+            raise CheckFailed(
+                f"rows of the teacher's attention maps are up to {self._map_kl:.2g} nats further "
+                f"from those in {cache} than their encoding explains, expected at most "
+                f"{MAP_TOLERANCE[dtype]}: make the cache again with --overwrite"
+            )
+        if not self._state <= STATE_TOLERANCE[dtype]:
+            raise CheckFailed(
+                f"the teacher's hidden states are up to {self._state:.2g} of their length away "
+                f"from those in {cache}, expected at most {STATE_TOLERANCE[dtype]}: make the cache "
+                "again with --overwrite"
+            )
+
+
+def _stored_lengths(sample: Mapping[str, np.ndarray]) -> list[int]:
+    """Of the sample's pieces."""
+    if "segment" in sample:
+        return np.bincount(sample["segment"]).tolist()
+    return [len(sample["input_ids"])]

@@ -48,7 +48,7 @@ def aligned(
     Where a student's tokenizer is named, the log says how its ids relate to the teacher's.
 
     Args:
-        config: that `check_alignment` let pass.
+        config: that `check_options` let pass.
         teacher: the model, with its tokenizer.
         support: the ids that it uses.
 

@@ -33,7 +33,7 @@ from teacher_cache.stages.codecs.measure import (
 from teacher_cache.stages.codecs.named import chosen_room, codec_of, open_codec, room_of
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packing import PackedSample, Piece, pack, packing_settings
+from teacher_cache.stages.data.packing import Packed, PackedSample, Piece, pack, packing_settings
 from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.models.inference import OnBatch
@@ -179,7 +179,19 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
 
     def samples(self, documents: Sequence[Document]) -> list[PackedSample]:
         """Packed, in the documents' order."""
-        return pack(documents, self.teacher.tokenizer, max_length=self.max_length).samples
+        return self._pack(documents).samples
+
+    def samples_of_shard(self, documents: Sequence[Document]) -> list[PackedSample]:
+        """The log says how many documents go on in another sample."""
+        packed = self._pack(documents)
+        if packed.num_continued:
+            logger.info(
+                "%s of %s documents of this shard are longer than a sample: each goes on in the "
+                "next one, without what stands before",
+                f"{packed.num_continued:,}",
+                f"{len(documents):,}",
+            )
+        return packed.samples
 
     def say(self, samples: Sequence[PackedSample], tap: LayerTap, on_batch: OnBatch) -> Said:
         """What the codec keeps of each position.
@@ -226,19 +238,6 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         """All of them: samples hold several."""
         return len(documents)
 
-    def log_shard(self, documents: Sequence[Document], samples: Sequence[PackedSample]) -> None:
-        """How many documents go on in another sample: the second piece of each is such a one."""
-        num_continued = sum(
-            piece.start == self.max_length for sample in samples for piece in sample.pieces
-        )
-        if num_continued:
-            logger.info(
-                "%s of %s documents of this shard are longer than a sample: each goes on in the "
-                "next one, without what stands before",
-                f"{num_continued:,}",
-                f"{len(documents):,}",
-            )
-
     @cached_property
     def probe(self) -> Probe | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Bytes and reconstruction error on the first documents; None if they predict nothing.
@@ -279,6 +278,9 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
     def num_ids(self) -> int:
         """Of the support."""
         return self.support.size
+
+    def _pack(self, documents: Sequence[Document]) -> Packed:
+        return pack(documents, self.teacher.tokenizer, max_length=self.max_length)
 
 
 class PositionsApart:

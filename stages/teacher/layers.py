@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -20,15 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from teacher_cache.cache.codecs.attention import (
-    AttentionCodec,
-    PooledAt,
-    attention_field,
-    largest_kl,
-    row_kl,
-)
+from teacher_cache.cache.codecs.attention import AttentionCodec, PooledAt, attention_field, row_kl
 from teacher_cache.cache.codecs.hidden import HIDDEN
-from teacher_cache.cache.errors import CheckFailed, UserError
+from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import Fields, FieldSpec, Ragged, Schema
 from teacher_cache.stages.models.causal import PlacedPiece
 from teacher_cache.stages.models.pretrained import EAGER
@@ -67,7 +60,7 @@ class LayerPlan:
         """Look at the teacher and settle what the options mean for it.
 
         Args:
-            config: that `check_layer_options` let pass.
+            config: that `check_options` let pass.
             teacher: on its device.
             is_packed: samples hold several documents.
 
@@ -495,62 +488,6 @@ class RowErrors:
 
 # Of a state's length: what float16 rounds off on disk, and what batches of other shapes round.
 STATE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.02}
-# Of a row of a map, nats, beyond what its encoding can lose.
-MAP_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.01}
-
-
-class LayersApart:
-    """How far cached maps and states are from the teacher's; a listener of a tap.
-
-    Args:
-        plan: of the cache.
-    """
-
-    def __init__(self, plan: LayerPlan):
-        self._plan = plan
-        self._samples: Sequence[Mapping[str, np.ndarray]] = ()
-        self._map_kl = 0.0  # of a row beyond what its encoding can lose, nats
-        self._state = 0.0  # as a share of the cached one's length
-
-    def tap(self, model: PreTrainedModel, samples: Sequence[Mapping[str, np.ndarray]]) -> LayerTap:
-        """What compares these samples, as the reader gives them, while the teacher reads them."""
-        self._samples = samples
-        return LayerTap(model, self._plan, self)
-
-    def __call__(self, name: str, sample: int, piece: int, values: Tensor) -> None:
-        """Compare a piece."""
-        cached = self._samples[sample]
-        again = values.float().cpu().numpy()
-        lengths = _stored_lengths(cached)
-        if name in self._plan.widths:
-            start = sum(lengths[:piece])
-            stored = cached[name][start : start + lengths[piece]]
-            self._state = float(np.maximum(self._state, states_apart(again, stored).max()))
-            return
-        codec = self._plan.attention
-        assert codec is not None, "no other field is heard"
-        stored = codec.split(cached[name], lengths)[piece]
-        kl = row_kl(again, codec.decode(stored, lengths[piece])) - largest_kl(again)
-        self._map_kl = float(np.maximum(self._map_kl, kl.max()))  # a NaN stays one
-
-    def require_close(self, cache: Path, dtype: str) -> None:
-        """Refuse what number format and encoding do not explain.
-
-        Raises:
-            CheckFailed: naming the distance and the tolerance.
-        """
-        if not self._map_kl <= MAP_TOLERANCE[dtype]:
-            raise CheckFailed(
-                f"rows of the teacher's attention maps are up to {self._map_kl:.2g} nats further "
-                f"from those in {cache} than their encoding explains, expected at most "
-                f"{MAP_TOLERANCE[dtype]}: make the cache again with --overwrite"
-            )
-        if not self._state <= STATE_TOLERANCE[dtype]:
-            raise CheckFailed(
-                f"the teacher's hidden states are up to {self._state:.2g} of their length away "
-                f"from those in {cache}, expected at most {STATE_TOLERANCE[dtype]}: make the cache "
-                "again with --overwrite"
-            )
 
 
 def states_apart(again: np.ndarray, cached: np.ndarray) -> np.ndarray:
@@ -559,10 +496,3 @@ def states_apart(again: np.ndarray, cached: np.ndarray) -> np.ndarray:
     # A vector of zeros is as far from itself as nothing.
     length = np.maximum(np.linalg.norm(wide, axis=1), np.finfo(np.float64).tiny)
     return np.linalg.norm(again - wide, axis=1) / length
-
-
-def _stored_lengths(sample: Mapping[str, np.ndarray]) -> list[int]:
-    """Of the sample's pieces."""
-    if "segment" in sample:
-        return np.bincount(sample["segment"]).tolist()
-    return [len(sample["input_ids"])]

@@ -22,11 +22,11 @@ def check_options(config: ShardConfig) -> None:
         UserError: naming the option and what it belongs to.
     """
     refuse_foreign_options(config, task=config.task, codec=config.codec or DEFAULT_CODEC)
-    check_alignment(config)
-    check_layer_options(config)
+    _check_alignment(config)
+    _check_layers(config)
 
 
-def check_alignment(config: ShardConfig) -> None:
+def _check_alignment(config: ShardConfig) -> None:
     """Refuse an alignment to no ids, or of a distribution that is kept whole.
 
     Raises:
@@ -93,7 +93,7 @@ def hidden_options(config: ShardConfig) -> HiddenOptions:
     )
 
 
-def check_layer_options(config: ShardConfig) -> None:
+def _check_layers(config: ShardConfig) -> None:
     """Refuse maps and states that cannot be meant, before anything is loaded.
 
     Raises:
@@ -122,7 +122,7 @@ def chosen_layers(asked: str | None, available: Sequence[int], teacher: str) -> 
     """The layers of which maps are cached.
 
     Args:
-        asked: of `--attention-layers`, that `check_layer_options` let pass.
+        asked: of `--attention-layers`, that `check_options` let pass.
         available: layers that give maps, ascending.
         teacher: its name, for a message.
 

@@ -210,8 +210,9 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
         """Documents of which tokens were cut off."""
         return 0
 
-    def log_shard(self, documents: Sequence[Document], samples: Sequence[AnySample]) -> None:
-        """Tell a person what is remarkable about a shard's samples."""
+    def samples_of_shard(self, documents: Sequence[Document]) -> list[AnySample]:
+        """`samples`, where a person may be told what is remarkable about them."""
+        return self.samples(documents)
 
     def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
         """Run the teacher over a shard's documents, and keep what is asked for.
@@ -219,8 +220,7 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
         Raises:
             UserError: as `say`.
         """
-        samples = self.samples(documents)
-        self.log_shard(documents, samples)
+        samples = self.samples_of_shard(documents)
         kept = KeptLayers(self.layers)
         said = self.say(samples, LayerTap(self.teacher.model, self.layers, kept), on_batch)
         return Captured(

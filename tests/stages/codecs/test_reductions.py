@@ -199,6 +199,7 @@ def test_a_samples_draws_do_not_depend_on_its_batch() -> None:
     at = np.concatenate([uniforms(name, 5, 40, seed=3) for name in (b"a", b"b")])
     together, _ = reduce_positions(codec, Support(size=50), logits, none, drawn_at=at)
     alone, _ = reduce_positions(codec, Support(size=50), logits[5:], none[5:], drawn_at=at[5:])
+    assert isinstance(together, ReducedSampled) and isinstance(alone, ReducedSampled)
     ours, theirs = codec.encode(together[5:10]), codec.encode(alone)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 

@@ -349,8 +349,9 @@ def test_says_once_that_draws_are_too_few(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_a_kl_that_is_not_of_temperature_1_is_named(tmp_path: Path) -> None:
-    codec = replace(CODECS["topk"], temperatures=(2.0, 3.0))
+    codec = CODECS["topk"]
     assert isinstance(codec, TopKCodec)
+    codec = replace(codec, temperatures=(2.0, 3.0))
     objective = ObjectiveConfig(temperature=2.5)
     trainer = make_trainer(
         tmp_path, codec, make_data(make_samples(codec)),
