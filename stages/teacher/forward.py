@@ -185,15 +185,15 @@ class Slice:
     states: Tensor
 
 
-class Positions(Protocol):
-    """Values of some positions, on the host."""
+class PerPosition(Protocol):
+    """What is kept of some positions, on the host."""
 
     def __getitem__(self, where: slice, /) -> Self:
         """Those of some of them."""
         ...
 
 
-Kept = TypeVar("Kept", bound=Positions)
+Kept = TypeVar("Kept", bound=PerPosition)
 
 
 @dataclass(frozen=True, kw_only=True)
