@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.interface import Decoded
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
@@ -33,19 +30,17 @@ NUM_TOKENS = 5
 
 def print_distributions(
     console: Console,
-    manifest: Manifest,
+    reader: CacheReader,
     sample: Mapping[str, np.ndarray],
     tokenizer: PreTrainedTokenizerBase,
-    cache: Path,
 ) -> None:
     """Print the most probable next tokens at positions that are evenly spaced over a sample.
 
     Args:
         console: to print to.
-        manifest: of the cache.
+        reader: of the cache.
         sample: as the reader gives it.
         tokenizer: of the cache.
-        cache: its folder, in which a head may lie.
 
     Raises:
         CheckFailed: if the head of cached states, or the map of an aligned cache, is damaged.
@@ -53,10 +48,8 @@ def print_distributions(
     counts = np.flatnonzero(sample["loss_mask"])
     num_pieces = int(sample["segment"].max(initial=0)) + 1
     console.print(f"pieces of documents: {num_pieces}; positions that count: {len(counts):,}")
-    codec = codec_from(manifest.settings["codec"])
-    temperature = _temperature(codec)
-    decode = _decoder(codec, sample, temperature, cache, manifest)
-    named = _namer(tokenizer, manifest, cache)
+    decode, temperature = _decoder(reader, sample)
+    named = _namer(tokenizer, reader.manifest, reader.cache)
     places = np.linspace(0, len(counts) - 1, min(NUM_POSITIONS, len(counts))).astype(int)
     for position in counts[np.unique(places)]:
         decoded = decode(int(position))
@@ -105,38 +98,27 @@ def _most_probable(decoded: Decoded, named: Callable[[list[int]], list[str]]) ->
 
 
 def _decoder(
-    codec: AnyCodec,
-    sample: Mapping[str, np.ndarray],
-    temperature: float,
-    cache: Path,
-    manifest: Manifest,
-) -> Callable[[int], Decoded]:
-    """What gives the distribution at one position, [1, ...] arrays."""
+    reader: CacheReader, sample: Mapping[str, np.ndarray]
+) -> tuple[Callable[[int], Decoded], float]:
+    """What gives the distribution at one position, [1, ...] arrays, and its temperature."""
+    # A classifier is shown without torch.
+    import torch
+
+    from teacher_cache.stages.codecs.named import open_codec, plain_temperature
+
+    codec = open_codec(reader)
+    temperature = plain_temperature(codec)
     rows = codec.expand(sample)
-    if not isinstance(codec, HiddenCodec):
-        return lambda position: codec.decode(_one(rows, position), temperature)
-    import torch  # only states need it, and the head that reads them
-
-    from teacher_cache.stages.models.head import read_language_model_head
-
-    headed = replace(codec, head=read_language_model_head(cache, manifest))
 
     def decode(position: int) -> Decoded:
-        one = {name: torch.from_numpy(np.array(row)) for name, row in _one(rows, position).items()}
+        one = {
+            name: torch.from_numpy(np.array(field[position : position + 1]))
+            for name, field in rows.items()
+        }
         with torch.inference_mode():
-            return headed.decode(one, temperature)
+            return codec.decode(one, temperature)
 
-    return decode
-
-
-def _one(rows: Mapping[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
-    return {name: field[position : position + 1] for name, field in rows.items()}
-
-
-def _temperature(codec: AnyCodec) -> float:
-    """1, or where the cache has none such the lowest that it has."""
-    grid = getattr(codec, "temperatures", (1.0,))
-    return 1.0 if 1.0 in grid else grid[0]
+    return decode, temperature
 
 
 def print_sample(console: Console, cache: Path, sample_id: str) -> None:
@@ -151,7 +133,7 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     tokenizer = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="CACHE")
     console.print(f"{split} sample {sample_idx}, id {sample['sample_id'].tobytes().hex()}")
     if has_positions(reader.manifest):
-        print_distributions(console, reader.manifest, sample, tokenizer, cache)
+        print_distributions(console, reader, sample, tokenizer)
     else:
         _print_classes(console, reader.manifest, sample)
     ids = sample["input_ids"].tolist()

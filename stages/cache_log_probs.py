@@ -151,12 +151,8 @@ class _Source:
             positions.append(
                 listed_positions(self.codec, ids, answer.lists, used=used, where=where)
             )
-        values = {
-            name: np.concatenate([one.values[name] for one in positions])
-            for name in positions[0].values
-        }
         facts = {
-            "num_positions": len(values["ids"]) - len(positions),
+            "num_positions": sum(len(one.reduced) - 1 for one in positions),
             "num_tails_below_resolution": sum(one.num_below_resolution for one in positions),
             "largest_sum": max(one.largest_sum for one in positions),
         }
@@ -169,7 +165,10 @@ class _Source:
                 stop,
             )
         samples = pack_tokens(tokens, max_length=self.max_length)
-        return packed_fields(self.codec, samples, values), facts
+        # No document is longer than a sample, so each stands whole in one, in their order.
+        in_order = iter(positions)
+        pieces = [[next(in_order).reduced for _ in sample.pieces] for sample in samples]
+        return packed_fields(self.codec, samples, pieces), facts
 
     def _check(self, where: str, answer: Answer, ids: list[int]) -> None:
         found = [int(one) for one in answer.token_ids]

@@ -33,17 +33,17 @@ from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.data.views import Views, split_settings, with_views
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.models.pretrained import described_config
-from teacher_cache.stages.teacher.classification import Classification
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.language_modeling import LanguageModeling
+from teacher_cache.stages.teacher.named import TASKS
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.teacher.task import Task
 
 NUM_PROBED_FOR_SIZE = 64
 SIDECAR_SUFFIX = ".json"
+AnyTask = Task[Any, Any]
 
 
-def estimated_bytes(task: Task, splits: Mapping[str, Corpus | Views]) -> float:
+def estimated_bytes(task: AnyTask, splits: Mapping[str, Corpus | Views]) -> float:
     """Of all shards, by the first documents of each split."""
     total = 0.0
     for documents in splits.values():
@@ -153,8 +153,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     """
     observer = observer or StageOneObserver()
     check_options(config)
-    kind = Classification if config.task == "classification" else LanguageModeling
-    task: Task = kind.prepared(config, load_corpora(config))
+    task: AnyTask = TASKS[config.task].prepared(config, load_corpora(config))
     settings = {
         **task.settings(),
         "data": {split: corpus.identity for split, corpus in task.corpora.items()},
@@ -228,7 +227,7 @@ def _default_folder(config: CacheTeacherConfig, settings: dict[str, Any]) -> Pat
 
 
 def _plan(
-    config: CacheTeacherConfig, cache: Path, splits: Mapping[str, Corpus | Views], task: Task
+    config: CacheTeacherConfig, cache: Path, splits: Mapping[str, Corpus | Views], task: AnyTask
 ) -> dict[str, ShardPlan]:
     """Shards of a recorded size; a new cache's size comes from the first documents' tokens."""
     if (cache / MANIFEST_NAME).exists() and not config.overwrite:
@@ -250,7 +249,7 @@ def _plan(
     }
 
 
-def _reading(task: Task) -> Reading:
+def _reading(task: AnyTask) -> Reading:
     return Reading.of(task.teacher.tokenizer, max_length=task.max_length)
 
 
@@ -258,7 +257,7 @@ def _manifest(
     config: CacheTeacherConfig,
     settings: dict[str, Any],
     plans: dict[str, ShardPlan],
-    task: Task,
+    task: AnyTask,
 ) -> Manifest:
     corpora = task.corpora
     reports = survey_splits(corpora, config.views, _reading(task))
@@ -302,7 +301,7 @@ def _manifest(
 
 
 def _write_teacher_files(
-    folder: Path, task: Task, plans: dict[str, ShardPlan], *, intact: Collection[str]
+    folder: Path, task: AnyTask, plans: dict[str, ShardPlan], *, intact: Collection[str]
 ) -> None:
     """Tokenizer, id-to-string table, a probe of documents, configuration, the task's own files."""
     tokenizer, max_length = task.teacher.tokenizer, task.max_length

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
-from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.interface import Codec
+from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
@@ -30,9 +30,8 @@ from teacher_cache.stages.codecs.conversion import (
     recode,
     target_codec,
 )
-from teacher_cache.stages.codecs.options import given_options
-from teacher_cache.stages.codecs.sampled import DRAW_SEED
-from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.codecs.named import room_of
+from teacher_cache.stages.config import DeviceConfig, flag_of, given_options
 from teacher_cache.stages.models.device import environment, resolve_device
 from teacher_cache.stages.models.head import HEAD_FILE
 
@@ -48,8 +47,8 @@ class Codecs:
         device: where they are reduced.
     """
 
-    source: AnyCodec
-    target: AnyCodec
+    source: Codec
+    target: Codec
     logits_of: LogitsOf | None
     device: torch.device
 
@@ -73,9 +72,10 @@ def run(config: ConvertConfig, observer: StageOneObserver | None = None) -> Cach
     """
     observer = observer or StageOneObserver()
     _refuse_own_folder(config)
-    source = CacheReader(config.cache).manifest
+    whole = CacheReader(config.cache)
+    source = whole.manifest
     readers = {split: CacheReader(config.cache, split) for split in source.splits}
-    codecs = _codecs(config, source)
+    codecs = _codecs(config, whole)
     if codecs is None and (config.format or source.store) == source.store:
         raise UserError(
             f"{config.cache} is in this format and codec already: give another --format or "
@@ -92,7 +92,7 @@ def run(config: ConvertConfig, observer: StageOneObserver | None = None) -> Cach
     files = [
         name
         for name in source.teacher_files
-        if name != HEAD_FILE or codecs is None or codecs.target.name == "hidden"
+        if name != HEAD_FILE or codecs is None or room_of(codecs.target).keeps_states
     ]
     with CacheWriter(
         config.out, manifest, plans, overwrite=config.overwrite, needed_files=files
@@ -131,26 +131,27 @@ def _refuse_own_folder(config: ConvertConfig) -> None:
         )
 
 
-def _codecs(config: ConvertConfig, source: Manifest) -> Codecs | None:
+def _codecs(config: ConvertConfig, reader: CacheReader) -> Codecs | None:
     """The codecs of the conversion; None where the fields stay as they are.
 
     Raises:
         UserError: if the source has no such codecs, or does not hold what the target needs.
     """
-    if source.settings["task"] != "lm":
+    recorded = reader.manifest.settings.get("codec")
+    if not isinstance(recorded, dict):  # of class logits, which are stored as they are
         given = given_options(config)
         if given:
             raise UserError(
-                f"--{given[0].replace('_', '-')} is of language models, and {config.cache} is a "
+                f"{flag_of(given[0])} is of language models, and {config.cache} is a "
                 "classifier's, whose logits are exact: leave it out"
             )
         return None
-    ours = codec_from(source.settings["codec"])
+    ours = codec_from(recorded)
     target = target_codec(config, ours)
     if ours == target:
         return None
     device = resolve_device(DeviceConfig(device=config.device))
-    logits_of = LogitsOf.of(ours, config.cache, source, device)
+    logits_of = LogitsOf.of(reader, device)
     return Codecs(source=ours, target=target, logits_of=logits_of, device=device)
 
 
@@ -170,11 +171,11 @@ def _manifest(
         "completed_at": source.completed_at,
     }
     if codecs is not None:
-        settings = _settings(settings, codecs.target)
+        settings = _settings(settings, codecs)
         schema = _schema(schema, codecs)
         origin |= {"codec": codecs.source.settings, "probe": about.pop("probe", None)}
         about["probe"] = probed_again(codecs.target, codecs.recode, codecs.logits_of, readers)
-        if codecs.target.name != "hidden":
+        if not room_of(codecs.target).keeps_states:
             about.pop("language_model_head", None)
     return replace(
         source,
@@ -196,12 +197,13 @@ def _manifest(
     )
 
 
-def _settings(source: Mapping[str, Any], target: AnyCodec) -> dict[str, Any]:
+def _settings(source: Mapping[str, Any], codecs: Codecs) -> dict[str, Any]:
     """Those of a cache whose values come through the source's codec, not from the teacher."""
     before = {"codec": source["codec"], "converted_from": source.get("converted_from")}
-    settings = {name: one for name, one in source.items() if name != "draw_seed"}
-    seed = {"draw_seed": DRAW_SEED} if isinstance(target, SampledCodec) else {}
-    return {**settings, "codec": target.settings, "converted_from": before, **seed}
+    own = room_of(codecs.source).settings(codecs.source)
+    settings = {name: one for name, one in source.items() if name not in own}
+    again = room_of(codecs.target).settings(codecs.target)
+    return {**settings, "codec": codecs.target.settings, "converted_from": before, **again}
 
 
 def _schema(source: Schema, codecs: Codecs) -> Schema:

@@ -11,15 +11,10 @@ from typing import Any
 
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.stages.cache_teacher import NUM_PROBED_FOR_SIZE, CacheTeacherConfig, load_corpora
-from teacher_cache.stages.codecs.options import DEFAULT_CODEC, codec_of
-from teacher_cache.stages.codecs.probe import Probe
+from teacher_cache.stages.codecs.measure import Probe
 from teacher_cache.stages.data.packaged import austen, reviews
 from teacher_cache.stages.data.packaged.packages import assets_folder
-from teacher_cache.stages.teacher.classification import Classification
-from teacher_cache.stages.teacher.language_modeling import LanguageModeling, bytes_per_token
-
-ASSUMED_IDS = 2**16  # ids take 2 bytes up to here, which is most vocabularies
-WITHOUT_SUPPORT = ("topk", "sampled")
+from teacher_cache.stages.teacher.named import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +51,8 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
     """
     corpora = [config.labeled, *([] if config.unlabeled is None else [config.unlabeled])]
     if not Path(config.teacher).is_dir() or not all(_is_here(one.source) for one in corpora):
-        return Estimate(bytes_per_token=_assumed_bytes(config))
-    kind = Classification if config.task == "classification" else LanguageModeling
-    task = kind.prepared(config, load_corpora(config))
+        return Estimate(bytes_per_token=TASKS[config.task].assumed_bytes_per_token(config))
+    task = TASKS[config.task].prepared(config, load_corpora(config))
     num_bytes = num_layer_bytes = num_tokens = 0.0
     num_shards, per_shard = 0, None
     for corpus in task.corpora.values():
@@ -73,23 +67,16 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
         num_layer_bytes += task.layer_bytes_per_document(documents) * len(corpus)
         num_tokens += task.tokens_per_document(documents) * len(corpus)
         num_shards += len(ShardPlan(num_documents=len(corpus), documents_per_shard=per_shard))
-    is_language_model = isinstance(task, LanguageModeling)
     return Estimate(
-        bytes_per_token=task.bytes_per_token if is_language_model else None,
-        num_ids=task.support.size if is_language_model else None,
-        probe=task.probe if is_language_model else None,
+        bytes_per_token=task.bytes_per_token,
+        num_ids=task.num_ids,
+        probe=task.probe,
         num_bytes=num_bytes,
         num_layer_bytes=num_layer_bytes,
         maps=task.about().get("attention"),
         num_tokens=num_tokens,
         num_shards=num_shards,
     )
-
-
-def _assumed_bytes(config: CacheTeacherConfig) -> float | None:
-    if config.task != "lm" or (config.codec or DEFAULT_CODEC) not in WITHOUT_SUPPORT:
-        return None
-    return bytes_per_token(codec_of(config, support_size=ASSUMED_IDS, width=0))
 
 
 def _is_here(source: str) -> bool:

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.training.auxiliaries import PooledProjection, WithAuxiliaries
-from teacher_cache.stages.training.cached_teacher import CachedTeacher, ProjectedTeacher
 from teacher_cache.stages.training.held_out import HeldOutTokens
 from teacher_cache.stages.training.lesson import Lesson
-from teacher_cache.stages.training.targets import FixedMap
+from teacher_cache.stages.training.targets import CachedTeacher, FixedMap, ProjectedTeacher
 from teacher_cache.stages.training.terms import Chunks, NextTokens, PooledStates, Term
 from teacher_cache.stages.training.views import SamplesView, TargetsOf, TokensView
 from teacher_cache.stages.training.vocabulary_projection import LearnedProjection
@@ -30,7 +29,7 @@ def samples_lesson(objective: ObjectiveConfig, *others: Term) -> Lesson:
 
 
 def tokens_lesson(
-    codec: AnyCodec,
+    codec: Codec,
     objective: ObjectiveConfig,
     *,
     support: Tensor,

@@ -15,6 +15,8 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 
+from teacher_cache.cache.codecs.named import CODECS
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "configs", "pipeline", "stages")
 PACKAGE = ROOT / "teacher_cache"
@@ -328,3 +330,31 @@ def test_the_maths_page_names_functions_that_exist() -> None:
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
         }
         assert name in found, f"docs/maths.md names {name}, which {path} does not define"
+
+
+CODEC_ROOMS = ("cache/codecs", "stages/codecs")
+
+
+def asks_which_codec(node: ast.AST) -> bool:
+    """Whether code asks for a codec's class, compares its name or lists several of them."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        names = {getattr(one, "id", getattr(one, "attr", "")) for one in ast.walk(node)}
+        return node.func.id == "isinstance" and bool(names & set(CODECS.values()))
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        return any(isinstance(one, ast.Constant) and one.value in CODECS for one in sides)
+    if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
+        listed = node.keys if isinstance(node, ast.Dict) else node.elts
+        return sum(isinstance(one, ast.Constant) and one.value in CODECS for one in listed) > 1
+    return False
+
+
+def test_only_a_codecs_room_knows_which_codec_it_is() -> None:
+    found = {
+        module.relative_to(ROOT).as_posix(): sum(map(asks_which_codec, ast.walk(tree)))
+        for folder in ("cache", "stages", "pipeline")
+        for module in modules(folder)
+        if not module.relative_to(ROOT).as_posix().startswith(CODEC_ROOMS)
+        for tree in [ast.parse(module.read_text())]
+    }
+    assert not {path: num for path, num in found.items() if num}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.schema import Fields, Ragged, language_model_schema
@@ -65,7 +65,7 @@ def tiny_teacher(num_ids: int, *, unused: Sequence[int] = ()) -> TinyTeacher:
     return TinyTeacher(model=model, support=Support.of(set(range(num_ids)) - {*unused}, num_ids))
 
 
-def cached(teacher: TinyTeacher, codec: AnyCodec, sample: PackedSample) -> dict[str, np.ndarray]:
+def cached(teacher: TinyTeacher, codec: Codec, sample: PackedSample) -> dict[str, np.ndarray]:
     """A sample as a cache holds it."""
     states, logits = teacher.said(sample)
     following = np.where(sample.loss_mask, np.append(sample.input_ids[1:], 0).astype(np.int64), -1)
@@ -88,7 +88,7 @@ def cached(teacher: TinyTeacher, codec: AnyCodec, sample: PackedSample) -> dict[
 
 def write_cache(
     folder: Path,
-    codec: AnyCodec,
+    codec: Codec,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     teacher: TinyTeacher,
@@ -110,7 +110,7 @@ def write_cache(
     return folder
 
 
-def _manifest(teacher: TinyTeacher, codec: AnyCodec, plans: dict[str, ShardPlan]) -> Manifest:
+def _manifest(teacher: TinyTeacher, codec: Codec, plans: dict[str, ShardPlan]) -> Manifest:
     settings: dict[str, Any] = {
         "task": "lm",
         "codec": codec.settings,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from teacher_cache.cache.schema import Fields
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
+from teacher_cache.stages.data.tokenization import Sample
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, join
+from teacher_cache.stages.teacher.classification import Classification
+from teacher_cache.stages.teacher.layers import NO_LAYERS, LayerTap
+from teacher_cache.stages.teacher.load import ClassificationTeacher
 from teacher_cache.stages.tokens.record import TokenizationRecord, describe
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
@@ -40,6 +45,22 @@ def reviews_config(
 def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path, **changes: Any) -> Path:
     """Run it; returns the folder."""
     return cache_teacher.run(reviews_config(folder, teacher, acl_imdb, **changes)).cache
+
+
+def said_of(
+    teacher: ClassificationTeacher, samples: Sequence[Sample], *, pooled_width: int | None = None
+) -> Fields:
+    """A shard's fields, of samples that are no corpus's."""
+    task = Classification(
+        teacher=teacher,
+        corpora={},
+        max_length=MAX_LENGTH,
+        batch_tokens=64,
+        pooled_width=pooled_width,
+        layers=NO_LAYERS,
+    )
+    silent = LayerTap(teacher.model, NO_LAYERS, lambda *_: None)
+    return task.say(samples, silent, lambda *_: None).fields
 
 
 def language_config(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.codec_table.rows import TEMPERATURE
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.linear_head import linear_objective
 from teacher_cache.stages.losses.step_totals import StepTotals
@@ -87,7 +87,7 @@ def angle(one: Tensor, other: Tensor) -> float:
 def step_gradient(
     student: MambaStudentForCausalLM,
     batch: Batch,
-    codec: AnyCodec,
+    codec: Codec,
     *,
     alpha: float,
     support: Tensor | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,14 @@ from benchmarks.codec_table.gradients import Angles, GradientSums, step_gradient
 from benchmarks.codec_table.renormalised import without_tail
 from benchmarks.codec_table.rows import BEST, DISTILLED, MAX_LENGTH, NONE, ON_CPU, TEMPERATURE, Row
 from benchmarks.codec_table.teacher import novels
-from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.topk import TAIL_M, TAIL_R
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.codecs.capture import reduce_positions
-from teacher_cache.stages.codecs.options import codec_of
-from teacher_cache.stages.codecs.probe import kl_to_decoded
-from teacher_cache.stages.codecs.sampled import draws_of
+from teacher_cache.stages.codecs.capture import draws_of, reduce_positions
+from teacher_cache.stages.codecs.measure import kl_to_decoded
+from teacher_cache.stages.codecs.named import codec_of, room_of
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
@@ -171,7 +169,7 @@ class Comparison:
         dense = dense.clone()
         return {row.name: self._kept(row, sums[row.name], dense, positions) for row in self._rows}
 
-    def _codec(self, row: Row, head: LanguageModelHead) -> AnyCodec:
+    def _codec(self, row: Row, head: LanguageModelHead) -> Codec:
         config = CacheTeacherConfig(
             task="lm",
             name="codecs",
@@ -181,9 +179,7 @@ class Comparison:
         )
         width = head.weight.shape[1]
         codec = codec_of(config, support_size=self._support.size, width=width)
-        if isinstance(codec, HiddenCodec):
-            return replace(codec, head=head.of_support(self._support))
-        return codec
+        return room_of(codec).with_head(codec, head.of_support(self._support))
 
     def _read(self, samples: Sequence[PackedSample]) -> Read:
         with torch.inference_mode():
@@ -223,7 +219,7 @@ class Comparison:
         sums.num_ids += size
         return step_gradient(self._student, batch, codec, alpha=row.alpha, support=self._mask())
 
-    def _coded(self, row: Row, codec: AnyCodec, read: Read) -> list[dict[str, np.ndarray]]:
+    def _coded(self, row: Row, codec: Codec, read: Read) -> list[dict[str, np.ndarray]]:
         """The step's samples as a cache holds them."""
         # Exact ids of next tokens only reach a field that no row of this table reads.
         nothing_follows = torch.full((len(read.logits),), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -18,8 +18,6 @@ EVERY_CODECS_FIELDS: Schema = (
     FieldSpec(name=TOP1_LOG_PROB, dtype="float16", shape=("S",)),
     FieldSpec(name=NEXT_LOG_PROB, dtype="float16", shape=("S",)),
 )
-
-Reduction_contra = TypeVar("Reduction_contra", contravariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +68,11 @@ class Decoded:
     temperature: float
 
 
-class Codec(Protocol[Reduction_contra]):
-    """One way of storing a distribution over the support at each position."""
+class Codec(Protocol):
+    """One way of storing a distribution over the support at each position.
+
+    A frozen dataclass whose keywords are the settings but for the name.
+    """
 
     @property
     def name(self) -> str:
@@ -93,8 +94,15 @@ class Codec(Protocol[Reduction_contra]):
         """The fields of a sample that this codec adds."""
         ...
 
-    def encode(self, reduced: Reduction_contra) -> dict[str, np.ndarray]:
-        """The stored fields of one sample's positions."""
+    def encode(self, reduced: Any) -> dict[str, np.ndarray]:
+        """The stored fields of one sample's positions.
+
+        Args:
+            reduced: the codec's own kind of `Reduced`.
+
+        Raises:
+            UserError: if a value cannot be stored.
+        """
         ...
 
     def expand(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from teacher_cache.cache.codecs.dense import DenseCodec
-from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.sampled import SampledCodec
-from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError, did_you_mean
 
-AnyCodec = TopKCodec | SampledCodec | HiddenCodec | DenseCodec
-CODECS: dict[str, type[AnyCodec]] = {
-    "topk": TopKCodec,
-    "sampled": SampledCodec,
-    "hidden": HiddenCodec,
-    "dense": DenseCodec,
+if TYPE_CHECKING:
+    from teacher_cache.cache.codecs.interface import Codec
+
+
+CODECS: dict[str, str | Callable[..., Codec]] = {
+    "topk": "TopKCodec",
+    "sampled": "SampledCodec",
+    "hidden": "HiddenCodec",
+    "dense": "DenseCodec",
 }
+"""Every codec: its class in the module of its name beside this one, or one that was registered.
+
+What the stages do with it stands in `stages/codecs`, in the module of the same name.
+"""
 
 
-def codec_from(settings: dict[str, Any]) -> AnyCodec:
+def codec_class(name: str) -> Callable[..., Codec]:
+    """What makes a codec of a name from its settings; loaded here, so that the names are light.
+
+    Raises:
+        UserError: if this release has no such codec.
+    """
+    if name not in CODECS:
+        raise UserError(
+            f"the codec {name!r} is unknown to this release: {did_you_mean(name, CODECS)}"
+        )
+    found = CODECS[name]
+    if isinstance(found, str):
+        return getattr(import_module(f"{__package__}.{name}"), found)
+    return found
+
+
+def codec_from(settings: dict[str, Any]) -> Codec:
     """The codec whose `settings` these are.
 
     Raises:
         UserError: if this release has no such codec.
     """
-    name = settings["name"]
-    if name not in CODECS:
-        raise UserError(
-            f"the codec {name!r} is unknown to this release: {did_you_mean(name, CODECS)}"
-        )
     values = {key: value for key, value in settings.items() if key != "name"}
     if "temperatures" in values:
         values["temperatures"] = tuple(values["temperatures"])
-    return CODECS[name](**values)
+    return codec_class(settings["name"])(**values)

@@ -79,3 +79,12 @@ def interpolated(
 def named(temperatures: Sequence[float]) -> str:
     """As the command line takes them."""
     return ",".join(f"{temperature:g}" for temperature in temperatures)
+
+
+def missing_temperature(there: Sequence[float], asked: Sequence[float]) -> str | None:
+    """Why one grid cannot be had from another; None where all of it is there."""
+    for temperature in asked:
+        if temperature not in there:
+            grid = ", ".join(f"{one:g}" for one in there)
+            return f"temperature {temperature:g} is not one of its grid ({grid})"
+    return None

@@ -1,78 +1,66 @@
 """Which codec a cache can be converted to, and how the fields of a sample become that codec's.
 
-From all logits (`dense`, and `hidden` through its head) a distribution is reduced as at capture. A
-sorted head is cut by taking its first ids as they are stored, and by adding what is cut to the
-tail: so the ids that stay keep their probabilities. Nothing is made up: what a codec needs and the
-cache does not hold is refused.
+From all logits (`dense`, and `hidden` through its head) a distribution is reduced as at capture.
+What holds a part of it can be cut to less of the same, as its room does it. Nothing is made up:
+what a codec needs and the cache does not hold is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.dense import LOGITS, DenseCodec
-from teacher_cache.cache.codecs.hidden import HIDDEN, HiddenCodec
-from teacher_cache.cache.codecs.interface import EVERY_CODECS_FIELDS
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
-from teacher_cache.cache.codecs.sampled import LSE, SampledCodec
-from teacher_cache.cache.codecs.topk import TopKCodec
+from teacher_cache.cache.codecs.interface import EVERY_CODECS_FIELDS, Codec
+from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.codecs.capture import reduce_positions
 from teacher_cache.stages.codecs.config import CodecConfig
-from teacher_cache.stages.codecs.options import (
-    OPTIONS_OF,
-    codec_of,
-    given_options,
-    refuse_foreign_options,
-)
-from teacher_cache.stages.codecs.probe import (
+from teacher_cache.stages.codecs.interface import Sample
+from teacher_cache.stages.codecs.measure import (
     NUM_POSITIONS,
     probed_temperatures,
     reconstruction_error,
 )
-from teacher_cache.stages.codecs.sampled import DRAW_SEED, uniforms
-from teacher_cache.stages.codecs.topk import cut_head
-from teacher_cache.stages.models.head import read_language_model_head
+from teacher_cache.stages.codecs.named import (
+    codec_of,
+    given_attributes,
+    open_codec,
+    room_named,
+    room_of,
+)
+from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.tokens.support import Support
 
-Sample = Mapping[str, np.ndarray]
 Recode = Callable[[Sample], dict[str, np.ndarray]]
 """From a sample's stored fields to those of the target codec."""
 
 
-def target_codec(config: CodecConfig, source: AnyCodec) -> AnyCodec:
+def target_codec(config: CodecConfig, source: Codec) -> Codec:
     """The codec that the options ask for; of the source's own kind, what is not given is kept.
 
     Raises:
         UserError: for an option of another codec, a value that the codec cannot have, or a codec
             that needs what the source does not hold.
     """
-    name = config.codec or source.name
-    refuse_foreign_options(config, name)
+    name, room = config.codec or source.name, room_of(source)
+    refuse_foreign_options(config, task="lm", codec=name)
     if name != source.name:
-        _require(source, name, _missing_of_kind(source, name))
+        _require(source, name, room.lacks or room_named(name).needs)
         return codec_of(config, support_size=source.support_size, width=0)
-    given = {
-        OPTIONS_OF[name][option]: getattr(config, option)
-        for option in given_options(config)
-        if option != "codec"
-    }
-    target = codec_from(source.settings | given)
-    _require(source, name, _missing_of_same(source, target))
+    target = codec_from(source.settings | given_attributes(config, name))
+    if target != source:
+        _require(source, name, room.missing(source, target))
     return target
 
 
-def _require(source: AnyCodec, name: str, missing: str | None) -> None:
+def _require(source: Codec, name: str, missing: str | None) -> None:
     if missing is not None:
         raise UserError(
             f"a {source.name} cache cannot become this {name} cache: {missing}; run pipe "
@@ -80,83 +68,36 @@ def _require(source: AnyCodec, name: str, missing: str | None) -> None:
         )
 
 
-def _missing_of_kind(source: AnyCodec, name: str) -> str | None:
-    """What another codec needs beyond all logits, or a source that has not even these."""
-    holds = {
-        "topk": "it holds the most probable ids, and of all others only their mass",
-        "sampled": "it holds the ids that were drawn, and nothing of all others",
-    }
-    if name == "hidden":
-        holds["dense"] = "it holds logits, not the states that gave them"
-    return holds.get(source.name)
-
-
-def _missing_of_same(source: AnyCodec, target: AnyCodec) -> str | None:
-    if isinstance(source, TopKCodec) and isinstance(target, TopKCodec):
-        return _missing_of_head(source, target)
-    if isinstance(source, SampledCodec) and isinstance(target, SampledCodec):
-        kept = (source.num_draws, source.draw_temperature)
-        if kept != (target.num_draws, target.draw_temperature):
-            return "its draws are what they are, and the teacher is not there to draw again"
-        return _missing_temperature(source.temperatures, target.temperatures)
-    return None
-
-
-def _missing_of_head(source: TopKCodec, target: TopKCodec) -> str | None:
-    if target.top_k > source.top_k:
-        return f"it holds {source.top_k} ids a position, fewer than --top-k {target.top_k}"
-    if target.is_exact and not source.is_exact:
-        return "its log-probs are rounded to a byte each, and --exact asks for two"
-    if source.top_p is not None and (target.top_p is None or target.top_p > source.top_p):
-        return f"its heads end at the mass {source.top_p:g}"
-    return _missing_temperature(source.temperatures, target.temperatures)
-
-
-def _missing_temperature(there: tuple[float, ...], asked: tuple[float, ...]) -> str | None:
-    for temperature in asked:
-        if temperature not in there:
-            grid = ", ".join(f"{one:g}" for one in there)
-            return f"temperature {temperature:g} is not one of its grid ({grid})"
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class LogitsOf:
     """All logits of a sample's positions, out of a cache that has them.
 
     Attributes:
-        codec: `dense`, or `hidden` with its head on the device.
+        codec: opened, on the device.
         device: where they are computed.
     """
 
-    codec: DenseCodec | HiddenCodec
+    codec: Codec
     device: torch.device
 
     @classmethod
-    def of(
-        cls, codec: AnyCodec, cache: Path, manifest: Manifest, device: torch.device
-    ) -> LogitsOf | None:
-        """Of a cache's codec; None where it keeps no logits.
+    def of(cls, reader: CacheReader, device: torch.device) -> LogitsOf | None:
+        """Of a cache; None where its codec keeps no logits.
 
         Raises:
             CheckFailed: if the head of cached states is damaged.
         """
-        if isinstance(codec, HiddenCodec):
-            head = read_language_model_head(cache, manifest).to(device)
-            return cls(codec=replace(codec, head=head), device=device)
-        return cls(codec=codec, device=device) if isinstance(codec, DenseCodec) else None
+        codec = codec_from(reader.manifest.settings["codec"])
+        if room_of(codec).lacks is not None:
+            return None
+        return cls(codec=open_codec(reader, device), device=device)
 
     def __call__(self, sample: Sample) -> Tensor:
         """[S, V] float32, before temperature, up to a constant a position."""
-        if isinstance(self.codec, DenseCodec):
-            return torch.from_numpy(np.array(sample[LOGITS], np.float32)).to(self.device)
-        assert self.codec.head is not None
-        states = torch.from_numpy(np.array(sample[HIDDEN], np.float32)).to(self.device)
-        with torch.inference_mode():
-            return self.codec.head(states)
+        return room_of(self.codec).logits(self.codec, sample, self.device)
 
 
-def recode(source: AnyCodec, target: AnyCodec, logits_of: LogitsOf | None) -> Recode:
+def recode(source: Codec, target: Codec, logits_of: LogitsOf | None) -> Recode:
     """What makes the target's fields of a sample's; `target_codec` let the pair pass.
 
     Args:
@@ -166,24 +107,17 @@ def recode(source: AnyCodec, target: AnyCodec, logits_of: LogitsOf | None) -> Re
     """
     if logits_of is not None:
         return lambda sample: _reduced(target, logits_of, sample)
-    if isinstance(source, TopKCodec):
-        assert isinstance(target, TopKCodec)
-        return lambda sample: cut_head(source, target, sample)
-    assert isinstance(source, SampledCodec) and isinstance(target, SampledCodec)
-    kept = [source.temperatures.index(temperature) for temperature in target.temperatures]
-    fields = [spec.name for spec in target.fields]
-    return lambda sample: {name: sample[name] for name in fields} | {LSE: sample[LSE][:, kept]}
+    room = room_of(source)
+    return lambda sample: room.cut(source, target, sample)
 
 
-def drawn_at(codec: AnyCodec, sample: Sample) -> np.ndarray | None:
+def drawn_at(codec: Codec, sample: Sample) -> np.ndarray | None:
     """Where each position draws: the numbers that capture took, since they are the sample's own."""
-    if not isinstance(codec, SampledCodec):
-        return None
     sample_id = sample["sample_id"].tobytes()
-    return uniforms(sample_id, len(sample["input_ids"]), codec.num_draws, seed=DRAW_SEED)
+    return room_of(codec).draws(codec, sample_id, len(sample["input_ids"]))
 
 
-def _reduced(target: AnyCodec, logits_of: LogitsOf, sample: Sample) -> dict[str, np.ndarray]:
+def _reduced(target: Codec, logits_of: LogitsOf, sample: Sample) -> dict[str, np.ndarray]:
     logits = logits_of(sample)
     reduced, _ = reduce_positions(
         target,
@@ -194,15 +128,14 @@ def _reduced(target: AnyCodec, logits_of: LogitsOf, sample: Sample) -> dict[str,
     )
     # These were computed from the teacher's own logits: nothing here knows them better.
     always = {spec.name: sample[spec.name] for spec in EVERY_CODECS_FIELDS}
-    return target.encode(reduced) | always  # pyright: ignore[reportArgumentType]
+    return target.encode(reduced) | always
 
 
-SIZES = ("topk_sizes", "sampled_sizes")
 UNUSED_MASS = "unused_mass"
 
 
 def probed_again(
-    target: AnyCodec,
+    target: Codec,
     convert: Recode,
     logits_of: LogitsOf | None,
     readers: Mapping[str, CacheReader],
@@ -216,12 +149,11 @@ def probed_again(
     """
     positions = _first_positions(readers)
     if logits_of is None:
+        counting = {spec.counted_by for spec in target.fields if spec.counted_by is not None}
         sizes = [
-            converted[name].astype(np.int64)[counts]
+            convert(sample)[name].astype(np.int64)[counts]
+            for name in counting
             for sample, counts in positions
-            for converted in [convert(sample)]
-            for name in SIZES
-            if name in converted
         ]
         num_ids = float(np.concatenate(sizes).mean()) if sizes else None
         return {"reconstruction": [], "num_ids": num_ids, "measured_against": None}

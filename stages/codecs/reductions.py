@@ -1,12 +1,12 @@
-"""From a teacher's logits to what a codec keeps of them, on the device, a few positions at a time.
+"""What the codecs' reductions share: positions a few at a time, sorted heads, a tail's statistics.
 
-All of them take raw logits [N, R] of N positions and the ids of the real next tokens [N], -1 where
-there is none, and return numpy arrays; nothing that is [N, V] leaves the device but for `dense`.
+A reduction takes raw logits [N, R] of N positions on the device and gives numpy arrays; nothing
+that is [N, V] leaves the device but for `dense`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -14,75 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.dense import DenseCodec, ReducedDense
-from teacher_cache.cache.codecs.hidden import ReducedHidden
 from teacher_cache.cache.codecs.interface import Reduced
-from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
+from teacher_cache.stages.codecs.interface import Positions, Unused
 from teacher_cache.stages.tokens.support import Support
 
 CHUNK_ELEMENTS = 2**24  # logits of the positions that are reduced together: 64 MB in float32
 
 AnyReduced = TypeVar("AnyReduced", bound=Reduced)
-Unused = np.ndarray
-
-
-def reduce_topk(
-    codec: TopKCodec, support: Support, logits: Tensor, next_ids: Tensor
-) -> tuple[ReducedTopK, Unused]:
-    """Heads, and the tail's statistics at every temperature, summed over the tail itself.
-
-    Args:
-        codec: says K, the nucleus and the temperatures.
-        support: ids that count.
-        logits: [N, R], before temperature.
-        next_ids: [N] int64.
-
-    Returns:
-        What `codec.encode` takes, and [N] the mass of what the support leaves out.
-
-    Raises:
-        UserError: if logits are not finite.
-    """
-    return in_chunks(
-        lambda chunk: _topk_chunk(codec, chunk), support, logits, next_ids, CHUNK_ELEMENTS
-    )
-
-
-def reduce_dense(
-    codec: DenseCodec, support: Support, logits: Tensor, next_ids: Tensor
-) -> tuple[ReducedDense, Unused]:
-    """The support's logits relative to the largest; arguments and results as of `reduce_topk`.
-
-    Raises:
-        UserError: if logits are not finite.
-    """
-    return in_chunks(
-        lambda chunk: ReducedDense(below_max=on_host(chunk.below_max), **chunk.always()),
-        support,
-        logits,
-        next_ids,
-        CHUNK_ELEMENTS,
-    )
-
-
-def reduce_hidden(
-    states: Tensor, support: Support, logits: Tensor, next_ids: Tensor
-) -> tuple[ReducedHidden, Unused]:
-    """States as they are, beside the log-probs that every codec keeps.
-
-    Args:
-        states: [N, D], what the language-model head read.
-        support: as in `reduce_topk`, like the rest.
-        logits: [N, R].
-        next_ids: [N].
-
-    Raises:
-        UserError: if logits are not finite.
-    """
-    reduced, unused = in_chunks(
-        lambda chunk: Reduced(**chunk.always()), support, logits, next_ids, CHUNK_ELEMENTS
-    )
-    return ReducedHidden(hidden=on_host(states.float()), **vars(reduced)), unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +55,7 @@ class Chunk:
 def in_chunks(
     reduce_chunk: Callable[[Chunk], AnyReduced],
     support: Support,
-    logits: Tensor,
-    next_ids: Tensor,
+    positions: Positions,
     chunk_elements: int,
 ) -> tuple[AnyReduced, Unused]:
     """Reduce a few positions at a time, and join the results.
@@ -126,14 +63,19 @@ def in_chunks(
     Args:
         reduce_chunk: may write into its chunk.
         support: ids that count.
-        logits: [N, R].
-        next_ids: [N].
+        positions: N of them.
         chunk_elements: logits in a chunk, at most, but for a single position's.
+
+    Returns:
+        The reductions as one, and [N] the mass of what the support leaves out.
+
+    Raises:
+        UserError: if logits are not finite.
     """
     parts: list[AnyReduced] = []
     unused: list[np.ndarray] = []
     with torch.inference_mode():
-        for start, rows, nexts in _cut(logits, next_ids, chunk_elements):
+        for start, rows, nexts in _cut(positions, chunk_elements):
             below_max, outside = support.below_max(rows)
             chunk = Chunk(
                 below_max=below_max,
@@ -146,7 +88,7 @@ def in_chunks(
     return joined(parts), np.concatenate(unused)
 
 
-def joined(parts: list[AnyReduced]) -> AnyReduced:
+def joined(parts: Sequence[AnyReduced]) -> AnyReduced:
     """Reductions of consecutive positions as one; narrower heads get empty slots."""
     arrays = {
         field.name: [getattr(part, field.name) for part in parts]
@@ -161,10 +103,9 @@ def on_host(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def _cut(
-    logits: Tensor, next_ids: Tensor, chunk_elements: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _cut(positions: Positions, chunk_elements: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """At least one chunk, so that no positions give empty arrays."""
+    logits, next_ids = positions.logits, positions.next_ids
     step = max(1, chunk_elements // logits.shape[1])
     for start in range(0, max(len(logits), 1), step):
         yield start, logits[start : start + step], next_ids[start : start + step]
@@ -177,38 +118,6 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(
         [np.pad(array, [(0, 0), (0, width - array.shape[1])]) for array in arrays]
     )
-
-
-def _topk_chunk(codec: TopKCodec, chunk: Chunk) -> ReducedTopK:
-    below = chunk.below_max
-    ids = sorted_head(below, codec.top_k)
-    head = below.gather(1, ids)
-    sizes, kept = nucleus(codec, head - chunk.lse[:, None])
-    always = chunk.always()
-    below.scatter_(1, ids, torch.where(kept, -torch.inf, head))  # what is left is the tail
-    tail_r, tail_m = tail_statistics(below, codec.temperatures)
-    return ReducedTopK(
-        ids=on_host(ids),
-        below_max=on_host(head),
-        tail_r=on_host(tail_r),
-        tail_m=on_host(tail_m),
-        sizes=None if sizes is None else on_host(sizes),
-        **always,
-    )
-
-
-def nucleus(codec: TopKCodec, head: Tensor) -> tuple[Tensor | None, Tensor]:
-    """How many slots of each head count, [N], None for all; and which, [N, K] bool.
-
-    Args:
-        codec: says the mass, if any.
-        head: [N, K] log-probs at T = 1, descending.
-    """
-    if codec.top_p is None:
-        return None, torch.ones_like(head, dtype=torch.bool)
-    # As many as it takes to reach the mass: those before which it was not reached.
-    sizes = 1 + (head.exp().cumsum(dim=1)[:, :-1] < codec.top_p).sum(dim=1)
-    return sizes, torch.arange(codec.top_k, device=head.device) < sizes[:, None]
 
 
 def sorted_head(logits: Tensor, top_k: int) -> Tensor:

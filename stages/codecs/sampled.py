@@ -3,20 +3,162 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.named import AnyCodec
-from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
-from teacher_cache.stages.codecs.reductions import Chunk, Unused, in_chunks, on_host
-from teacher_cache.stages.data.packing import PackedSample
-from teacher_cache.stages.tokens.support import Support
+from teacher_cache.cache.codecs.ids import unpack_ids
+from teacher_cache.cache.codecs.ragged_heads import is_filled, masked_ids
+from teacher_cache.cache.codecs.sampled import (
+    COUNTS,
+    IDS,
+    LOG_PROBS,
+    LSE,
+    SIZES,
+    UNMATCHED,
+    ReducedSampled,
+    SampledCodec,
+)
+from teacher_cache.cache.codecs.temperatures import missing_temperature
+from teacher_cache.stages.codecs.interface import (
+    Drawn,
+    Positions,
+    Room,
+    Sample,
+    Unmatched,
+    Unused,
+)
+from teacher_cache.stages.codecs.reductions import Chunk, in_chunks, on_host
+from teacher_cache.stages.tokens.mapped_teacher import project_logits
+from teacher_cache.stages.tokens.support import MappedSupport, Support
 
 CHUNK_ELEMENTS = 2**22  # the cumulative sums are float64
 DRAW_SEED = 0
+
+
+class SampledRoom(Room[SampledCodec]):
+    """`sampled`: an unbiased estimate of what is linear in the teacher's probabilities."""
+
+    lacks = "it holds the ids that were drawn, and nothing of all others"
+
+    def made(
+        self, given: Mapping[str, Any], *, support_size: int, width: int, has_unmatched: bool
+    ) -> SampledCodec:
+        """Mass that has no id is stored where there can be any."""
+        return SampledCodec(support_size=support_size, has_unmatched=has_unmatched, **given)
+
+    def settings(self, codec: SampledCodec) -> dict[str, Any]:
+        """The seed of all draws."""
+        return {"draw_seed": DRAW_SEED}
+
+    def reduce(
+        self, codec: SampledCodec, support: Support, positions: Positions
+    ) -> tuple[ReducedSampled, Unused]:
+        """Draw at the codec's temperature, by inverting the distribution function."""
+        at = _drawn(positions)
+        return in_chunks(lambda chunk: _chunk(codec, chunk, at), support, positions, CHUNK_ELEMENTS)
+
+    def reduce_mapped(
+        self, codec: SampledCodec, support: MappedSupport, positions: Positions
+    ) -> tuple[ReducedSampled, Unused]:
+        """Draws from the mapped distribution; one of what no student id means has no slot.
+
+        A draw from the teacher, mapped, is one from the mapped teacher: these are the draws of a
+        cache that is not aligned.
+        """
+        at = _drawn(positions)
+        return in_chunks(
+            lambda chunk: _mapped_chunk(codec, support, chunk, at),
+            support.teacher,
+            positions,
+            CHUNK_ELEMENTS,
+        )
+
+    def draws(self, codec: SampledCodec, sample_id: bytes, num_positions: int) -> np.ndarray:
+        """[S, N] of the sample's own numbers."""
+        return uniforms(sample_id, num_positions, codec.num_draws, seed=DRAW_SEED)
+
+    def grid(self, codec: SampledCodec) -> tuple[float, ...]:
+        """At which there are normalisers."""
+        return codec.temperatures
+
+    def require_temperature(self, codec: SampledCodec, temperature: float) -> None:
+        """One of the grid: nothing interpolates."""
+        codec.require_stored(temperature)
+
+    def answer(
+        self, codec: SampledCodec, stored: Mapping[str, Tensor], temperature: float
+    ) -> Drawn:
+        """The draws themselves: a decoded head shares its mass with a ghost, an estimate has none.
+
+        Raises:
+            UserError: if the temperature is not of the cache's grid.
+        """
+        codec.require_stored(temperature)
+        log_probs = stored[LOG_PROBS].float()
+        filled = is_filled(stored[SIZES].long(), log_probs.shape[-1])
+        is_own = temperature == codec.draw_temperature
+        return Drawn(
+            ids=masked_ids(unpack_ids(stored[IDS], stored.get(f"{IDS}_high")), filled),
+            counts=torch.where(filled, stored[COUNTS].long(), 0),
+            log_probs=torch.where(filled, log_probs, -torch.inf),
+            draw_temperature=codec.draw_temperature,
+            temperature=temperature,
+            support_size=codec.support_size,
+            lse=None if is_own else _at(codec, stored[LSE], codec.draw_temperature),
+            new_lse=None if is_own else _at(codec, stored[LSE], temperature),
+            unmatched=Unmatched(
+                log_prob=_at(codec, stored[UNMATCHED], temperature),
+                drawn_log_prob=_at(codec, stored[UNMATCHED], codec.draw_temperature),
+                num_draws=codec.num_draws,
+            )
+            if codec.has_unmatched
+            else None,
+        )
+
+    def coarse_for(self, *, divergence: str, is_projected: bool) -> str | None:
+        """The counts are unbiased for what is linear in the teacher's probabilities alone."""
+        by = "--align projection" if is_projected else None
+        if divergence != "kl":
+            by = f"--divergence {divergence}"
+        if by is None:
+            return None
+        return (
+            f"the teacher is coarse: {by} takes the drawn ids with their exact probabilities, and "
+            "one outcome for all others; the counts serve the forward KL alone"
+        )
+
+    def missing(self, source: SampledCodec, target: SampledCodec) -> str | None:
+        """Other draws, or more temperatures."""
+        kept = (source.num_draws, source.draw_temperature)
+        if kept != (target.num_draws, target.draw_temperature):
+            return "its draws are what they are, and the teacher is not there to draw again"
+        return missing_temperature(source.temperatures, target.temperatures)
+
+    def cut(
+        self, source: SampledCodec, target: SampledCodec, sample: Sample
+    ) -> dict[str, np.ndarray]:
+        """The same draws, with the normalisers of fewer temperatures."""
+        kept = [source.temperatures.index(temperature) for temperature in target.temperatures]
+        fields = {spec.name: sample[spec.name] for spec in target.fields}
+        return fields | {LSE: sample[LSE][:, kept]}
+
+
+ROOM = SampledRoom()
+
+
+def _drawn(positions: Positions) -> np.ndarray:
+    if positions.drawn_at is None:
+        raise ValueError("a sampled cache needs `drawn_at`, the uniform numbers of its draws")
+    return positions.drawn_at
+
+
+def _at(codec: SampledCodec, of_grid: Tensor, temperature: float) -> Tensor:
+    """[...] float32 of [..., G]."""
+    return of_grid[..., codec.temperatures.index(temperature)].float()
 
 
 def uniforms(sample_id: bytes, num_positions: int, num_draws: int, *, seed: int) -> np.ndarray:
@@ -27,48 +169,6 @@ def uniforms(sample_id: bytes, num_positions: int, num_draws: int, *, seed: int)
     digest = hashlib.sha256(b"%d:" % seed + sample_id).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
     return generator.random((num_positions, num_draws))
-
-
-def draws_of(codec: AnyCodec, samples: Sequence[PackedSample]) -> np.ndarray | None:
-    """Where each position of the samples draws, [N, draws]; None for a codec that draws nothing."""
-    if not isinstance(codec, SampledCodec):
-        return None
-    drawn = [
-        uniforms(sample.sample_id, len(sample.input_ids), codec.num_draws, seed=DRAW_SEED)
-        for sample in samples
-    ]
-    return np.concatenate([*drawn, np.empty((0, codec.num_draws))])
-
-
-def reduce_sampled(
-    codec: SampledCodec,
-    support: Support,
-    logits: Tensor,
-    next_ids: Tensor,
-    drawn_at: np.ndarray,
-) -> tuple[ReducedSampled, Unused]:
-    """Draw from the teacher at the codec's temperature, by inverting the distribution function.
-
-    Args:
-        codec: says how many, at which temperature, and the grid.
-        support: ids that count.
-        logits: [N, R], before temperature.
-        next_ids: [N] int64, -1 where there is none.
-        drawn_at: [N, draws] of `uniforms`.
-
-    Returns:
-        What `codec.encode` takes, and [N] the mass of what the support leaves out.
-
-    Raises:
-        UserError: if logits are not finite.
-    """
-    return in_chunks(
-        lambda chunk: _sampled_chunk(codec, chunk, drawn_at),
-        support,
-        logits,
-        next_ids,
-        CHUNK_ELEMENTS,
-    )
 
 
 def draw(log_weights: Tensor, drawn_at: Tensor) -> Tensor:
@@ -107,7 +207,7 @@ def distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found, counts, sizes
 
 
-def _sampled_chunk(codec: SampledCodec, chunk: Chunk, drawn_at: np.ndarray) -> ReducedSampled:
+def _chunk(codec: SampledCodec, chunk: Chunk, drawn_at: np.ndarray) -> ReducedSampled:
     below = chunk.below_max
     stop = chunk.start + len(below)
     at = torch.from_numpy(drawn_at[chunk.start : stop]).to(below.device)
@@ -123,5 +223,33 @@ def _sampled_chunk(codec: SampledCodec, chunk: Chunk, drawn_at: np.ndarray) -> R
         log_probs=on_host(log_probs),
         sizes=on_host(sizes),
         lse=on_host(lse),
+        **chunk.always(),
+    )
+
+
+def _mapped_chunk(
+    codec: SampledCodec, support: MappedSupport, chunk: Chunk, drawn_at: np.ndarray
+) -> ReducedSampled:
+    below, student_ids = chunk.below_max, support.student_ids.to(chunk.below_max.device)
+    at = torch.from_numpy(drawn_at[chunk.start : chunk.start + len(below)]).to(below.device)
+    scaled = [below / temperature for temperature in codec.temperatures]
+    lse = torch.stack([one.logsumexp(dim=1) for one in scaled], dim=1)  # [n, G]
+    is_unmatched = student_ids < 0
+    unmatched = torch.stack([one[:, is_unmatched].logsumexp(dim=1) for one in scaled], dim=1) - lse
+    at_draws = scaled[codec.temperatures.index(codec.draw_temperature)]
+    drawn = student_ids[draw(at_draws, at)]
+    # What has no student id sorts behind all that have one, and is then cut off.
+    ids, counts, sizes = distinct(drawn.where(drawn >= 0, support.size))
+    is_slot = ids < support.size
+    has_none = ~is_slot & (counts > 0)
+    mapped, _ = project_logits(at_draws, student_ids, num_rows=support.size)
+    ids = ids.where(is_slot, 0)
+    return ReducedSampled(
+        ids=on_host(ids),
+        counts=on_host(counts.where(is_slot, 0)),
+        log_probs=on_host(mapped.gather(1, ids)),
+        sizes=on_host(sizes - has_none.sum(dim=1)),
+        lse=on_host(lse),
+        unmatched=on_host(unmatched),
         **chunk.always(),
     )

@@ -1,14 +1,24 @@
-"""Cut the sorted heads of a `topk` cache: fewer ids, fewer temperatures, a byte instead of two."""
+"""The most probable ids and the tail's mass, from logits or from heads that are cut again.
+
+A sorted head is cut by taking its first ids as they are stored, and by adding what is cut to the
+tail: so the ids that stay keep their probabilities. Of a teacher that is mapped to a student's ids,
+where several map to one, the head's whole mass is right, and the shares within it as the probe
+measures them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from teacher_cache.cache.codecs.ids import pack_ids
 from teacher_cache.cache.codecs.ragged_heads import is_filled
+from teacher_cache.cache.codecs.temperatures import missing_temperature, require_within
 from teacher_cache.cache.codecs.topk import (
     IDS,
     LOG_PROBS,
@@ -20,7 +30,172 @@ from teacher_cache.cache.codecs.topk import (
     ReducedTopK,
     TopKCodec,
 )
+from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NEXT_LOG_PROB, TOP1_LOG_PROB
+from teacher_cache.stages.codecs import reductions
+from teacher_cache.stages.codecs.interface import Positions, Room, Sample, Unused
+from teacher_cache.stages.codecs.reductions import (
+    Chunk,
+    in_chunks,
+    on_host,
+    sorted_head,
+    tail_statistics,
+)
+from teacher_cache.stages.tokens.mapped_teacher import project_logits
+from teacher_cache.stages.tokens.support import MappedSupport, Support
+
+
+class TopKRoom(Room[TopKCodec]):
+    """`topk`: a head and, for all others together, a ghost."""
+
+    lacks = "it holds the most probable ids, and of all others only their mass"
+    projects_in_place = True
+
+    def made(
+        self, given: Mapping[str, Any], *, support_size: int, width: int, has_unmatched: bool
+    ) -> TopKCodec:
+        """Mass that has no id is the tail's."""
+        return TopKCodec(support_size=support_size, **given)
+
+    def check_mapped(self, given: Mapping[str, Any], *, num_reached: int, num_student: int) -> None:
+        """A head of ids that the teacher can say, and something left for what it says besides."""
+        most = min(num_reached, num_student - 1)
+        if most < 1:
+            raise UserError(
+                f"--align map finds {num_reached:,} of the teacher's byte strings among the "
+                f"student's {num_student:,} ids, which leaves no head and no other outcome: leave "
+                "--align out, or give another student"
+            )
+        top_k = given.get("top_k", TopKCodec.top_k)
+        if top_k > most:
+            raise UserError(
+                f"--top-k {top_k} cannot be: {num_reached:,} of the student's "
+                f"{num_student:,} ids have a string of the teacher's, and one outcome is left for "
+                f"all others, so give 1 to {most:,}"
+            )
+
+    def reduce(
+        self, codec: TopKCodec, support: Support, positions: Positions
+    ) -> tuple[ReducedTopK, Unused]:
+        """Heads, and the tail's statistics at every temperature, summed over the tail itself."""
+        return in_chunks(
+            lambda chunk: _chunk(codec, chunk), support, positions, reductions.CHUNK_ELEMENTS
+        )
+
+    def reduce_mapped(
+        self, codec: TopKCodec, support: MappedSupport, positions: Positions
+    ) -> tuple[ReducedTopK, Unused]:
+        """The student's most probable ids, and as the tail all other mass, matched or not.
+
+        Raises:
+            UserError: if logits are not finite, or at a position no student id has any mass.
+        """
+        return in_chunks(
+            lambda chunk: _mapped_chunk(codec, support, chunk),
+            support.teacher,
+            positions,
+            reductions.CHUNK_ELEMENTS,
+        )
+
+    def grid(self, codec: TopKCodec) -> tuple[float, ...]:
+        """At which the tail was summed."""
+        return codec.temperatures
+
+    def require_temperature(self, codec: TopKCodec, temperature: float) -> None:
+        """Anything within the grid: the tail is interpolated."""
+        require_within(temperature, codec.temperatures)
+
+    def missing(self, source: TopKCodec, target: TopKCodec) -> str | None:
+        """More ids, mass, bytes or temperatures."""
+        if target.top_k > source.top_k:
+            return f"it holds {source.top_k} ids a position, fewer than --top-k {target.top_k}"
+        if target.is_exact and not source.is_exact:
+            return "its log-probs are rounded to a byte each, and --exact asks for two"
+        if source.top_p is not None and (target.top_p is None or target.top_p > source.top_p):
+            return f"its heads end at the mass {source.top_p:g}"
+        return missing_temperature(source.temperatures, target.temperatures)
+
+    def cut(self, source: TopKCodec, target: TopKCodec, sample: Sample) -> dict[str, np.ndarray]:
+        """As this module's head says."""
+        return cut_head(source, target, sample)
+
+
+ROOM = TopKRoom()
+
+
+def _chunk(codec: TopKCodec, chunk: Chunk) -> ReducedTopK:
+    below = chunk.below_max
+    ids = sorted_head(below, codec.top_k)
+    head = below.gather(1, ids)
+    sizes, kept = nucleus(codec, head - chunk.lse[:, None])
+    always = chunk.always()
+    below.scatter_(1, ids, torch.where(kept, -torch.inf, head))  # what is left is the tail
+    tail_r, tail_m = tail_statistics(below, codec.temperatures)
+    return ReducedTopK(
+        ids=on_host(ids),
+        below_max=on_host(head),
+        tail_r=on_host(tail_r),
+        tail_m=on_host(tail_m),
+        sizes=None if sizes is None else on_host(sizes),
+        **always,
+    )
+
+
+def nucleus(codec: TopKCodec, head: Tensor) -> tuple[Tensor | None, Tensor]:
+    """How many slots of each head count, [N], None for all; and which, [N, K] bool.
+
+    Args:
+        codec: says the mass, if any.
+        head: [N, K] log-probs at T = 1, descending.
+    """
+    if codec.top_p is None:
+        return None, torch.ones_like(head, dtype=torch.bool)
+    # As many as it takes to reach the mass: those before which it was not reached.
+    sizes = 1 + (head.exp().cumsum(dim=1)[:, :-1] < codec.top_p).sum(dim=1)
+    return sizes, torch.arange(codec.top_k, device=head.device) < sizes[:, None]
+
+
+def _mapped_chunk(codec: TopKCodec, support: MappedSupport, chunk: Chunk) -> ReducedTopK:
+    student_ids = support.student_ids.to(chunk.below_max.device)
+    mapped, _ = project_logits(chunk.below_max, student_ids, num_rows=support.size)  # [n, V_s]
+    ids = sorted_head(mapped, codec.top_k)
+    head = mapped.gather(1, ids)
+    first = head[:, 0]
+    _refuse_nothing(first)
+    sizes, kept = nucleus(codec, head)
+    is_kept = torch.zeros_like(mapped, dtype=torch.bool).scatter_(1, ids, kept)
+    is_member = is_kept.index_select(1, student_ids.clamp(min=0)) & (student_ids >= 0)  # [n, V_t]
+    below = chunk.below_max - (first + chunk.lse)[:, None]  # the teacher's ids, below the head's
+    tail = below.masked_fill(is_member, -torch.inf)
+    tail_r, tail_m = tail_statistics(tail, codec.temperatures)
+    below_first = head - first[:, None]
+    if not support.is_one_to_one:
+        true_r, true_m = tail_statistics(
+            below.masked_fill_(~is_member, -torch.inf), codec.temperatures
+        )
+        found_r, found_m = tail_statistics(
+            below_first.masked_fill(~kept, -torch.inf), codec.temperatures
+        )
+        tail_r += found_r - true_r
+        tail_m = torch.where(torch.isneginf(tail_r), tail_m, tail_m + found_m - true_m)
+    return ReducedTopK(
+        ids=on_host(ids),
+        below_max=on_host(below_first),
+        tail_r=on_host(tail_r),
+        tail_m=on_host(tail_m),
+        sizes=None if sizes is None else on_host(sizes),
+        first_log_prob=on_host(first),
+        **chunk.always(),
+    )
+
+
+def _refuse_nothing(first: Tensor) -> None:
+    nothing = torch.isneginf(first)
+    if bool(nothing.any()):
+        raise UserError(
+            f"at {int(nothing.sum())} positions the teacher rules out every token that the student "
+            "has a string of, so nothing is left to map: leave --align out, or give another student"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

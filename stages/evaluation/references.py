@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NEXT_LOG_PROB
+from teacher_cache.stages.codecs.named import open_codec, serves
 from teacher_cache.stages.data.packing import PackedRow
 from teacher_cache.stages.evaluation.models import TeacherModel
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.objective import Targets
-from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.training.batches import PackedCollator, PackedSamples, at
-from teacher_cache.stages.training.targets import CachedTargets, serves
+from teacher_cache.stages.training.targets import CachedTargets
 
 TEMPERATURE = 1.0  # at which teacher and student are compared
 
@@ -111,7 +110,7 @@ class CachedReference:
     """
 
     def __init__(
-        self, samples: CachedSamples, codec: AnyCodec, support: Support, device: torch.device
+        self, samples: CachedSamples, codec: Codec, support: Support, device: torch.device
     ):
         self._samples = samples
         self._codec = codec
@@ -188,14 +187,11 @@ def _support(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> Support
     return support
 
 
-def _codec(reader: CacheReader, support: Support, device: torch.device) -> AnyCodec:
-    codec = codec_from(reader.manifest.settings["codec"])
+def _codec(reader: CacheReader, support: Support, device: torch.device) -> Codec:
+    codec = open_codec(reader, device, support=support)
     if not serves(codec, TEMPERATURE):
         raise UserError(
             f"--cache {reader.cache} cannot be decoded at temperature 1, at which students are "
             "compared with their teacher: give text with --data"
         )
-    if not isinstance(codec, HiddenCodec):
-        return codec
-    head = read_language_model_head(reader.cache, reader.manifest)
-    return replace(codec, head=head.of_support(support).to(device))
+    return codec

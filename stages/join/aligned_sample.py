@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.schema import NEXT_LOG_PROB
 from teacher_cache.stages.join.rereading import Piece, Reader
 from teacher_cache.stages.tokens.byte_bounds import TokenSpans
@@ -306,7 +306,7 @@ class Coverage:
 
 def measure(
     samples: Sequence[Mapping[str, np.ndarray]],
-    codec: AnyCodec,
+    codec: Codec,
     aligner: SampleAligner,
     head_ids: np.ndarray | None,
     *,
@@ -316,7 +316,7 @@ def measure(
 
     Args:
         samples: as cached.
-        codec: of the cache; one of hidden states with its head.
+        codec: of the cache, opened.
         aligner: of the two tokenizers.
         head_ids: `Alignment.head_ids`.
         temperature: one that the cache serves; 1 where it serves that.
@@ -344,7 +344,7 @@ def measure(
 
 def _mapped_mass(
     sample: Mapping[str, np.ndarray],
-    codec: AnyCodec,
+    codec: Codec,
     head_ids: np.ndarray | None,
     positions: np.ndarray,
     temperature: float,

@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.errors import CheckFailed, UserError
-from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest, read_manifest
+from teacher_cache.cache.manifest import TEACHER_FOLDER, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.splits import LABELED
+from teacher_cache.stages.codecs.named import open_codec, plain_temperature
 from teacher_cache.stages.join.aligned_sample import NUM_SAMPLES, Coverage, measure
 from teacher_cache.stages.join.alignment import Alignment, align
 from teacher_cache.stages.join.compare import check
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import ID_TABLE, JoinReport, verified_line, ways_out
 from teacher_cache.stages.join.teacher_folder import read_tokenization
-from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import recorded_map
 
@@ -109,7 +107,7 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
         )
     if not report.accepted(config.on_mismatch):
         is_table = any(one.name == ID_TABLE for one in report.differences)
-        more = _aligned_ways(cache, manifest, alignment) if alignment and is_table else []
+        more = _aligned_ways(cache, alignment) if alignment and is_table else []
         raise TokenizationMismatch(cache, report, more)
     return Joined(
         report=report,
@@ -118,15 +116,15 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
         alignment=alignment,
         coverage=None
         if alignment is None or not alignment.rereads
-        else _measured(cache, manifest, alignment),
+        else _measured(cache, alignment),
     )
 
 
-def _aligned_ways(cache: Path, manifest: Manifest, alignment: Alignment) -> list[str]:
+def _aligned_ways(cache: Path, alignment: Alignment) -> list[str]:
     """What else a language model's cache can do for this student, with what it would come to."""
     assert alignment.relation is not None, "it was compared"
     try:
-        found = _measured(cache, manifest, replace(alignment, kind="map")).words
+        found = _measured(cache, replace(alignment, kind="map")).words
     except UserError as error:  # a tokenizer whose bytes are not known
         return [f"(--align cannot help: {error})"]
     return [
@@ -135,17 +133,14 @@ def _aligned_ways(cache: Path, manifest: Manifest, alignment: Alignment) -> list
     ]
 
 
-def _measured(cache: Path, manifest: Manifest, alignment: Alignment) -> Coverage:
+def _measured(cache: Path, alignment: Alignment) -> Coverage:
     """The coverage on the first samples."""
     reader = CacheReader(cache, LABELED)
-    codec = codec_from(manifest.settings["codec"])
-    if isinstance(codec, HiddenCodec):
-        codec = replace(codec, head=read_language_model_head(cache, manifest).to("cpu"))
-    grid = getattr(codec, "temperatures", (1.0,))
+    codec = open_codec(reader)
     return measure(
         [reader.sample(idx) for idx in range(min(NUM_SAMPLES, len(reader)))],
         codec,
         alignment.aligner,
         alignment.head_ids,
-        temperature=1.0 if 1.0 in grid else grid[0],
+        temperature=plain_temperature(codec),
     )

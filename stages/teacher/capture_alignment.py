@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.cache.codecs.topk import TopKCodec
-from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.codecs.options import DEFAULT_CODEC
+from teacher_cache.stages.codecs.config import DEFAULT_CODEC
+from teacher_cache.stages.codecs.named import chosen_room, given_attributes
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.load import LanguageModelTeacher
 from teacher_cache.stages.teacher.options import NO_ALIGNMENT
@@ -49,7 +48,7 @@ def aligned(
     Where a student's tokenizer is named, the log says how its ids relate to the teacher's.
 
     Args:
-        config: that `check_alignment` let pass.
+        config: that `check_options` let pass.
         teacher: the model, with its tokenizer.
         support: the ids that it uses.
 
@@ -98,7 +97,11 @@ def aligned(
         f"{num_teacher:,}",
         f"{mapped.num_reached:,}",
     )
-    _check_top_k(config, mapped, num_student=relation.num_student)
+    chosen_room(config).check_mapped(
+        given_attributes(config, config.codec or DEFAULT_CODEC),
+        num_reached=mapped.num_reached,
+        num_student=relation.num_student,
+    )
     about["vocabularies"] |= {"num_mapped": num_mapped, "num_reached": mapped.num_reached}
     return CaptureAlignment(support=mapped, about=about)
 
@@ -120,26 +123,6 @@ def _same_ids(own: TokenBytes, student: TokenBytes, support: Support) -> Vocabul
         teacher_sha256=own.sha256,
         student_sha256=student.sha256,
     )
-
-
-def _check_top_k(config: ShardConfig, mapped: MappedSupport, *, num_student: int) -> None:
-    """A head of ids that the teacher can say, and something left for what it says besides."""
-    if (config.codec or DEFAULT_CODEC) != "topk":
-        return
-    most = min(mapped.num_reached, num_student - 1)
-    if most < 1:
-        raise UserError(
-            f"--align map finds {mapped.num_reached:,} of the teacher's byte strings among the "
-            f"student's {num_student:,} ids, which leaves no head and no other outcome: leave "
-            "--align out, or give another student"
-        )
-    top_k = TopKCodec.top_k if config.top_k is None else config.top_k
-    if top_k > most:
-        raise UserError(
-            f"--top-k {top_k} cannot be: {mapped.num_reached:,} of the student's "
-            f"{num_student:,} ids have a string of the teacher's, and one outcome is left for all "
-            f"others, so give 1 to {most:,}"
-        )
 
 
 def _facts(relation: VocabularyRelation) -> dict[str, Any]:

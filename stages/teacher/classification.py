@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import CheckFailed, UserError
+from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import (
     NO_LABEL,
     POOLED,
@@ -17,22 +18,20 @@ from teacher_cache.cache.schema import (
     Ragged,
     Schema,
     classification_schema,
-    fixed_bytes,
+    width_of_pooled,
 )
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.inference import OnBatch
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import find_pooled_width, run_teacher
 from teacher_cache.stages.teacher.layers import (
-    NO_LAYERS,
-    KeptLayers,
+    STATE_TOLERANCE,
     LayerPlan,
     LayerTap,
-    RowErrors,
-    first_samples,
     half,
+    states_apart,
 )
 from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
 from teacher_cache.stages.teacher.options import hidden_options
@@ -41,114 +40,38 @@ from teacher_cache.stages.teacher.tables import (
     STATES_FILE,
     TABLE,
     TABLE_FILE,
-    StoredTable,
-    embedding_table,
     token_states,
 )
-from teacher_cache.stages.teacher.task import Captured, recorded_environment
+from teacher_cache.stages.teacher.task import Said, StoredSample, TapOf, Task
 from teacher_cache.stages.tokens.record import describe
 
-
-def capture(
-    teacher: ClassificationTeacher,
-    samples: Sequence[Sample],
-    *,
-    batch_tokens: int,
-    on_batch: OnBatch,
-    layers: LayerPlan = NO_LAYERS,
-    pooled_width: int | None = None,
-) -> Captured:
-    """Run the teacher over a shard's samples and keep its class logits, exactly.
-
-    Its pooled states too, in float16, and what is asked for of its layers.
-
-    Args:
-        teacher: on its device.
-        samples: of one shard.
-        batch_tokens: padded tokens in a forward batch.
-        on_batch: called with samples and tokens after each batch.
-        layers: which maps and states to keep.
-        pooled_width: D of the pooled states; None leaves them out.
-
-    Raises:
-        UserError: if a single sample does not fit into memory, a logit is not finite, or a state
-            has a value that float16 does not hold.
-    """
-    kept = KeptLayers(layers)
-    outputs = run_teacher(
-        teacher,
-        [sample.input_ids for sample in samples],
-        batch_tokens=batch_tokens,
-        pooled_width=pooled_width,
-        tap=LayerTap(teacher.model, layers, kept),
-        on_batch=on_batch,
-    )
-    logits = outputs.vectors["class_logits"]
-    finite = np.isfinite(logits).all(axis=1)
-    if not finite.all():
-        first = samples[int(np.argmin(finite))].sample_id.hex()
-        raise UserError(
-            f"the teacher's logits of {int((~finite).sum())} samples are not finite (the first has "
-            f"the id {first}): give --dtype float32, or bfloat16 where the device has it"
-        )
-    ids = b"".join(sample.sample_id for sample in samples)
-    labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
-    return Captured(
-        fields={
-            "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
-            "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
-            "label": np.array(labels, np.int32),
-            "class_logits": logits,
-            **({} if pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}),
-            **kept.fields(len(samples)),
-        },
-        num_truncated=sum(sample.was_truncated for sample in samples),
-        environment=recorded_environment(
-            teacher, batch_tokens=batch_tokens, num_halvings=outputs.num_halvings
-        ),
-    )
-
-
-def _half(pooled: np.ndarray) -> np.ndarray:
-    return half(pooled, what="pooled states", option="--hidden pooled")
-
-
-NUM_PROBED_DOCUMENTS = 64
+# Batches of other shapes round otherwise: a few units in the last place of the format, amplified
+# by the depth of the model.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+VERIFIED_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
-    """A classifier with its corpora; a `Task`.
+class Classification(Task[ClassificationTeacher, Sample]):
+    """A classifier with its corpora.
 
     Attributes:
-        corpora: by split; the labelled one has the teacher's class ids.
-        batch_tokens: padded tokens in a forward batch.
         pooled_width: D of the pooled states; None where they are not cached.
-        layers: maps and states that are cached.
-        embeddings: None where the teacher has no table of them.
     """
 
-    teacher: ClassificationTeacher
-    corpora: Mapping[str, Corpus]
-    max_length: int
-    batch_tokens: int
+    packs_documents = False
+
     pooled_width: int | None
-    layers: LayerPlan
-    embeddings: StoredTable | None
 
     @classmethod
     def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> Classification:
         """Load the teacher and settle the labels.
 
-        Args:
-            config: the teacher and what to cache of it.
-            corpora: by split; `labeled` is read with labels.
-
         Raises:
             UserError: if the teacher cannot be loaded or lacks what is asked for, or the labels are
                 none of its classes or all of one class.
         """
-        teacher = load_teacher(config, with_maps=config.attention != "none")
+        teacher = cls.load(config, with_maps=config.attention != "none")
         labeled = corpora["labeled"].with_class_names(teacher.id2label)
         _require_two_classes(labeled)
         return cls(
@@ -157,9 +80,18 @@ class Classification:
             max_length=teacher.max_length(config.max_length),
             batch_tokens=config.batch_tokens,
             pooled_width=find_pooled_width(teacher) if hidden_options(config).pooled else None,
-            layers=LayerPlan.prepared(config, teacher),
-            embeddings=embedding_table(teacher.model, num_ids=_num_ids(teacher)),
+            layers=LayerPlan.prepared(config, teacher, is_packed=cls.packs_documents),
         )
+
+    @classmethod
+    def load(cls, config: TeacherConfig, *, with_maps: bool) -> ClassificationTeacher:
+        """A sequence classifier."""
+        return load_teacher(config, with_maps=with_maps)
+
+    @classmethod
+    def comparison(cls, reader: CacheReader, teacher: ClassificationTeacher) -> ClassesApart:
+        """Of logits, and of pooled states where they are cached."""
+        return ClassesApart(teacher, width_of_pooled(reader.manifest.schema))
 
     @property
     def schema(self) -> Schema:
@@ -200,62 +132,70 @@ class Classification:
                 if self.pooled_width is None
                 else {STATES: {"num_rows": self._num_states, "width": self.pooled_width}}
             ),
-            **self._probed_maps(),
+            **self.probed_maps(),
         }
 
-    def bytes_per_document(self, documents: Sequence[Document]) -> float | None:
-        """A sample's fields of one size, its mean number of ids and where they end."""
-        samples = self._tokenized(documents)
-        if not samples:
-            return None
-        tokens = sum(len(sample.input_ids) for sample in samples) / len(samples)
-        layers = self.layer_bytes_per_document(documents) * len(documents) / len(samples)
-        return fixed_bytes(self.schema) + (4 * tokens + 4) + layers
-
-    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
-        """Of maps and states."""
-        samples = self._tokenized(documents)
-        of_all = sum(self.layers.num_bytes([len(sample.input_ids)]) for sample in samples)
-        return of_all / len(documents)
-
-    def tokens_per_document(self, documents: Sequence[Document]) -> float:
-        """Mean number of tokens, empty documents included."""
-        samples = self._tokenized(documents)
-        return sum(len(sample.input_ids) for sample in samples) / len(documents)
-
-    def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
-        """Class logits, and states and maps where they are asked for."""
-        return capture(
-            self.teacher,
-            self._tokenized(documents),
-            batch_tokens=self.batch_tokens,
-            on_batch=on_batch,
-            layers=self.layers,
-            pooled_width=self.pooled_width,
-        )
-
-    def _tokenized(self, documents: Sequence[Document]) -> list[Sample]:
+    def samples(self, documents: Sequence[Document]) -> list[Sample]:
+        """Those that are not empty."""
         return tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
 
-    def _probed_maps(self) -> dict[str, Any]:
-        """What storing maps loses on the first documents; nothing where none are stored."""
-        if self.layers.attention is None:
-            return {}
-        corpus, errors = self.corpora["labeled"], RowErrors(self.layers.attention)
-        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
+    def say(self, samples: Sequence[Sample], tap: LayerTap, on_batch: OnBatch) -> Said:
+        """Class logits, exactly, and pooled states in float16.
+
+        Raises:
+            UserError: if a single sample does not fit into memory, a logit is not finite, or a
+                state has a value that float16 does not hold.
+        """
+        outputs = run_teacher(
+            self.teacher,
+            [sample.input_ids for sample in samples],
+            batch_tokens=self.batch_tokens,
+            pooled_width=self.pooled_width,
+            tap=tap,
+            on_batch=on_batch,
+        )
+        logits = outputs.vectors["class_logits"]
+        _refuse_not_finite(logits, samples)
+        ids = b"".join(sample.sample_id for sample in samples)
+        labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+        pooled = {} if self.pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}
+        return Said(
+            fields={
+                "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
+                "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
+                "label": np.array(labels, np.int32),
+                "class_logits": logits,
+                **pooled,
+            },
+            num_halvings=outputs.num_halvings,
+        )
+
+    def listen(self, samples: Sequence[Sample], tap: LayerTap) -> None:
+        """In batches, as a shard's samples are read."""
         run_teacher(
             self.teacher,
-            [sample.input_ids for sample in first_samples(self._tokenized(documents))],
+            [sample.input_ids for sample in samples],
             batch_tokens=self.batch_tokens,
             pooled_width=None,
-            tap=LayerTap(self.teacher.model, self.layers, errors),
+            tap=tap,
         )
-        return {"attention": errors.to_json()}
+
+    def lengths(self, sample: Sample) -> list[int]:
+        """Of one piece."""
+        return [len(sample.input_ids)]
+
+    def num_sharing(self, documents: Sequence[Document], samples: Sequence[Sample]) -> int:
+        """Those that make a sample: the others are left out of the shard."""
+        return len(samples)
+
+    def num_truncated(self, samples: Sequence[Sample]) -> int:
+        """Those that are longer than a sample."""
+        return sum(sample.was_truncated for sample in samples)
 
     @property
     def _num_states(self) -> int:
         """Ids of the tokenizer that the teacher can read: some have tokens beyond its table."""
-        return _num_ids(self.teacher) if self.embeddings is None else len(self.embeddings.rows)
+        return self.num_token_ids if self.embeddings is None else len(self.embeddings.rows)
 
     def _write_states(self, folder: Path) -> None:
         assert self.pooled_width is not None, "only then is there such a file"
@@ -268,8 +208,68 @@ class Classification:
         states.write(folder)
 
 
-def _num_ids(teacher: ClassificationTeacher) -> int:
-    return max(teacher.tokenizer.get_vocab().values()) + 1
+class ClassesApart:
+    """How far cached class logits and pooled states are from a teacher's; a `Comparison`.
+
+    Args:
+        teacher: the one that made the cache.
+        pooled_width: D of its pooled states; None where they are not cached.
+    """
+
+    def __init__(self, teacher: ClassificationTeacher, pooled_width: int | None):
+        self._teacher = teacher
+        self._pooled_width = pooled_width
+        self._logit = self._pooled = 0.0
+
+    def compare(self, samples: Sequence[StoredSample], tap_of: TapOf) -> None:
+        """All samples together, in batches."""
+        again = run_teacher(
+            self._teacher,
+            [sample["input_ids"] for sample in samples],
+            batch_tokens=VERIFIED_BATCH_TOKENS,
+            pooled_width=self._pooled_width,
+            tap=tap_of(samples),
+        ).vectors
+        cached = np.stack([sample["class_logits"] for sample in samples])
+        # A NaN stays one.
+        self._logit = float(np.maximum(self._logit, np.abs(again["class_logits"] - cached).max()))
+        if self._pooled_width is not None:
+            pooled = np.stack([sample[POOLED] for sample in samples])
+            apart = states_apart(again[POOLED], pooled)
+            self._pooled = float(np.maximum(self._pooled, apart.max()))
+
+    def require_close(self, cache: Path, dtype: str) -> float:
+        """The largest absolute difference of a logit.
+
+        Raises:
+            CheckFailed: naming the distance and the tolerance.
+        """
+        if not self._logit <= TOLERANCE[dtype]:
+            raise CheckFailed(
+                f"the teacher's logits differ by up to {self._logit:.2g} from those in {cache}, "
+                f"expected at most {TOLERANCE[dtype]}: make the cache again with --overwrite"
+            )
+        if not self._pooled <= STATE_TOLERANCE[dtype]:
+            raise CheckFailed(
+                f"the teacher's pooled states are up to {self._pooled:.2g} of their length away "
+                f"from those in {cache}, expected at most {STATE_TOLERANCE[dtype]}: make the cache "
+                "again with --overwrite"
+            )
+        return self._logit
+
+
+def _half(pooled: np.ndarray) -> np.ndarray:
+    return half(pooled, what="pooled states", option="--hidden pooled")
+
+
+def _refuse_not_finite(logits: np.ndarray, samples: Sequence[Sample]) -> None:
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all():
+        first = samples[int(np.argmin(finite))].sample_id.hex()
+        raise UserError(
+            f"the teacher's logits of {int((~finite).sum())} samples are not finite (the first has "
+            f"the id {first}): give --dtype float32, or bfloat16 where the device has it"
+        )
 
 
 def _require_two_classes(corpus: Corpus) -> None:

@@ -7,15 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from teacher_cache.stages.codecs.config import CodecConfig
-from teacher_cache.stages.config import (
-    DeviceConfig,
-    StageConfig,
-    comma_joined,
-)
+from teacher_cache.stages.codecs.config import FOR_A_CLASSIFIER, CodecConfig
+from teacher_cache.stages.config import DeviceConfig, Of, StageConfig, comma_joined
 
 TaskName = Literal["classification", "lm"]
 AttentionMode = Literal["none", "cls", "mean", "full"]
+OF_LANGUAGE_MODELS = Of(task="lm", elsewhere=FOR_A_CLASSIFIER)
 
 
 class TeacherConfig(DeviceConfig):
@@ -45,12 +42,12 @@ class TeacherConfig(DeviceConfig):
 class AlignmentConfig(StageConfig):
     """For whose token ids a language model's distributions are cached (--task lm)."""
 
-    student_tokenizer: str | None = Field(
+    student_tokenizer: Annotated[str | None, OF_LANGUAGE_MODELS] = Field(
         default=None,
         description="Tokenizer of the student, hub id or folder: the log says how its ids relate "
         "to the teacher's, and --align brings the distributions to them. Default: the preset's.",
     )
-    align: Literal["none", "truncate", "map"] | None = Field(
+    align: Annotated[Literal["none", "truncate", "map"] | None, OF_LANGUAGE_MODELS] = Field(
         default=None,
         description="Over whose ids the distributions are cached: none keeps the teacher's, for "
         "any student; truncate cuts or extends to the student's where equal ids mean equal "
@@ -67,7 +64,16 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         description="What the teacher does: classification of documents, or lm, the prediction of "
         "every next token.",
     )
-    hidden: Annotated[str, BeforeValidator(comma_joined)] = Field(
+    hidden: Annotated[
+        str,
+        BeforeValidator(comma_joined),
+        Of(
+            task="classification",
+            word="pooled",
+            elsewhere="{flag} {value} is of classifiers: leave pooled out with --task lm; last "
+            "caches each position's last state",
+        ),
+    ] = Field(
         default="none",
         description="States to cache besides the logits (float16), comma-separated: none; pooled, "
         "the vector that the teacher's classification head reads, for train-student "
@@ -75,7 +81,15 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         "teacher-states; last, each position's last state; numbers, its states behind these "
         "layers, from 0.",
     )
-    attention: AttentionMode = Field(
+    attention: Annotated[
+        AttentionMode,
+        Of(
+            task="classification",
+            word="cls",
+            elsewhere="{flag} {value} is of classifiers, which pool at one position: give "
+            "--attention mean or full, or leave it out with --task lm",
+        ),
+    ] = Field(
         default="none",
         description="Attention maps to cache: none; cls, the pooled position's row, mean over "
         "heads, of classifiers; mean, all rows, mean over heads; or full, every head by itself. "
@@ -97,7 +111,14 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         "behind it for --format zarr.",
     )
     overwrite: bool = Field(default=False, description="Start the cache again if it exists.")
-    views: int = Field(
+    views: Annotated[
+        int,
+        Of(
+            task="classification",
+            elsewhere="{flag} {value} is of classifiers, which label a perturbed text as a whole: "
+            "leave it out with --task lm",
+        ),
+    ] = Field(
         default=0,
         ge=0,
         description="Perturbed copies of each document to cache too, as unlabelled text.",

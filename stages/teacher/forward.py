@@ -1,15 +1,20 @@
-"""One forward pass of the teacher: class logits, and what its head read where that is asked for.
+"""Forward passes of a teacher over samples: of a classifier, and at every position of packed text.
 
 A classifier's *pooled state* is the vector that its classification head reads: the input of the
 first linear layer behind the base model. That is BERT's pooler output, the first token's last state
 in RoBERTa and DistilBERT. A decoder's head (GPT-2, Llama) reads every position and the model picks
 one row of its logits, so there it is the input at the position whose logits the model returned.
+
+Of a language model there are, on the device, one batch's final states and one slice's logits at a
+time, on the host the reduced values of all samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +23,17 @@ from transformers import PreTrainedModel
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import POOLED
-from teacher_cache.stages.models.causal import packed_in_rows
-from teacher_cache.stages.models.inference import OnBatch, Outputs, forward, run_in_batches
+from teacher_cache.stages.data.packing import PackedSample
+from teacher_cache.stages.models.causal import final_states, head_logits, packed_in_rows
+from teacher_cache.stages.models.inference import (
+    OnBatch,
+    Outputs,
+    for_each_batch,
+    forward,
+    run_in_batches,
+)
 from teacher_cache.stages.teacher.layers import LayerTap
-from teacher_cache.stages.teacher.load import ClassificationTeacher
+from teacher_cache.stages.teacher.load import ClassificationTeacher, LanguageModelTeacher
 
 
 def run_teacher(
@@ -147,3 +159,178 @@ def _read_by_head(
     # The last of equal ones: a causal decoder has read all there.
     position = (same * torch.arange(same.shape[1], device=same.device)).argmax(dim=1)
     return first_input[torch.arange(len(position), device=position.device), position]
+
+
+SLICE_LOGITS = 2**25  # 128 MiB in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Some positions of a batch, on the device.
+
+    Attributes:
+        logits: [n, V] float32.
+        next_ids: [n] int64, each position's next token; 0 where it is of another document or there
+            is none.
+        counts: [n] bool, whether there is a next token of the same document.
+        places: [n] int64, each position's index among those of all samples end to end: the same in
+            any batch, so that a draw can be seeded with it.
+        states: [n, D], what the head made the logits of, in the teacher's number format.
+    """
+
+    logits: Tensor
+    next_ids: Tensor
+    counts: Tensor
+    places: Tensor
+    states: Tensor
+
+
+class PerPosition(Protocol):
+    """What is kept of some positions, on the host."""
+
+    def __getitem__(self, where: slice, /) -> Self:
+        """Those of some of them."""
+        ...
+
+
+Kept = TypeVar("Kept", bound=PerPosition)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionOutputs(Generic[Kept]):
+    """What was kept of every position.
+
+    Attributes:
+        pieces: of each sample, in the samples' order, what was kept of its positions, in theirs.
+        num_halvings: how often a batch ran out of memory and was halved.
+    """
+
+    pieces: list[list[Kept]]
+    num_halvings: int
+
+
+def run_positions(
+    teacher: LanguageModelTeacher,
+    samples: Sequence[PackedSample],
+    reduce: Callable[[Slice], Kept],
+    *,
+    batch_tokens: int,
+    slice_logits: int = SLICE_LOGITS,
+    tap: LayerTap | None = None,
+    on_batch: OnBatch | None = None,
+) -> PositionOutputs[Kept]:
+    """Run the teacher over packed samples and keep what `reduce` makes of its logits.
+
+    Args:
+        teacher: on its device.
+        samples: of one shard.
+        reduce: sees every position, in slices; after memory ran out, some of them again.
+        batch_tokens: padded positions in a batch.
+        slice_logits: at most so many logits at a time, but those of one position.
+        tap: listens to the layers; its samples are those of `samples`.
+        on_batch: called after each batch with its samples and tokens.
+
+    Raises:
+        UserError: if a single sample does not fit into memory, or a position's logits are no
+            numbers.
+    """
+    lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
+    starts = np.cumsum([0, *lengths]).tolist()
+    pieces: list[list[Kept]] = [[] for _ in samples]
+
+    def run(batch: np.ndarray) -> None:
+        chosen = {int(i): samples[i] for i in batch}
+        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+        found: dict[int, list[Kept]] = {i: [] for i in chosen}
+        borders = np.cumsum([0, *lengths[batch]]).tolist()
+        start = 0
+        with torch.inference_mode():
+            for part in _slices(teacher, chosen, places, slice_logits, tap):
+                kept, stop = reduce(part), start + len(part.places)
+                for idx, i in enumerate(chosen):
+                    first, last = max(start, borders[idx]), min(stop, borders[idx + 1])
+                    if first < last:
+                        found[i].append(kept[first - start : last - start])
+                start = stop
+        for i, parts in found.items():
+            pieces[i] = parts
+
+    with tap or nullcontext():
+        num_halvings = for_each_batch(run, lengths, max_tokens=batch_tokens, on_batch=on_batch)
+    return PositionOutputs(pieces=pieces, num_halvings=num_halvings)
+
+
+def listen_to_packed(
+    teacher: LanguageModelTeacher, samples: Sequence[PackedSample], tap: LayerTap
+) -> None:
+    """Run the teacher over a few samples, a batch of their own, for what its layers say alone.
+
+    Args:
+        teacher: on its device.
+        samples: that fit into one batch.
+        tap: listens to the layers.
+    """
+    if not samples:
+        return
+    with tap:
+        final_states(
+            teacher.model,
+            [sample.input_ids for sample in samples],
+            [np.bincount(sample.segment).tolist() for sample in samples],
+            packs=teacher.packs,
+            tap=tap,
+            sample_idxs=range(len(samples)),
+        )
+
+
+def next_ids(sample: PackedSample) -> np.ndarray:
+    """Each position's next token, int64 [S]; 0 where the loss mask is False."""
+    following = np.append(sample.input_ids[1:], 0).astype(np.int64)
+    return np.where(sample.loss_mask, following, 0)
+
+
+def _slices(
+    teacher: LanguageModelTeacher,
+    batch: Mapping[int, PackedSample],
+    places: np.ndarray,
+    slice_logits: int,
+    tap: LayerTap | None,
+) -> Iterator[Slice]:
+    """A batch's positions, sample by sample, with their logits.
+
+    Raises:
+        UserError: if the logits of a position are no numbers.
+    """
+    samples = list(batch.values())
+    states = final_states(
+        teacher.model,
+        [sample.input_ids for sample in samples],
+        [[piece.stop - piece.start for piece in sample.pieces] for sample in samples],
+        packs=teacher.packs,
+        tap=tap,
+        sample_idxs=list(batch),
+    )
+    following = _on(teacher, np.concatenate([next_ids(sample) for sample in samples]))
+    counts = _on(teacher, np.concatenate([sample.loss_mask for sample in samples]))
+    where = _on(teacher, places)
+    num = max(1, slice_logits // teacher.num_logits)
+    for start in range(0, len(places), num):
+        part = slice(start, start + num)
+        logits = head_logits(teacher.model, states[part])
+        # Some models put -inf at ids that are no tokens: only a largest one must be a number.
+        if not torch.isfinite(logits.amax(dim=1)).all():
+            raise UserError(
+                f"the logits of {teacher.name} are not finite everywhere: give --dtype float32, or "
+                "bfloat16 where the device has it"
+            )
+        yield Slice(
+            logits=logits,
+            next_ids=following[part],
+            counts=counts[part],
+            places=where[part],
+            states=states[part],
+        )
+
+
+def _on(teacher: LanguageModelTeacher, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(teacher.device)

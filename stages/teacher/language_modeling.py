@@ -5,46 +5,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from teacher_cache.cache.codecs.named import AnyCodec
-from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.interface import Codec, Reduced
+from teacher_cache.cache.errors import CheckFailed
+from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import (
+    NEXT_LOG_PROB,
     Schema,
     bytes_per_position,
-    fixed_bytes,
     language_model_schema,
 )
-from teacher_cache.stages.codecs.capture import (
-    arrays_of,
-    packed_fields,
-    reduce_positions,
+from teacher_cache.stages.codecs.capture import draws_of, packed_fields, reduce_positions
+from teacher_cache.stages.codecs.interface import Positions
+from teacher_cache.stages.codecs.measure import (
+    Probe,
+    first_positions,
+    kl_to_decoded,
+    probe_codec,
+    probed_temperatures,
 )
-from teacher_cache.stages.codecs.options import codec_of
-from teacher_cache.stages.codecs.probe import Probe, probe_codec
-from teacher_cache.stages.codecs.sampled import DRAW_SEED, draws_of
+from teacher_cache.stages.codecs.named import chosen_room, codec_of, open_codec, room_of
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packing import Packed, PackedSample, pack, packing_settings
+from teacher_cache.stages.data.packing import Packed, PackedSample, Piece, pack, packing_settings
+from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.capture_alignment import CaptureAlignment, aligned
-from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.layers import (
-    KeptLayers,
-    LayerPlan,
-    LayerTap,
-    RowErrors,
-    first_samples,
-)
+from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
+from teacher_cache.stages.teacher.forward import Slice, listen_to_packed, run_positions
+from teacher_cache.stages.teacher.layers import LayerPlan, LayerTap
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
-from teacher_cache.stages.teacher.positions import Reduce, Slice, listen_to_packed, run_positions
-from teacher_cache.stages.teacher.tables import TABLE, TABLE_FILE, StoredTable, embedding_table
-from teacher_cache.stages.teacher.task import Captured, recorded_environment
+from teacher_cache.stages.teacher.tables import TABLE, TABLE_FILE
+from teacher_cache.stages.teacher.task import Said, StoredSample, TapOf, Task
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.support import (
     AnySupport,
@@ -52,53 +51,49 @@ from teacher_cache.stages.tokens.support import (
     Support,
     files_of,
     states_support,
+    support_of_cache,
 )
 
-NUM_PROBED_DOCUMENTS = 64
+ASSUMED_IDS = 2**16  # ids take 2 bytes up to here, which is most vocabularies
+# Of a position, nats: about half the square of what a logit may differ by, and the codec's own.
+KL_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.01}
+LOG_PROB_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}
+HALF_STEP = 2.0**-10  # of a value in f16, relative
+VERIFIED_BATCH_TOKENS = 8192
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModeling:
-    """A causal language model with its corpora; a `Task`.
+class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
+    """A causal language model with its corpora, read without labels: every next token is one.
 
     Attributes:
-        corpora: by split, read without labels: every next token is one.
-        batch_tokens: padded tokens in a forward batch.
         alignment: over whose ids the distributions are cached.
         codec: what is kept of a position.
-        head: of the support, where states are cached; None for other codecs.
-        layers: maps and states that are cached beside what the codec keeps.
+        head: of the teacher, where states are cached; None for other codecs.
     """
 
-    teacher: LanguageModelTeacher
-    corpora: Mapping[str, Corpus]
-    max_length: int
-    batch_tokens: int
+    packs_documents = True
+
     alignment: CaptureAlignment
-    codec: AnyCodec
+    codec: Codec
     head: LanguageModelHead | None
-    layers: LayerPlan
 
     @classmethod
     def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
         """Load the teacher and settle its support and codec.
-
-        Args:
-            config: the teacher and what to cache of it.
-            corpora: by split.
 
         Raises:
             UserError: if the teacher cannot be loaded or lacks what is asked for, or the codec
                 cannot serve it.
             CheckFailed: if its ids cannot be aligned as asked.
         """
-        teacher = load_language_model(config, with_maps=config.attention != "none")
+        teacher = cls.load(config, with_maps=config.attention != "none")
         alignment = aligned(
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
-        head = LanguageModelHead.of(teacher.model) if config.codec == "hidden" else None
+        head = chosen_room(config).head_of(teacher.model)
         return cls(
             teacher=teacher,
             corpora=corpora,
@@ -112,8 +107,29 @@ class LanguageModeling:
                 has_unmatched=isinstance(alignment.support, MappedSupport),
             ),
             head=head,
-            layers=LayerPlan.prepared(config, teacher, is_packed=True),
+            layers=LayerPlan.prepared(config, teacher, is_packed=cls.packs_documents),
         )
+
+    @classmethod
+    def load(cls, config: TeacherConfig, *, with_maps: bool) -> LanguageModelTeacher:
+        """A causal language model."""
+        return load_language_model(config, with_maps=with_maps)
+
+    @classmethod
+    def comparison(cls, reader: CacheReader, teacher: LanguageModelTeacher) -> PositionsApart:
+        """Of distributions and of the next tokens' log-probs."""
+        return PositionsApart(
+            teacher,
+            open_codec(reader, teacher.device),
+            support_of_cache(reader.cache, reader.manifest, teacher.tokenizer, teacher.num_logits),
+        )
+
+    @classmethod
+    def assumed_bytes_per_token(cls, config: ShardConfig) -> float | None:
+        """Of a usual vocabulary; what keeps all of a distribution takes the teacher to know."""
+        if chosen_room(config).lacks is None:
+            return None
+        return bytes_per_token(codec_of(config, support_size=ASSUMED_IDS, width=0))
 
     @property
     def support(self) -> AnySupport:
@@ -137,12 +153,6 @@ class LanguageModeling:
             found[HEAD_FILE] = self.head.of_support(states_support(self.support)).write
         return found
 
-    @cached_property
-    def embeddings(self) -> StoredTable | None:
-        """The rows of the teacher's own ids in its table, for students to start from."""
-        num_ids = max(self.teacher.tokenizer.get_vocab().values()) + 1
-        return embedding_table(self.teacher.model, num_ids=num_ids)
-
     def settings(self) -> dict[str, Any]:
         """All that changes the cached values, but for the data."""
         record = describe(self.teacher.tokenizer, max_length=self.max_length)
@@ -155,7 +165,7 @@ class LanguageModeling:
                 self.teacher.tokenizer, max_length=self.max_length, document_end="eos"
             ),
             "max_length": self.max_length,
-            **({"draw_seed": DRAW_SEED} if isinstance(self.codec, SampledCodec) else {}),
+            **room_of(self.codec).settings(self.codec),
             **self.layers.settings(),
         }
 
@@ -164,47 +174,15 @@ class LanguageModeling:
         probe = self.probe
         found = self.alignment.about | ({} if probe is None else {"probe": probe.to_json()})
         found[TABLE] = None if self.embeddings is None else self.embeddings.facts()
-        found |= self._probed_maps()
+        found |= self.probed_maps()
         return found if self.head is None else found | {"language_model_head": self.head.facts()}
 
-    @cached_property
-    def probe(self) -> Probe | None:
-        """Bytes and reconstruction error on the first documents; None if they predict nothing.
+    def samples(self, documents: Sequence[Document]) -> list[PackedSample]:
+        """Packed, in the documents' order."""
+        return self._pack(documents).samples
 
-        Raises:
-            UserError: if states and head do not give the teacher's logits.
-        """
-        return probe_codec(self.teacher, self._first_samples(), self.codec, self.support, self.head)
-
-    def bytes_per_document(self, documents: Sequence[Document]) -> float | None:
-        """A document's share of the samples' fields, by the heads that the probe found."""
-        packed = self._pack(documents)
-        if not packed.samples:
-            return None
-        # Of each ragged field the sample's end is stored too.
-        ragged = language_model_schema(self.codec.fields, is_packed=True)
-        per_sample = fixed_bytes(self.schema) + 4 * sum(spec.is_ragged for spec in ragged)
-        tokens = packed.num_tokens * self.bytes_per_token
-        of_codec = (tokens + len(packed.samples) * per_sample) / len(documents)
-        return of_codec + self.layer_bytes_per_document(documents)
-
-    def layer_bytes_per_document(self, documents: Sequence[Document]) -> float:
-        """Of maps and states."""
-        samples = self._pack(documents).samples
-        pieces = [np.bincount(sample.segment).tolist() for sample in samples]
-        return sum(self.layers.num_bytes(lengths) for lengths in pieces) / len(documents)
-
-    def tokens_per_document(self, documents: Sequence[Document]) -> float:
-        """Mean number of tokens, empty documents included."""
-        return self._pack(documents).num_tokens / len(documents)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Of all of a sample's fields but those of layers, which grow in other ways."""
-        return bytes_per_token(self.codec, None if self.probe is None else self.probe.num_ids)
-
-    def capture(self, documents: Sequence[Document], on_batch: OnBatch) -> Captured:
-        """Pack a shard's documents and keep what the codec keeps of each position."""
+    def samples_of_shard(self, documents: Sequence[Document]) -> list[PackedSample]:
+        """The log says how many documents go on in another sample."""
         packed = self._pack(documents)
         if packed.num_continued:
             logger.info(
@@ -213,45 +191,18 @@ class LanguageModeling:
                 f"{packed.num_continued:,}",
                 f"{len(documents):,}",
             )
-        kept = KeptLayers(self.layers)
-        outputs = run_positions(
-            self.teacher,
-            packed.samples,
-            self._reduce(packed.samples),
-            batch_tokens=self.batch_tokens,
-            tap=LayerTap(self.teacher.model, self.layers, kept),
-            on_batch=on_batch,
-        )
-        return Captured(
-            fields=packed_fields(self.codec, packed.samples, outputs.values)
-            | kept.fields(len(packed.samples)),
-            num_truncated=0,
-            environment=recorded_environment(
-                self.teacher, batch_tokens=self.batch_tokens, num_halvings=outputs.num_halvings
-            ),
-        )
+        return packed.samples
 
-    def _first_samples(self) -> list[PackedSample]:
-        corpus = self.corpora["labeled"]
-        documents = corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus)))
-        return self._pack(documents).samples
+    def say(self, samples: Sequence[PackedSample], tap: LayerTap, on_batch: OnBatch) -> Said:
+        """What the codec keeps of each position.
 
-    def _probed_maps(self) -> dict[str, Any]:
-        """What storing maps loses on the first documents; nothing where none are stored."""
-        if self.layers.attention is None:
-            return {}
-        errors = RowErrors(self.layers.attention)
-        tap = LayerTap(self.teacher.model, self.layers, errors)
-        listen_to_packed(self.teacher, first_samples(self._first_samples()), tap)
-        return {"attention": errors.to_json()}
-
-    def _pack(self, documents: Sequence[Document]) -> Packed:
-        return pack(documents, self.teacher.tokenizer, max_length=self.max_length)
-
-    def _reduce(self, samples: Sequence[PackedSample]) -> Reduce:
+        Raises:
+            UserError: if a single sample does not fit into memory, or a position's logits are no
+                numbers or cannot be kept.
+        """
         drawn_at = draws_of(self.codec, samples)
 
-        def reduce(part: Slice) -> dict[str, np.ndarray]:
+        def reduce(part: Slice) -> Reduced:
             reduced, _ = reduce_positions(
                 self.codec,
                 self.support,
@@ -260,12 +211,153 @@ class LanguageModeling:
                 states=part.states,
                 drawn_at=None if drawn_at is None else drawn_at[part.places.cpu().numpy()],
             )
-            return arrays_of(self.codec, reduced)
+            return reduced
 
-        return reduce
+        outputs = run_positions(
+            self.teacher,
+            samples,
+            reduce,
+            batch_tokens=self.batch_tokens,
+            tap=tap,
+            on_batch=on_batch,
+        )
+        return Said(
+            fields=packed_fields(self.codec, samples, outputs.pieces),
+            num_halvings=outputs.num_halvings,
+        )
+
+    def listen(self, samples: Sequence[PackedSample], tap: LayerTap) -> None:
+        """In one batch."""
+        listen_to_packed(self.teacher, samples, tap)
+
+    def lengths(self, sample: PackedSample) -> list[int]:
+        """Of the pieces of its documents."""
+        return [piece.stop - piece.start for piece in sample.pieces]
+
+    def num_sharing(self, documents: Sequence[Document], samples: Sequence[PackedSample]) -> int:
+        """All of them: samples hold several."""
+        return len(documents)
+
+    @cached_property
+    def probe(self) -> Probe | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Bytes and reconstruction error on the first documents; None if they predict nothing.
+
+        Raises:
+            UserError: if states and head do not give the teacher's logits.
+        """
+        chosen, places = first_positions(self.probed_samples())
+        if not len(places):
+            return None
+        with torch.inference_mode():
+            states = final_states(
+                self.teacher.model,
+                [sample.input_ids for sample in chosen],
+                [self.lengths(sample) for sample in chosen],
+                packs=self.teacher.packs,
+            )[torch.from_numpy(places).to(self.teacher.device)]
+            logits = head_logits(self.teacher.model, states)
+        drawn_at = draws_of(self.codec, chosen)
+        return probe_codec(
+            self.codec,
+            self.support,
+            Positions(
+                logits=logits,
+                next_ids=torch.full((len(logits),), -1, device=logits.device),
+                states=states,
+                drawn_at=None if drawn_at is None else drawn_at[places],
+            ),
+            None if self.head is None else self.head.to(self.teacher.device),
+        )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of all of a sample's fields but those of layers, by the heads that the probe found."""
+        return bytes_per_token(self.codec, None if self.probe is None else self.probe.num_ids)
+
+    @property
+    def num_ids(self) -> int:
+        """Of the support."""
+        return self.support.size
+
+    def _pack(self, documents: Sequence[Document]) -> Packed:
+        return pack(documents, self.teacher.tokenizer, max_length=self.max_length)
 
 
-def bytes_per_token(codec: AnyCodec, num_ids: float | None = None) -> float:
+class PositionsApart:
+    """How far cached distributions are from a teacher's; a `Comparison`.
+
+    Args:
+        teacher: the one that made the cache.
+        codec: opened, on the teacher's device.
+        support: of the cache.
+    """
+
+    def __init__(self, teacher: LanguageModelTeacher, codec: Codec, support: AnySupport):
+        self._teacher = teacher
+        self._codec = codec
+        self._support = support
+        (self._temperature, *_) = probed_temperatures(codec)
+        self._kl = self._log_prob = 0.0
+
+    def compare(self, samples: Sequence[StoredSample], tap_of: TapOf) -> None:
+        """A sample at a time: rows of one codec can differ in width."""
+        for sample in samples:
+            apart = partial(self._apart, sample=sample, rows=self._codec.expand(sample))
+            outputs = run_positions(
+                self._teacher,
+                [_packed(sample)],
+                apart,
+                batch_tokens=VERIFIED_BATCH_TOKENS,
+                tap=tap_of([sample]),
+            )
+            kl, log_prob = np.concatenate(outputs.pieces[0]).max(axis=0)
+            self._kl = float(np.maximum(self._kl, kl))  # a NaN stays one
+            self._log_prob = float(np.maximum(self._log_prob, log_prob))
+
+    def require_close(self, cache: Path, dtype: str) -> float:
+        """The largest KL of a position, nats.
+
+        Raises:
+            CheckFailed: naming the distances and the tolerances.
+        """
+        if not (self._kl <= KL_TOLERANCE[dtype] and self._log_prob <= LOG_PROB_TOLERANCE[dtype]):
+            raise CheckFailed(
+                f"the teacher's distributions differ by up to {self._kl:.2g} nats, and its next "
+                f"tokens' log-probs by {self._log_prob:.2g}, from those in {cache}, expected at "
+                f"most {KL_TOLERANCE[dtype]} and {LOG_PROB_TOLERANCE[dtype]}: make the cache again "
+                "with --overwrite"
+            )
+        return self._kl
+
+    def _apart(
+        self, part: Slice, sample: StoredSample, rows: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """[n, 2] KL, and how far the next token's log-prob is off beyond its rounding."""
+        where = part.places.cpu().numpy()
+        stored = {
+            name: torch.from_numpy(one[where]).to(self._teacher.device)
+            for name, one in rows.items()
+        }
+        exact, unmatched = self._support.log_probs(part.logits, self._temperature)
+        kl, _ = kl_to_decoded(exact, unmatched, self._codec.decode(stored, self._temperature))
+        log_probs, _ = self._support.teacher.log_probs(part.logits, 1.0)
+        again = log_probs.gather(1, part.next_ids[:, None])[:, 0].where(part.counts, 0.0)
+        cached = sample[NEXT_LOG_PROB].astype(np.float64)[where]
+        off = np.abs(again.cpu().numpy() - cached) - HALF_STEP * np.abs(cached)
+        return np.stack([kl, np.maximum(off, 0.0)], axis=1)
+
+
+def _packed(sample: StoredSample) -> PackedSample:
+    """The sample as the teacher saw it; of which documents it is, does not matter here."""
+    lengths = np.bincount(sample["segment"])
+    return PackedSample(
+        input_ids=sample["input_ids"],
+        segment=sample["segment"],
+        pieces=tuple(Piece(document_id=b"", start=0, stop=int(length)) for length in lengths),
+    )
+
+
+def bytes_per_token(codec: Codec, num_ids: float | None = None) -> float:
     """Stored bytes of a position, the token itself included.
 
     Args:

@@ -60,7 +60,7 @@ class LayerPlan:
         """Look at the teacher and settle what the options mean for it.
 
         Args:
-            config: that `check_layer_options` let pass.
+            config: that `check_options` let pass.
             teacher: on its device.
             is_packed: samples hold several documents.
 
@@ -484,3 +484,15 @@ class RowErrors:
             "row_kl": float(f"{self._sum / max(1, self._num_rows):.4g}"),
             "largest_row_kl": float(f"{self._largest:.4g}"),
         }
+
+
+# Of a state's length: what float16 rounds off on disk, and what batches of other shapes round.
+STATE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.02}
+
+
+def states_apart(again: np.ndarray, cached: np.ndarray) -> np.ndarray:
+    """[N] distances between vectors [N, D], each as a share of the cached one's length."""
+    wide = cached.astype(np.float64)
+    # A vector of zeros is as far from itself as nothing.
+    length = np.maximum(np.linalg.norm(wide, axis=1), np.finfo(np.float64).tiny)
+    return np.linalg.norm(again - wide, axis=1) / length

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.cache.codecs.topk import TopKCodec
+from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import file_sha256
 
@@ -113,12 +113,12 @@ class ListedPositions:
     """What lists say of a document's N positions.
 
     Attributes:
-        values: [N, ...] by name, of a `ReducedTopK`.
+        reduced: of the N positions.
         largest_sum: of a position's head, 1 at most but for rounding.
         num_below_resolution: positions whose tail is so small that rounding may have made it.
     """
 
-    values: dict[str, np.ndarray]
+    reduced: ReducedTopK
     largest_sum: float
     num_below_resolution: int
 
@@ -175,15 +175,15 @@ def listed_positions(
     with np.errstate(divide="ignore"):
         tail_r = np.log(tail) - log_probs[:, 0]
     return ListedPositions(
-        values={
-            "top1_log_prob": log_probs[:, 0].astype(np.float32),
-            "next_log_prob": next_log_prob.astype(np.float32),
-            "ids": ids,
-            "below_max": (log_probs - log_probs[:, :1]).astype(np.float32),
-            "tail_r": tail_r[:, None],
+        reduced=ReducedTopK(
+            top1_log_prob=log_probs[:, 0].astype(np.float32),
+            next_log_prob=next_log_prob.astype(np.float32),
+            ids=ids,
+            below_max=(log_probs - log_probs[:, :1]).astype(np.float32),
+            tail_r=tail_r[:, None],
             # Not known, and read between temperatures only, of which there are none.
-            "tail_m": np.full((num, 1), np.nan),
-        },
+            tail_m=np.full((num, 1), np.nan),
+        ),
         largest_sum=float(sums[:-1].max(initial=0.0)),
         num_below_resolution=int((is_known & (tail < RESOLUTION)).sum()),
     )

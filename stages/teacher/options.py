@@ -1,4 +1,4 @@
-"""From the options of stage one to a codec; what an option does not belong to is refused."""
+"""The options of stage one: what does not go together is refused, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,64 +7,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.codecs.options import (
-    DEFAULT_CODEC,
-    flag_of,
-    given_options,
-    refuse_foreign_options,
-)
-from teacher_cache.stages.teacher.config import AlignmentConfig, ShardConfig
+from teacher_cache.stages.codecs.config import DEFAULT_CODEC
+from teacher_cache.stages.codecs.named import chosen_room, whole_codecs
+from teacher_cache.stages.config import refuse_foreign_options
+from teacher_cache.stages.teacher.config import ShardConfig
+
+NO_ALIGNMENT = "none"
 
 
 def check_options(config: ShardConfig) -> None:
-    """Refuse what the task or the codec has no use for; nothing is left out in silence.
-
-    Raises:
-        UserError: naming the option and what it belongs to.
-    """
-    check_alignment(config)
-    check_layer_options(config)
-    given = given_options(config)
-    if config.task == "classification":
-        if given:
-            raise UserError(
-                f"{flag_of(given[0])} is of language models, and this run caches a classifier: "
-                "leave it out, or give --task lm"
-            )
-        return
-    if config.views:
-        raise UserError(
-            f"--views {config.views} is of classifiers, which label a perturbed text as a whole: "
-            "leave it out with --task lm"
-        )
-    refuse_foreign_options(config, config.codec or DEFAULT_CODEC)
-
-
-NO_ALIGNMENT = "none"
-WHOLE = ("hidden", "dense")  # codecs that lose no id: what they hold can be mapped at any time
-
-
-def check_alignment(config: ShardConfig) -> None:
     """Refuse what the task or the codec has no use for, before anything is loaded.
 
     Raises:
         UserError: naming the option and what it belongs to.
     """
-    for name in AlignmentConfig.model_fields:
-        if config.task == "classification" and getattr(config, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} is of language models, and this run caches a "
-                "classifier: leave it out, or give --task lm"
-            )
+    refuse_foreign_options(config, task=config.task, codec=config.codec or DEFAULT_CODEC)
+    _check_alignment(config)
+    _check_layers(config)
+
+
+def _check_alignment(config: ShardConfig) -> None:
+    """Refuse an alignment to no ids, or of a distribution that is kept whole.
+
+    Raises:
+        UserError: naming the option and what it belongs to.
+    """
     align = config.align or NO_ALIGNMENT
     if align != NO_ALIGNMENT and config.student_tokenizer is None:
         raise UserError(
             f"--align {align} needs the ids that it aligns to: give --student-tokenizer, the "
             "student's tokenizer"
         )
-    if align == "map" and config.codec in WHOLE:
+    if align == "map" and chosen_room(config).lacks is None:
+        partial = " and ".join(whole_codecs(are_whole=False))
         raise UserError(
-            f"--align map is of --codec topk and sampled, which keep a part of what they map; "
+            f"--align map is of --codec {partial}, which keep a part of what they map; "
             f"--codec {config.codec} keeps the teacher's whole distribution, which loses nothing "
             "by being mapped later: leave --align out, or give the other codec"
         )
@@ -116,8 +93,8 @@ def hidden_options(config: ShardConfig) -> HiddenOptions:
     )
 
 
-def check_layer_options(config: ShardConfig) -> None:
-    """Refuse what has no meaning for the task, before anything is loaded.
+def _check_layers(config: ShardConfig) -> None:
+    """Refuse maps and states that cannot be meant, before anything is loaded.
 
     Raises:
         UserError: naming the option and what it belongs to.
@@ -134,22 +111,10 @@ def check_layer_options(config: ShardConfig) -> None:
             f"--attention-layers is {asked!r}, expected last, all or numbers of layers from 0, "
             "comma-separated, as in 0,5"
         )
-    if config.task != "lm":
-        return
-    if config.attention == "cls":
+    if hidden.last and config.codec is not None and chosen_room(config).keeps_states:
         raise UserError(
-            "--attention cls is of classifiers, which pool at one position: give --attention mean "
-            "or full, or leave it out with --task lm"
-        )
-    if hidden.pooled:
-        raise UserError(
-            f"--hidden {config.hidden} is of classifiers: leave pooled out with --task lm; last "
-            "caches each position's last state"
-        )
-    if hidden.last and config.codec == "hidden":
-        raise UserError(
-            f"--hidden {config.hidden} with --codec hidden would cache the last states twice: "
-            "leave last out"
+            f"--hidden {config.hidden} with --codec {config.codec} would cache the last states "
+            "twice: leave last out"
         )
 
 
@@ -157,7 +122,7 @@ def chosen_layers(asked: str | None, available: Sequence[int], teacher: str) -> 
     """The layers of which maps are cached.
 
     Args:
-        asked: of `--attention-layers`, that `check_layer_options` let pass.
+        asked: of `--attention-layers`, that `check_options` let pass.
         available: layers that give maps, ascending.
         teacher: its name, for a message.
 

@@ -215,7 +215,7 @@ def states_support(support: AnySupport) -> Support:
     """The support of cached states, which are never mapped.
 
     Raises:
-        ValueError: for a mapped one, which `alignment.check_alignment` refuses before.
+        ValueError: for a mapped one, which the options refuse before.
     """
     if isinstance(support, MappedSupport):
         raise ValueError("states go through the teacher's head: their support cannot be mapped")

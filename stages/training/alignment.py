@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages.join.alignment import Alignment
 from teacher_cache.stages.join.config import ProjectionConfig
@@ -108,7 +108,7 @@ class AlignedStudents:
         return partial(AlignedSamples, aligner=self.alignment.aligner, is_spans=is_spans)
 
     def collator(
-        self, pad_id: int, codec: AnyCodec, layers: CachedLayers | None
+        self, pad_id: int, codec: Codec, layers: CachedLayers | None
     ) -> AlignedCollator | PackedCollator:
         """What stacks them; the teacher's layers, too, where they are matched."""
         if self.alignment.rereads:

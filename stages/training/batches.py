@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import POOLED
@@ -298,7 +298,7 @@ class PackedCollator(Collator):
         layers: what is matched inside the teacher, or none.
     """
 
-    def __init__(self, pad_id: int, codec: AnyCodec, layers: Expanding | None = None):
+    def __init__(self, pad_id: int, codec: Codec, layers: Expanding | None = None):
         super().__init__(pad_id, layers)
         self._codec = codec
 
@@ -388,7 +388,7 @@ class AlignedCollator(Collator):
         codec: of the cache.
     """
 
-    def __init__(self, pad_id: int, codec: AnyCodec):
+    def __init__(self, pad_id: int, codec: Codec):
         super().__init__(pad_id)
         self._codec = codec
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
-from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.interface import Codec
+from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Ragged
+from teacher_cache.stages.codecs.named import open_codec, require_temperature, room_of, serves
 from teacher_cache.stages.join.alignment import Alignment, require_known_ids
 from teacher_cache.stages.join.join import Joined
-from teacher_cache.stages.models.head import read_language_model_head
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
@@ -36,7 +35,6 @@ from teacher_cache.stages.training.auxiliaries import (
     write_projection,
 )
 from teacher_cache.stages.training.cached_layers import CachedLayers
-from teacher_cache.stages.training.cached_teacher import CachedTeacher, ProjectedTeacher
 from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
 from teacher_cache.stages.training.data import ordered_data
 from teacher_cache.stages.training.held_out import HeldOutTokens
@@ -44,7 +42,7 @@ from teacher_cache.stages.training.layers import Schedule
 from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import OBJECTIVE, Measure
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
-from teacher_cache.stages.training.targets import require_temperature, serves
+from teacher_cache.stages.training.targets import CachedTeacher, ProjectedTeacher
 from teacher_cache.stages.training.task import Course
 from teacher_cache.stages.training.terms import Chunks, Term
 from teacher_cache.stages.training.views import TargetsOf, TokensView
@@ -101,7 +99,7 @@ class LanguageModelStudents:
             require_known_ids(alignment, max(map(_largest_id, self._readers)))
         self._say_if_coarse(alignment)
         data = ordered_data(self._config, self._readers, aligned.samples)
-        codec = self._opened_codec(support)
+        codec = open_codec(self._readers[0], support=support)
         projection = aligned.projection(self._teacher_table(codec, support))
         student, runs = self._student(joined, projection)
         chunks = Chunks(objective=self._config) if alignment.kind == "spans" else None
@@ -152,33 +150,18 @@ class LanguageModelStudents:
         return self._layers.terms(PositionMap())
 
     def _say_if_coarse(self, alignment: Alignment) -> None:
-        if not isinstance(self._codec, SampledCodec):
-            return
-        by = "--align projection" if alignment.kind == "projection" else None
-        if self._config.divergence != "kl":
-            by = f"--divergence {self._config.divergence}"
-        if by is not None:
-            logger.info(
-                "the teacher is coarse: %s takes the drawn ids with their exact probabilities, and "
-                "one outcome for all others; the counts serve the forward KL alone",
-                by,
-            )
+        sentence = room_of(self._codec).coarse_for(
+            divergence=self._config.divergence, is_projected=alignment.kind == "projection"
+        )
+        if sentence is not None:
+            logger.info("%s", sentence)
 
-    def _opened_codec(self, support: Support) -> AnyCodec:
-        """With the teacher's head, where it decodes through one."""
-        if not isinstance(self._codec, HiddenCodec):
-            return self._codec
-        reader = self._readers[0]
-        head = read_language_model_head(reader.cache, reader.manifest)
-        return replace(self._codec, head=head.of_support(support))
-
-    def _teacher_table(self, codec: AnyCodec, support: Support) -> Tensor | None:
+    def _teacher_table(self, codec: Codec, support: Support) -> Tensor | None:
         """The teacher's input embeddings, else its head, where the cache holds one of them."""
         reader = self._readers[0]
         if TABLE_FILE in reader.manifest.teacher_files:
             return read_embedding_table(reader.cache, reader.manifest)[: support.size]
-        head: Any = codec.head if isinstance(codec, HiddenCodec) else None
-        return None if head is None else head.weight
+        return room_of(codec).head_weight(codec)
 
     def _student(
         self, joined: Joined, projection: LearnedProjection | None
@@ -249,7 +232,7 @@ class _Taught:
 
     aligned: AlignedStudents
     support: Support
-    codec: AnyCodec
+    codec: Codec
     projection: LearnedProjection | None
     vocab_size: int
 
@@ -263,7 +246,8 @@ class _Taught:
             else self.aligned.support(self.vocab_size)
         )
         cached = CachedTeacher(
-            codec=_on_device(self.codec, device), fixed=None if fixed is None else fixed.to(device)
+            codec=room_of(self.codec).to(self.codec, device),
+            fixed=None if fixed is None else fixed.to(device),
         )
         teacher: TargetsOf = cached
         if self.projection is not None:
@@ -329,11 +313,3 @@ def _mask(support: Support, vocab_size: int) -> Tensor | None:
     mask[: support.size] = True
     mask[list(support.unused)] = False
     return None if bool(mask.all()) else mask
-
-
-def _on_device(codec: AnyCodec, device: torch.device) -> AnyCodec:
-    """The codec with its head, if it decodes through one, where it decodes."""
-    if not isinstance(codec, HiddenCodec):
-        return codec
-    head: Any = codec.head
-    return replace(codec, head=head.to(device))

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.ids import unpack_ids
-from teacher_cache.cache.codecs.named import AnyCodec
-from teacher_cache.cache.codecs.ragged_heads import is_filled, masked_ids
-from teacher_cache.cache.codecs.sampled import (
-    COUNTS,
-    IDS,
-    LOG_PROBS,
-    LSE,
-    SIZES,
-    UNMATCHED,
-    SampledCodec,
-)
-from teacher_cache.cache.codecs.temperatures import require_within
-from teacher_cache.cache.codecs.topk import TopKCodec
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.codecs.interface import Codec, Decoded
+from teacher_cache.stages.codecs.interface import Drawn, Unmatched
+from teacher_cache.stages.codecs.named import room_of
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.draws import MappedDraws, SampledTargets
+from teacher_cache.stages.losses.linear_head import MAX_LOGITS
+from teacher_cache.stages.losses.objective import TargetsByPosition
 from teacher_cache.stages.tokens.mapped_teacher import map_head
-from teacher_cache.stages.training.vocabulary_projection import LearnedProjection
+from teacher_cache.stages.training.vocabulary_projection import LearnedProjection, learned_share_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +24,25 @@ class CachedTargets:
     """Positions as stored, decoded a run at a time: a whole support of all would fill the memory.
 
     Attributes:
-        codec: of the cache; one of hidden states with its head, on the device of `stored`.
+        codec: of the cache, opened, on the device of `stored`.
         stored: [N, ...] each, the codec's fields by name, expanded.
         temperature: at which teacher and student are compared.
         num_outcomes: of the student, at least the support's.
     """
 
-    codec: AnyCodec
+    codec: Codec
     stored: Mapping[str, Tensor]
     temperature: float
     num_outcomes: int
+
+    def answers_at(self, where: slice) -> Decoded | Drawn:
+        """What the cache says at a run of positions.
+
+        Raises:
+            UserError: if it does not serve the temperature.
+        """
+        stored = {name: field[where] for name, field in self.stored.items()}
+        return room_of(self.codec).answer(self.codec, stored, self.temperature)
 
     def at_positions(self, where: slice) -> TeacherDistribution | SampledTargets:
         """The teacher at a run of positions.
@@ -51,104 +50,45 @@ class CachedTargets:
         Raises:
             UserError: if the cache does not serve the temperature.
         """
-        stored = {name: field[where] for name, field in self.stored.items()}
-        if isinstance(self.codec, SampledCodec):
-            return sampled_targets(self.codec, stored, self.temperature)
-        decoded = self.codec.decode(stored, self.temperature)
-        if decoded.ids is None:
-            missing = self.num_outcomes - decoded.log_probs.shape[-1]
-            return TeacherDistribution(
-                log_probs=torch.nn.functional.pad(
-                    decoded.log_probs, (0, missing), value=-torch.inf
-                ),
-                temperature=self.temperature,
-            )
+        return compared(self.answers_at(where), num_outcomes=self.num_outcomes)
+
+
+def compared(found: Decoded | Drawn, *, num_outcomes: int) -> TeacherDistribution | SampledTargets:
+    """A cache's answer as the losses take it.
+
+    Args:
+        found: over the cached ids.
+        num_outcomes: of the student; the teacher rules out those that it has no id of.
+    """
+    if isinstance(found, Drawn):
+        return _sampled(found)
+    if found.ids is None:
+        missing = num_outcomes - found.log_probs.shape[-1]
         return TeacherDistribution(
-            log_probs=decoded.log_probs,
-            head_ids=decoded.ids,
-            tail_log_prob=decoded.tail_log_prob,
-            temperature=self.temperature,
+            log_probs=torch.nn.functional.pad(found.log_probs, (0, missing), value=-torch.inf),
+            temperature=found.temperature,
         )
-
-    def unmatched_at(self, where: slice) -> Unmatched | None:
-        """What of a drawn teacher has no id in the cache; None where all has one."""
-        codec = self.codec
-        if not isinstance(codec, SampledCodec) or not codec.has_unmatched:
-            return None
-        log_prob, drawn_log_prob = (
-            self.stored[UNMATCHED][where][..., codec.temperatures.index(one)].float()
-            for one in (self.temperature, codec.draw_temperature)
-        )
-        return Unmatched(
-            log_prob=log_prob, drawn_log_prob=drawn_log_prob, num_draws=codec.num_draws
-        )
+    return TeacherDistribution(
+        log_probs=found.log_probs,
+        head_ids=found.ids,
+        tail_log_prob=found.tail_log_prob,
+        temperature=found.temperature,
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unmatched:
-    """The mass of a teacher that had no id when it was cached, at some positions.
-
-    Attributes:
-        log_prob: [...] nats, at the temperature that is compared at.
-        drawn_log_prob: [...] nats, at that of the draws.
-        num_draws: N of each position, those that met it included.
-    """
-
-    log_prob: Tensor
-    drawn_log_prob: Tensor
-    num_draws: int
-
-
-def sampled_targets(
-    codec: SampledCodec, stored: Mapping[str, Tensor], temperature: float
-) -> SampledTargets:
-    """Draws with the teacher's log-probs at a temperature, drawn from it at another.
-
-    Not by `codec.decode`: its head shares its mass with a ghost, which the estimate has none of.
-
-    Raises:
-        UserError: if the temperature is not of the cache's grid.
-    """
-    codec.require_stored(temperature)
-    log_probs = stored[LOG_PROBS].float()
-    filled = is_filled(stored[SIZES].long(), log_probs.shape[-1])
-    log_probs = torch.where(filled, log_probs, -torch.inf)
+def _sampled(found: Drawn) -> SampledTargets:
+    """Draws with the teacher's log-probs at a temperature, drawn from it at another."""
     drawn = SampledTargets(
-        ids=masked_ids(unpack_ids(stored[IDS], stored.get(f"{IDS}_high")), filled),
-        counts=torch.where(filled, stored[COUNTS].long(), 0),
-        log_probs=log_probs,
-        proposal_log_probs=log_probs,
-        temperature=codec.draw_temperature,
-        support_size=codec.support_size,
+        ids=found.ids,
+        counts=found.counts,
+        log_probs=found.log_probs,
+        proposal_log_probs=found.log_probs,
+        temperature=found.draw_temperature,
+        support_size=found.support_size,
     )
-    if temperature == codec.draw_temperature:
+    if found.lse is None or found.new_lse is None:
         return drawn
-    lse, new_lse = (
-        stored[LSE][..., codec.temperatures.index(one)].float()
-        for one in (codec.draw_temperature, temperature)
-    )
-    return drawn.at_temperature(temperature, lse=lse, new_lse=new_lse)
-
-
-def serves(codec: AnyCodec, temperature: float) -> bool:
-    """Whether a cache of this codec can be decoded at a temperature."""
-    try:
-        require_temperature(codec, temperature)
-    except UserError:
-        return False
-    return True
-
-
-def require_temperature(codec: AnyCodec, temperature: float) -> None:
-    """Refuse a temperature that the cache does not serve.
-
-    Raises:
-        UserError: naming its grid.
-    """
-    if isinstance(codec, SampledCodec):
-        codec.require_stored(temperature)
-    elif isinstance(codec, TopKCodec):
-        require_within(temperature, codec.temperatures)
+    return drawn.at_temperature(found.temperature, lse=found.lse, new_lse=found.new_lse)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +122,8 @@ class MappedTargets:
 
     def at_positions(self, where: slice) -> TeacherDistribution | MappedDraws:
         """The teacher at a run of positions, always with a ghost."""
-        found = self.cached.at_positions(where)
+        answer = self.cached.answers_at(where)
+        found = compared(answer, num_outcomes=self.cached.num_outcomes)
         head = head_of(found, num_ids=len(self.fixed.student_ids))
         assert head.head_ids is not None and head.tail_log_prob is not None, "it is a head"
         ids, log_probs, tail = map_head(
@@ -194,9 +135,9 @@ class MappedTargets:
             tail_log_prob=tail,
             temperature=head.temperature,
         )
-        if not isinstance(found, SampledTargets):
+        if not isinstance(answer, Drawn):
             return mapped
-        return mapped_draws(found, self.fixed, mapped, self.cached.unmatched_at(where))
+        return mapped_draws(_sampled(answer), self.fixed, mapped, answer.unmatched)
 
 
 def mapped_draws(
@@ -290,3 +231,96 @@ def head_of(found: TeacherDistribution | SampledTargets, *, num_ids: int) -> Tea
         tail_log_prob=torch.full_like(log_probs[..., 0], -torch.inf),
         temperature=found.temperature,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedTeacher:
+    """The distributions as cached; a `TargetsOf`.
+
+    Attributes:
+        codec: of the cache; one of hidden states with its head, on the training's device.
+        fixed: from the cached ids to the student's; None where they are the same.
+    """
+
+    codec: Codec
+    fixed: FixedMap | None = None
+
+    def __call__(
+        self,
+        stored: Mapping[str, Tensor],
+        *,
+        temperature: float,
+        num_outcomes: int,
+        step: int | None,
+    ) -> TargetsByPosition:
+        """Through the fixed map, at every step alike."""
+        fixed = self.fixed
+        cached = CachedTargets(
+            codec=self.codec,
+            stored=stored,
+            temperature=temperature,
+            num_outcomes=num_outcomes if fixed is None else len(fixed.student_ids),
+        )
+        return cached if fixed is None else MappedTargets(cached=cached, fixed=fixed)
+
+    @property
+    def learned(self) -> Sequence[Tensor]:
+        """None."""
+        return ()
+
+    @property
+    def max_logits(self) -> int:
+        """As many as ever."""
+        return MAX_LOGITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedTeacher:
+    """The distributions through a projection that learns beside the student; a `TargetsOf`.
+
+    Attributes:
+        fixed: through the fixed map, with which held-out distances are measured, so that they can
+            be compared with those of `map`.
+        projection: of the teacher's ids.
+        between: the steps between which the fixed map passes into the learned projection.
+    """
+
+    fixed: CachedTeacher
+    projection: LearnedProjection
+    between: tuple[int, int]
+
+    def __call__(
+        self,
+        stored: Mapping[str, Tensor],
+        *,
+        temperature: float,
+        num_outcomes: int,
+        step: int | None,
+    ) -> TargetsByPosition:
+        """Through the projection as it is at a step, or through the fixed map."""
+        if step is None:
+            return self.fixed(stored, temperature=temperature, num_outcomes=num_outcomes, step=None)
+        start, end = self.between
+        codec = self.fixed.codec
+        return ProjectedTargets(
+            cached=CachedTargets(
+                codec=codec,
+                stored=stored,
+                temperature=temperature,
+                num_outcomes=codec.support_size,
+            ),
+            projection=self.projection,
+            learned_share=learned_share_at(step, start=start, end=end),
+        )
+
+    @property
+    def learned(self) -> Sequence[Tensor]:
+        """The projection's scores."""
+        return (self.projection.scores,)
+
+    @property
+    def max_logits(self) -> int:
+        """Fewer where a whole distribution, projected, takes several times the student's place."""
+        if room_of(self.fixed.codec).projects_in_place:
+            return MAX_LOGITS
+        return MAX_LOGITS // (self.projection.student_ids.shape[1] + 3)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.schema import TOP1_LOG_PROB
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
@@ -180,7 +180,7 @@ class TokensView:
         support: [V] bool, the ids over which the two are compared; None: all.
     """
 
-    def __init__(self, codec: AnyCodec, targets: TargetsOf, support: Tensor | None):
+    def __init__(self, codec: Codec, targets: TargetsOf, support: Tensor | None):
         self._codec = codec
         self._targets = targets
         self._support = support

@@ -12,7 +12,8 @@ import pytest
 
 from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.hidden import HiddenCodec, ReducedHidden
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.codecs.interface import Codec
+from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import BadShardError, UserError
@@ -35,7 +36,7 @@ from tests.reference_codecs import realistic_logits, reduce_dense, reduce_sample
 from tests.small_caches import make_manifest, make_plans, write_teacher_files
 
 NUM_IDS = 40
-CODECS: dict[str, AnyCodec] = {
+CODECS: dict[str, Codec] = {
     "topk": TopKCodec(support_size=NUM_IDS, top_k=6),
     "topk of many ids": TopKCodec(support_size=151_936, top_k=6),
     "topk exact": TopKCodec(support_size=300_000, top_k=5, is_exact=True),
@@ -50,11 +51,11 @@ LENGTHS = (4, 0, 1, 7)  # of the samples of a shard, over and over
 
 
 @pytest.fixture(params=CODECS)
-def codec(request: pytest.FixtureRequest) -> AnyCodec:
+def codec(request: pytest.FixtureRequest) -> Codec:
     return CODECS[request.param]
 
 
-def stored_sample(codec: AnyCodec, num: int, seed: int) -> dict[str, np.ndarray]:
+def stored_sample(codec: Codec, num: int, seed: int) -> dict[str, np.ndarray]:
     """A codec's fields of one sample of `num` positions."""
     logits = realistic_logits(max(num, 1), NUM_IDS, seed=seed)
     reduced: Any
@@ -77,11 +78,11 @@ def stored_sample(codec: AnyCodec, num: int, seed: int) -> dict[str, np.ndarray]
     return codec.encode(reduced[0:num])  # pyright: ignore[reportArgumentType]
 
 
-def schema_of(codec: AnyCodec) -> Schema:
+def schema_of(codec: Codec) -> Schema:
     return language_model_schema(codec.fields, is_packed=True, has_offsets=True)
 
 
-def make_fields(codec: AnyCodec, samples: range) -> Fields:
+def make_fields(codec: Codec, samples: range) -> Fields:
     rows: list[dict[str, np.ndarray]] = []
     for sample in samples:
         num, rng = LENGTHS[sample % len(LENGTHS)], np.random.default_rng(sample)
@@ -119,12 +120,12 @@ def test_schema_of_a_language_model() -> None:
     assert bytes_per_position(plain) == 4 + 1 + CODECS["topk"].bytes_per_token()
 
 
-def test_specs_survive_json(codec: AnyCodec) -> None:
+def test_specs_survive_json(codec: Codec) -> None:
     for spec in schema_of(codec):
         assert FieldSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-def test_the_store_gives_back_every_bit_as_views(tmp_path: Path, codec: AnyCodec) -> None:
+def test_the_store_gives_back_every_bit_as_views(tmp_path: Path, codec: Codec) -> None:
     schema, fields = schema_of(codec), make_fields(codec, range(70))
     assert check_fields(schema, fields) == 70
     data, batches = encode(schema, fields)
@@ -149,13 +150,13 @@ def test_the_store_gives_back_every_bit_as_views(tmp_path: Path, codec: AnyCodec
         )
 
 
-def test_a_shard_without_samples(tmp_path: Path, codec: AnyCodec) -> None:
+def test_a_shard_without_samples(tmp_path: Path, codec: Codec) -> None:
     data, batches = encode(schema_of(codec), make_fields(codec, range(0)))
     (tmp_path / "shard").write_bytes(data)
     assert len(ArrowShard(tmp_path / "shard", schema_of(codec), batches, len(data))) == 0
 
 
-def test_through_writer_and_reader_with_a_bad_byte_found(tmp_path: Path, codec: AnyCodec) -> None:
+def test_through_writer_and_reader_with_a_bad_byte_found(tmp_path: Path, codec: Codec) -> None:
     plans = make_plans(10)
     settings = {"codec": codec.settings}
     manifest = replace(make_manifest(plans, settings), schema=schema_of(codec))

@@ -25,14 +25,13 @@ from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.inference import class_logits
-from teacher_cache.stages.teacher import classification
-from teacher_cache.stages.teacher.classification import capture
+from teacher_cache.stages.teacher.classification import Classification
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
-from teacher_cache.stages.teacher.task import Captured
+from teacher_cache.stages.teacher.load import identity, load_teacher
+from teacher_cache.stages.teacher.task import Said
 from tests.small_caches import contents
 from tests.tiny_models import write_tiny_gpt2
-from tests.tiny_runs import reviews_config
+from tests.tiny_runs import reviews_config, said_of
 
 
 def sample_of(*ids: int) -> Sample:
@@ -63,7 +62,7 @@ def test_the_head_of_a_half_precision_teacher_is_float32(tiny_bert: Path) -> Non
     assert isinstance(teacher.model, BertForSequenceClassification)
     assert teacher.model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
     assert teacher.model.classifier.weight.dtype == torch.float32
-    fields = capture(teacher, SAMPLES, batch_tokens=64, on_batch=lambda *_: None).fields
+    fields = said_of(teacher, SAMPLES)
     logits = torch.from_numpy(np.asarray(fields["class_logits"]))
     assert (logits.bfloat16().float() != logits).any()
 
@@ -92,7 +91,7 @@ def test_logits_that_are_no_numbers_are_not_cached(tiny_bert: Path) -> None:
     with torch.no_grad():
         teacher.model.classifier.bias.fill_(float("inf"))
     with pytest.raises(UserError, match=r"5 samples are not finite .* --dtype float32"):
-        capture(teacher, SAMPLES, batch_tokens=64, on_batch=lambda *_: None)
+        said_of(teacher, SAMPLES)
 
 
 def test_the_teachers_configuration_is_in_its_identity(tiny_bert: Path, tmp_path: Path) -> None:
@@ -181,20 +180,18 @@ def viewed(folder: Path, teacher: Path, views: int, num: int = 20) -> CacheTeach
 def test_a_cache_gains_views_and_computes_nothing_else(
     tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def counted(
-        teacher: ClassificationTeacher, samples: Sequence[Sample], **given: Any
-    ) -> Captured:
+    def counted(task: Classification, samples: Sequence[Sample], *given: Any) -> Said:
         seen.extend(sample.sample_id for sample in samples)
-        return capture(teacher, samples, **given)
+        return say(task, samples, *given)
 
     def computed(views: int, num: int = 20) -> int:
         seen.clear()
         cache_teacher.run(viewed(cache, tiny_bert, views, num))
         return len(seen)
 
-    seen: list[bytes] = []
+    say, seen = Classification.say, list[bytes]()
     cache = tmp_path / "c"
-    monkeypatch.setattr(classification, "capture", counted)
+    monkeypatch.setattr(Classification, "say", counted)
     assert computed(views=0) == 20
     labeled = contents(cache)
     first, second = (f"labeled_views_{number}" for number in (1, 2))

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from teacher_cache.cache.codecs.dense import LOGITS, DenseCodec
 from teacher_cache.cache.codecs.hidden import HIDDEN, HiddenCodec
-from teacher_cache.cache.codecs.interface import Decoded
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.codecs.interface import Codec, Decoded
+from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.commit import write_json_atomically
@@ -40,7 +40,7 @@ from tests.tiny_language_models import TinyTeacher, cached, tiny_teacher
 
 NUM_IDS, UNUSED = 60, (3, 58)
 GRID = (1.0, 2.0, 4.0)
-CODECS: dict[str, AnyCodec] = {
+CODECS: dict[str, Codec] = {
     "dense": DenseCodec(support_size=NUM_IDS),
     "hidden": HiddenCodec(support_size=NUM_IDS, width=8),
     "topk": TopKCodec(support_size=NUM_IDS, top_k=12, temperatures=GRID),
@@ -61,7 +61,7 @@ def _sample(number: int) -> PackedSample:
     )
 
 
-def _write(folder: Path, teacher: TinyTeacher, codec: AnyCodec) -> Path:
+def _write(folder: Path, teacher: TinyTeacher, codec: Codec) -> Path:
     """What stage one would have cached."""
     plans = make_plans(NUM_SAMPLES)
     settings: dict[str, Any] = {"task": "lm", "codec": codec.settings}

@@ -19,7 +19,7 @@ from transformers import (
 
 from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import CheckFailed, UserError
@@ -48,7 +48,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, gpt2_tokenizer: PreTrainedTok
     return folder
 
 
-def made(folder: Path, codec: AnyCodec, tokenizer: PreTrainedTokenizerBase) -> Path:
+def made(folder: Path, codec: Codec, tokenizer: PreTrainedTokenizerBase) -> Path:
     texts = [*TEXTS, *ODD_TEXTS]
     return write_cache(folder, codec, tokenizer, texts, tiny_teacher(len(tokenizer)))
 

@@ -13,6 +13,8 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import verify as module
 from teacher_cache.stages.models.inference import Outputs
+from teacher_cache.stages.teacher import classification
+from teacher_cache.stages.teacher.classification import Classification
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.verify import verify_deep
 from tests.tiny_models import write_tiny_bert
@@ -31,7 +33,7 @@ def test_samples_of_every_split_are_compared(
         compared.append(len(input_ids))
         return run_teacher(teacher, input_ids, **given)
 
-    monkeypatch.setattr(module, "run_teacher", counted)
+    monkeypatch.setattr(classification, "run_teacher", counted)
     verify_deep(tiny_cache, 5)
     verify_deep(tiny_cache, 1)
     verify_deep(tiny_cache, 10**6)
@@ -52,7 +54,7 @@ def test_a_logit_that_differs(
             found.vectors["class_logits"][0, 0] += wrong
         return found
 
-    monkeypatch.setattr(module, "run_teacher", altered)
+    monkeypatch.setattr(classification, "run_teacher", altered)
     with pytest.raises(CheckFailed, match=rf"differ by up to {wrong:.2g} .*at most 0\.001"):
         verify_deep(tiny_cache, 4)
 
@@ -69,7 +71,7 @@ def test_pooled_states_are_compared_too(
         states[-1, 0] += wrong * np.linalg.norm(states[-1])
         return found
 
-    monkeypatch.setattr(module, "run_teacher", altered)
+    monkeypatch.setattr(classification, "run_teacher", altered)
     with pytest.raises(CheckFailed, match=r"pooled states are up to 0\.01 .*at most 0\.002"):
         verify_deep(pooled_cache, 4)
     wrong = np.nan
@@ -103,10 +105,10 @@ def test_a_number_format_that_this_device_does_not_compute(
         "teacher": {**manifest.settings["teacher"], "dtype": "float16"},
     }
     found: list[torch.dtype] = []
-    load = module.load_teacher
+    load = Classification.load
 
-    def watched(config: Any, **given: Any) -> Any:
-        teacher = load(config, **given)
+    def watched(config: Any, *, with_maps: bool) -> Any:
+        teacher = load(config, with_maps=with_maps)
         found.append(teacher.dtype)
         return teacher
 
@@ -116,7 +118,7 @@ def test_a_number_format_that_this_device_does_not_compute(
             self.manifest.settings.update(recorded)
 
     monkeypatch.setattr(module, "CacheReader", Recorded)
-    monkeypatch.setattr(module, "load_teacher", watched)
+    monkeypatch.setattr(Classification, "load", watched)
     assert verify_deep(tiny_cache, 4) < 1e-5
     assert found == [torch.float32]
 

@@ -12,7 +12,7 @@ import torch
 
 from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.stages.data.packing import PackedRow, PackedSample, pack_tokens
@@ -182,7 +182,7 @@ def test_without_a_teacher() -> None:
     assert (found.models[0].kl, found.models[0].agreement, found.teacher) == (None, None, None)
 
 
-CODECS: dict[str, tuple[AnyCodec, int | None, float]] = {  # with its head, and how exact it is
+CODECS: dict[str, tuple[Codec, int | None, float]] = {  # with its head, and how exact it is
     "topk": (TopKCodec(support_size=NUM_IDS, top_k=6), 6, 2e-2),
     "exact": (TopKCodec(support_size=NUM_IDS, top_k=5, is_exact=True), 5, 1e-3),
     "hidden": (HiddenCodec(support_size=NUM_IDS, width=WIDTH, head=HEAD), None, 2e-3),

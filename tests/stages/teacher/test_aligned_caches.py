@@ -27,7 +27,7 @@ from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.options import check_alignment
+from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.tokens.token_bytes import token_bytes
 from teacher_cache.stages.tokens.vocabulary_map import MAP_FILE, exact_map, recorded_map
 from teacher_cache.stages.verify import verify_deep
@@ -257,7 +257,7 @@ def test_without_an_alignment_the_log_says_what_cutting_would_have_meant(
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], saying: str) -> None:
     config = ShardConfig.model_validate({"task": "lm", "teacher": "t"} | options)
     with pytest.raises(UserError, match=saying):
-        check_alignment(config)
+        check_options(config)
 
 
 def test_a_head_leaves_an_outcome_for_what_no_student_id_means(

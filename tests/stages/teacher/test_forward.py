@@ -27,7 +27,6 @@ from transformers import (
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.tokenization import Sample
 from teacher_cache.stages.models.pretrained import on_device
-from teacher_cache.stages.teacher.classification import capture
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import (
     find_pooled_width,
@@ -35,6 +34,7 @@ from teacher_cache.stages.teacher.forward import (
     run_teacher,
 )
 from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher
+from tests.tiny_runs import said_of
 
 WIDTH, PAD_ID = 32, 1
 SHAPE: dict[str, Any] = {
@@ -230,9 +230,7 @@ def captured(teacher: ClassificationTeacher, pooled_width: int | None) -> Any:
         Sample(sample_id=bytes([i] * 16), input_ids=ids, label=None, was_truncated=False)
         for i, ids in enumerate(sample_ids(5))
     ]
-    return capture(
-        teacher, samples, batch_tokens=64, on_batch=lambda *_: None, pooled_width=pooled_width
-    ).fields
+    return said_of(teacher, samples, pooled_width=pooled_width)
 
 
 def test_states_are_kept_in_half_precision(teacher: ClassificationTeacher) -> None:

@@ -29,7 +29,7 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.fingerprint import hash_files
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.stages.codecs.capture import reduce_positions
-from teacher_cache.stages.codecs.probe import reconstruction_error
+from teacher_cache.stages.codecs.measure import reconstruction_error
 from teacher_cache.stages.models.causal import final_states
 from teacher_cache.stages.models.head import (
     HEAD_FILE,

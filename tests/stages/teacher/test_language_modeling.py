@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.interface import Decoded
-from teacher_cache.cache.codecs.named import AnyCodec, codec_from
+from teacher_cache.cache.codecs.interface import Codec, Decoded
+from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest
@@ -24,10 +24,11 @@ from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.codecs.probe import probed_temperatures
+from teacher_cache.stages.codecs.measure import probed_temperatures
 from teacher_cache.stages.data.corpus import CorpusConfig
+from teacher_cache.stages.losses.draws import SampledTargets
 from teacher_cache.stages.models.head import read_language_model_head
-from teacher_cache.stages.training.targets import sampled_targets
+from teacher_cache.stages.training.targets import CachedTargets
 from tests.small_caches import contents
 from tests.tiny_models import write_tiny_language_model
 
@@ -94,7 +95,7 @@ def config_of(
     return CacheTeacherConfig(**(values | SETTINGS[name] | changes))
 
 
-def codec_of(cache: Path, manifest: Manifest) -> AnyCodec:
+def codec_of(cache: Path, manifest: Manifest) -> Codec:
     codec = codec_from(manifest.settings["codec"])
     if isinstance(codec, HiddenCodec):
         return replace(codec, head=read_language_model_head(cache, manifest))
@@ -107,7 +108,7 @@ def pieces(sample: dict[str, np.ndarray]) -> Iterator[slice]:
         yield slice(int(start), int(stop))
 
 
-def decoded(codec: AnyCodec, sample: dict[str, np.ndarray], temperature: float) -> Decoded:
+def decoded(codec: Codec, sample: dict[str, np.ndarray], temperature: float) -> Decoded:
     rows = {name: torch.from_numpy(np.array(one)) for name, one in codec.expand(sample).items()}
     with torch.inference_mode():
         return codec.decode(rows, temperature)
@@ -167,6 +168,15 @@ def check_always(
     assert sample["loss_mask"][piece].tolist() == [True] * (len(ids) - 1) + [False]
 
 
+def weights_at(codec: Codec, stored: dict[str, torch.Tensor], t: float) -> np.ndarray:
+    """What the draws count at a temperature."""
+    targets = CachedTargets(
+        codec=codec, stored=stored, temperature=t, num_outcomes=codec.support_size
+    ).at_positions(slice(None))
+    assert isinstance(targets, SampledTargets)
+    return targets.weights().numpy()
+
+
 def test_the_draws_are_many_and_weigh_to_another_temperature(
     cached: Callable[[str], Path],
 ) -> None:
@@ -176,7 +186,7 @@ def test_the_draws_are_many_and_weigh_to_another_temperature(
     rows = codec.expand(reader.sample(0))
     assert (rows["sampled_counts"].sum(1) == 9).all()
     tensors = {name: torch.from_numpy(np.array(one)) for name, one in rows.items()}
-    at_draws, at_one = (sampled_targets(codec, tensors, t).weights().numpy() for t in (1.5, 1.0))
+    at_draws, at_one = (weights_at(codec, tensors, t) for t in (1.5, 1.0))
     np.testing.assert_allclose(at_draws.sum(1), 1, atol=1e-6)
     assert not np.allclose(at_one.sum(1), 1, atol=1e-3)
     other = reader.sample(1)

@@ -6,7 +6,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.options import (
     HiddenOptions,
-    check_layer_options,
+    check_options,
     chosen_layers,
     hidden_options,
     require_states,
@@ -49,13 +49,13 @@ def test_states_that_are_asked_for(
 )
 def test_what_has_no_meaning_is_refused(changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        check_layer_options(config_of(**changes))
+        check_options(config_of(**changes))
 
 
 def test_what_has_one_is_let_pass() -> None:
-    check_layer_options(config_of(attention="cls", attention_layers=[0, 5], hidden="pooled,last"))
-    check_layer_options(config_of(task="lm", attention="full", hidden="last,3"))
-    check_layer_options(config_of(task="lm", codec="hidden", hidden=2))
+    check_options(config_of(attention="cls", attention_layers=[0, 5], hidden="pooled,last"))
+    check_options(config_of(task="lm", attention="full", hidden="last,3"))
+    check_options(config_of(task="lm", codec="hidden", hidden=2))
 
 
 def test_layers_of_maps() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
+from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.teacher.log_probs import ListedPositions, listed_positions
 
@@ -44,7 +44,7 @@ def test_head_and_tail_are_the_distributions(num: int, seed: int, spread: float)
     exact = distributions(num, seed, spread)
     ids = np.random.default_rng(seed).integers(NUM_IDS, size=num)
     found = listed(ids, answers(exact, ids))
-    decoded = CODEC.decode(CODEC.expand(CODEC.encode(ReducedTopK(**found.values))), 1.0)
+    decoded = CODEC.decode(CODEC.expand(CODEC.encode(found.reduced)), 1.0)
     assert decoded.ids is not None
     for place in range(num - 1):
         order = np.argsort(-exact[place], kind="stable")
@@ -53,12 +53,12 @@ def test_head_and_tail_are_the_distributions(num: int, seed: int, spread: float)
         np.testing.assert_allclose(decoded.log_probs[place], head, atol=1e-2)  # float16
         true_tail = np.exp(exact[place, order[TOP_K:]]).sum()
         assert np.exp(decoded.tail_log_prob[place]) == pytest.approx(true_tail, rel=1e-2, abs=2e-5)
-        assert found.values["next_log_prob"][place] == pytest.approx(
+        assert found.reduced.next_log_prob[place] == pytest.approx(
             exact[place, ids[place + 1]], rel=1e-6
         )
         total = np.exp(np.append(decoded.log_probs[place], decoded.tail_log_prob[place])).sum()
         assert total == pytest.approx(1, abs=1e-6)
-        assert found.values["top1_log_prob"][place] == np.float32(exact[place].max())
+        assert found.reduced.top1_log_prob[place] == np.float32(exact[place].max())
     assert found.largest_sum <= 1 + 1e-6
     # After the last token nothing comes: one sure token, and no tail.
     assert decoded.log_probs[-1].tolist() == [0.0] + [-np.inf] * (TOP_K - 1)
@@ -74,7 +74,7 @@ def test_what_float32_costs_a_tail(spread: float) -> None:
     exact = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     ids = np.argsort(-exact, axis=1)[:, 3]
     found = listed(np.append(0, ids), answers(exact, np.append(0, ids), k=20), codec)
-    tails = np.exp(found.values["tail_r"][:-1, 0] + found.values["top1_log_prob"][:-1])
+    tails = np.exp(found.reduced.tail_r[:-1, 0] + found.reduced.top1_log_prob[:-1])
     outside = np.sort(np.exp(exact), axis=1)[:, :-20]
     np.testing.assert_allclose(tails, outside.sum(axis=1), rtol=0, atol=1e-7)
 
@@ -84,12 +84,12 @@ def test_a_cancelled_tail_is_bounded_by_what_the_list_proves() -> None:
     ids = np.array([0, 9])
     sure = {1: np.log(0.9), 2: np.log(0.1 - 1e-9), 3: -25.0, 4: -26.0}
     outside = listed(ids, [None, sure | {9: -30.0}])  # the real token is no part of the head
-    tail = np.exp(outside.values["tail_r"][0, 0] + outside.values["top1_log_prob"][0])
+    tail = np.exp(outside.reduced.tail_r[0, 0] + outside.reduced.top1_log_prob[0])
     assert np.exp(-30.0) <= tail <= 26 * np.exp(-26.0) + 1e-15
     assert outside.num_below_resolution == 1
     above = {1: np.log(0.9), 2: np.log(0.1 + 1e-6), 9: -40.0, 4: -41.0}
     inside = listed(ids, [None, above])
-    assert inside.values["tail_r"][0, 0] == -np.inf
+    assert inside.reduced.tail_r[0, 0] == -np.inf
     assert inside.largest_sum == pytest.approx(1 + 1e-6)
 
 
@@ -97,7 +97,7 @@ def test_a_head_of_everything_has_no_tail() -> None:
     whole = TopKCodec(support_size=4, top_k=4, temperatures=(1.0,), is_exact=True)
     lists = [None, {i: float(np.log(p)) for i, p in enumerate((0.1, 0.2, 0.3, 0.39999))}]
     found = listed(np.array([0, 3]), lists, whole)
-    assert found.values["tail_r"][0, 0] == -np.inf
+    assert found.reduced.tail_r[0, 0] == -np.inf
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.cache.codecs.dense import DenseCodec
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.stages.join.aligned_sample import AlignedSample
@@ -63,7 +63,7 @@ from tests.stages.training.test_language_model_trainer import make_trainer as pl
 NUM_STUDENT = 40
 UNUSED_STUDENT = 7
 STUDENT_SUPPORT = torch.arange(NUM_STUDENT) != UNUSED_STUDENT
-CODECS: dict[str, AnyCodec] = {
+CODECS: dict[str, Codec] = {
     "topk": TopKCodec(support_size=NUM_IDS, top_k=9, is_exact=True),
     "sampled": SampledCodec(support_size=NUM_IDS, num_draws=12),
     "dense": DenseCodec(support_size=NUM_IDS),
@@ -177,7 +177,7 @@ def map_of(student_ids: Tensor, num_outcomes: int) -> FixedMap:
 
 def aligned_trainer(
     folder: Path,
-    codec: AnyCodec,
+    codec: Codec,
     data: BothKinds,
     model: torch.nn.Module,
     *,
@@ -213,7 +213,7 @@ def aligned_trainer(
     )
 
 
-def collated(codec: AnyCodec, data: BothKinds, order: list[list[int]]) -> list[Batch]:
+def collated(codec: Codec, data: BothKinds, order: list[list[int]]) -> list[Batch]:
     return [AlignedCollator(0, codec)([data[i] for i in batch]) for batch in order]
 
 
@@ -268,7 +268,7 @@ def slow_draws_kl(
 
 
 def slow_kl(
-    codec: AnyCodec, sample: Sample, place: int, logits: Tensor, t: float, weights: Weights
+    codec: Codec, sample: Sample, place: int, logits: Tensor, t: float, weights: Weights
 ) -> Tensor:
     """Over the ids that the teacher's head reaches, and one outcome for all others."""
     if isinstance(codec, SampledCodec):
@@ -294,7 +294,7 @@ def slow_kl(
 
 
 def slow_step(
-    codec: AnyCodec,
+    codec: Codec,
     student: MambaStudentForCausalLM,
     samples: list[Sample],
     weights: Weights,
@@ -414,7 +414,7 @@ def test_projection_equals_a_loop(at: int, share: float, tmp_path: Path) -> None
 @pytest.mark.parametrize("codec", [DenseCodec(support_size=NUM_IDS),
                                    TopKCodec(support_size=NUM_IDS, top_k=NUM_IDS),
                                    SampledCodec(support_size=NUM_IDS, num_draws=12)])  # fmt: skip
-def test_an_identity_map_of_everything_is_no_map(codec: AnyCodec, tmp_path: Path) -> None:
+def test_an_identity_map_of_everything_is_no_map(codec: Codec, tmp_path: Path) -> None:
     """K = V, or draws: loss, gradients and held-out figures are those without alignment."""
     samples = make_samples(codec)
     plain = make_data(samples)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.stages.losses.draws import SampledTargets
-from teacher_cache.stages.training.targets import sampled_targets
+from teacher_cache.stages.training.targets import CachedTargets
 from tests.cache.codecs.test_sampled import stored_by
 from tests.reference_codecs import log_softmax, realistic_logits
 
@@ -21,7 +21,14 @@ def targets_of(
     """What training makes of what is stored, and the draws [N, D]."""
     stored, draws = stored_by(codec, logits, seed=seed)
     tensors = {name: torch.from_numpy(one) for name, one in stored.items()}
-    return sampled_targets(codec, tensors, temperature), draws
+    targets = CachedTargets(
+        codec=codec,
+        stored=tensors,
+        temperature=temperature,
+        num_outcomes=codec.support_size,
+    ).at_positions(slice(None))
+    assert isinstance(targets, SampledTargets)
+    return targets, draws
 
 
 @settings(max_examples=40, deadline=None)

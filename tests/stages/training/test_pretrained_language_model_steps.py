@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.stages.models.causal import check_language_model
 from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
 from tests.stages.training.test_language_model_trainer import (
@@ -64,7 +64,7 @@ def make(name: str) -> PreTrainedModel:
     return model.double()
 
 
-def check(name: str, codec: AnyCodec, folder: Path) -> None:
+def check(name: str, codec: Codec, folder: Path) -> None:
     samples = make_samples(codec)
     data = make_data(samples)
     expected = slow_step(codec, make(name), samples)

@@ -17,8 +17,13 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack, pack_tokens
 from teacher_cache.stages.teacher.config import TeacherConfig
+from teacher_cache.stages.teacher.forward import (
+    PositionOutputs,
+    Slice,
+    next_ids,
+    run_positions,
+)
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, load_language_model
-from teacher_cache.stages.teacher.positions import Slice, next_ids, run_positions
 from tests.tiny_models import write_tiny_language_model
 
 TEXTS = [
@@ -46,7 +51,16 @@ def samples(gpt2_tokenizer: PreTrainedTokenizerBase) -> list[PackedSample]:
     return pack(documents, gpt2_tokenizer, max_length=48).samples
 
 
-def reduced(part: Slice) -> dict[str, np.ndarray]:
+class Named(dict[str, np.ndarray]):
+    """Values of positions by name."""
+
+    def __getitem__(self, where: Any) -> Any:
+        if isinstance(where, str):
+            return super().__getitem__(where)
+        return Named({name: value[where] for name, value in self.items()})
+
+
+def reduced(part: Slice) -> Named:
     """The next token's log-probability, the largest logits, and what else a slice holds."""
     log_probs = part.logits.log_softmax(dim=1)
     found = {
@@ -58,14 +72,14 @@ def reduced(part: Slice) -> dict[str, np.ndarray]:
         "places": part.places,
         "states": part.states.half(),
     }
-    return {name: value.numpy() for name, value in found.items()}
+    return Named({name: value.numpy() for name, value in found.items()})
 
 
 def expected_of(
     teacher: LanguageModelTeacher, samples: Sequence[PackedSample]
 ) -> dict[str, np.ndarray]:
     """The same by the model's own forward pass over each piece alone."""
-    parts: list[dict[str, np.ndarray]] = []
+    parts: list[Named] = []
     for sample in samples:
         pieces = [piece.stop - piece.start for piece in sample.pieces]
         for ids in torch.from_numpy(sample.input_ids.astype(np.int64)).split(pieces):
@@ -83,7 +97,14 @@ def expected_of(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def joined(outputs: PositionOutputs[Named]) -> dict[str, np.ndarray]:
+    """All samples' positions end to end."""
+    parts = [part for pieces in outputs.pieces for part in pieces]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def check(outputs: PositionOutputs[Named], expected: dict[str, np.ndarray]) -> None:
+    found = joined(outputs)
     assert found.keys() == expected.keys()
     assert np.array_equal(found["places"], np.arange(len(found["places"])))
     for name in expected.keys() - {"places"}:
@@ -113,7 +134,9 @@ def test_every_position_is_reduced_in_order(
         slice_logits=slice_logits,
         on_batch=lambda *counts: done.append(counts),
     )
-    check(found.values, expected_of(teacher, samples))
+    check(found, expected_of(teacher, samples))
+    lengths = [sum(len(part["places"]) for part in pieces) for pieces in found.pieces]
+    assert lengths == [len(sample.input_ids) for sample in samples]
     assert found.num_halvings == 0
     num_tokens = sum(len(sample.input_ids) for sample in samples)
     assert tuple(np.sum(done, axis=0)) == (len(samples), num_tokens)
@@ -124,9 +147,9 @@ def test_no_slice_is_larger_than_it_may_be(
 ) -> None:
     sizes: list[int] = []
 
-    def watched(part: Slice) -> dict[str, np.ndarray]:
+    def watched(part: Slice) -> Named:
         sizes.append(len(part.logits))
-        return {}
+        return Named()
 
     limit = 7 * teacher.num_logits + 5
     run_positions(teacher, samples, watched, batch_tokens=10_000, slice_logits=limit)
@@ -163,7 +186,7 @@ def test_out_of_memory_halves_a_batch_even_in_the_head(
         if len(kwargs["input_ids"]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def once(part: Slice) -> dict[str, np.ndarray]:
+    def once(part: Slice) -> Named:
         # The second slice of the first batch: what the first one left is written again.
         if part.places[0] > 0 and in_head:
             in_head.pop()
@@ -180,13 +203,13 @@ def test_out_of_memory_halves_a_batch_even_in_the_head(
         hook.remove()
     assert found.num_halvings >= 2 and not in_head
     assert "out of memory on a batch" in caplog.text
-    check(found.values, expected)
+    check(found, expected)
 
 
 def test_a_sample_that_does_not_fit_is_a_sentence(
     teacher: LanguageModelTeacher, samples: list[PackedSample]
 ) -> None:
-    def full(_: Slice) -> dict[str, np.ndarray]:
+    def full(_: Slice) -> Named:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match="does not fit into the device's memory"):
@@ -211,7 +234,7 @@ def test_logits_that_are_no_numbers(
             with pytest.raises(UserError, match="not finite everywhere: give --dtype float32"):
                 run_positions(teacher, samples, reduced, batch_tokens=10_000)
         else:  # an id that is no token
-            found = run_positions(teacher, samples, reduced, batch_tokens=10_000).values
+            found = joined(run_positions(teacher, samples, reduced, batch_tokens=10_000))
             assert np.isfinite(found["top_values"]).all()
     finally:
         hook.remove()
@@ -224,4 +247,4 @@ def test_the_next_tokens() -> None:
 
 
 def test_no_samples(teacher: LanguageModelTeacher) -> None:
-    assert run_positions(teacher, [], reduced, batch_tokens=8).values == {}
+    assert run_positions(teacher, [], reduced, batch_tokens=8).pieces == []

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.interface import Decoded
-from teacher_cache.cache.codecs.named import AnyCodec
+from teacher_cache.cache.codecs.interface import Codec, Decoded
 from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.stages.codecs.capture import reduce_positions
+from teacher_cache.stages.codecs.interface import Positions
+from teacher_cache.stages.codecs.named import room_of
 from teacher_cache.stages.codecs.reductions import on_host
-from teacher_cache.stages.codecs.sampled import draws_of
 from teacher_cache.stages.data.packing import PackedSample
-from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import LanguageModelHead, check_head
-from teacher_cache.stages.teacher.load import LanguageModelTeacher
 from teacher_cache.stages.tokens.support import AnySupport, MappedSupport, states_support
 
 
@@ -62,7 +59,7 @@ class ReconstructionError:
 
 
 def reconstruction_error(
-    codec: AnyCodec,
+    codec: Codec,
     support: AnySupport,
     logits: Tensor,
     *,
@@ -76,12 +73,12 @@ def reconstruction_error(
     noise of the draws themselves has mean 0 and is no error of reconstruction.
 
     Args:
-        codec: as of the cache; `hidden` with its head.
+        codec: as of the cache, with its head if it decodes through one.
         support: ids that count.
         logits: [N, R] of N probed positions, N > 0.
         temperature: to compare at.
-        states: [N, D], for `hidden`.
-        drawn_at: [N, draws], for `sampled`.
+        states: [N, D], for a codec that keeps them.
+        drawn_at: [N, draws], for one that draws.
 
     Raises:
         UserError: if logits are not finite, or the codec does not serve the temperature.
@@ -90,7 +87,7 @@ def reconstruction_error(
     reduced, unused = reduce_positions(
         codec, support, logits, next_ids, states=states, drawn_at=drawn_at
     )
-    stored = codec.expand(codec.encode(reduced))  # pyright: ignore[reportArgumentType]
+    stored = codec.expand(codec.encode(reduced))
     on_device = {name: torch.from_numpy(one).to(logits.device) for name, one in stored.items()}
     with torch.inference_mode():
         decoded = codec.decode(on_device, temperature)
@@ -203,54 +200,36 @@ class Probe:
 
 
 def probe_codec(
-    teacher: LanguageModelTeacher,
-    samples: Sequence[PackedSample],
-    codec: AnyCodec,
+    codec: Codec,
     support: AnySupport,
+    positions: Positions,
     head: LanguageModelHead | None,
-) -> Probe | None:
-    """Run the teacher over the first samples and reconstruct some of its distributions.
+) -> Probe:
+    """Reconstruct what a teacher said at a few positions.
 
     Args:
-        teacher: on its device.
-        samples: of which the first are read.
         codec: of the cache.
         support: ids that count.
-        head: the teacher's whole one, for `hidden`.
-
-    Returns:
-        The measurement, or None where no position predicts anything.
+        positions: N of them, with states, N > 0.
+        head: the teacher's whole one, where states are cached; on the device of the positions.
 
     Raises:
         UserError: if logits are not finite, or states and head do not give the teacher's logits.
     """
-    chosen, positions = _first_positions(samples)
-    if not len(positions):
-        return None
-    with torch.inference_mode():
-        states = final_states(
-            teacher.model,
-            [sample.input_ids for sample in chosen],
-            [[piece.stop - piece.start for piece in sample.pieces] for sample in chosen],
-            packs=teacher.packs,
-        )[torch.from_numpy(positions).to(teacher.device)]
-        logits = head_logits(teacher.model, states)
     difference = None
-    if isinstance(codec, HiddenCodec):
-        assert head is not None, "states are cached with their head"
-        head = head.to(teacher.device)
-        difference = check_head(head, states, logits)
-        codec = replace(codec, head=head.of_support(states_support(support)))
-    drawn_at = draws_of(codec, chosen)
+    if head is not None:
+        assert positions.states is not None, "states are cached with their head"
+        difference = check_head(head, positions.states, positions.logits)
+        codec = room_of(codec).with_head(codec, head.of_support(states_support(support)))
     return Probe(
         errors=tuple(
             reconstruction_error(
                 codec,
                 support,
-                logits,
+                positions.logits,
                 temperature=temperature,
-                states=states,
-                drawn_at=None if drawn_at is None else drawn_at[positions],
+                states=positions.states,
+                drawn_at=positions.drawn_at,
             )
             for temperature in probed_temperatures(codec)
         ),
@@ -258,14 +237,14 @@ def probe_codec(
     )
 
 
-def probed_temperatures(codec: AnyCodec) -> tuple[float, ...]:
+def probed_temperatures(codec: Codec) -> tuple[float, ...]:
     """Two temperatures of the codec's grid, 1 and 2 where it has them; fewer if it has fewer."""
-    grid = getattr(codec, "temperatures", USUAL_TEMPERATURES)
+    grid = room_of(codec).grid(codec) or USUAL_TEMPERATURES
     by_preference = [*(one for one in USUAL_TEMPERATURES if one in grid), *grid]
     return tuple(dict.fromkeys(by_preference))[:2]
 
 
-def _first_positions(samples: Sequence[PackedSample]) -> tuple[list[PackedSample], np.ndarray]:
+def first_positions(samples: Sequence[PackedSample]) -> tuple[list[PackedSample], np.ndarray]:
     """The first samples, and the indices of the first positions that count among all of theirs."""
     chosen: list[PackedSample] = []
     counts = np.zeros(0, bool)

@@ -17,7 +17,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.codecs import reductions
 from teacher_cache.stages.codecs import sampled as draws
 from teacher_cache.stages.codecs.capture import reduce_positions
-from teacher_cache.stages.codecs.probe import reconstruction_error
+from teacher_cache.stages.codecs.measure import reconstruction_error
 from teacher_cache.stages.codecs.sampled import uniforms
 from teacher_cache.stages.tokens.support import MappedSupport, Support
 from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap

@@ -7,7 +7,8 @@ import pytest
 from teacher_cache.cache.codecs.named import CODECS
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.codecs.config import CodecConfig
-from teacher_cache.stages.codecs.options import OPTIONS_OF, codec_of
+from teacher_cache.stages.codecs.named import codec_of
+from teacher_cache.stages.config import owners
 from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.options import check_options
 
@@ -38,9 +39,11 @@ def test_options_that_belong_elsewhere_are_refused(given: dict[str, Any], saying
 
 
 def test_every_option_belongs_to_a_codec() -> None:
-    assert OPTIONS_OF.keys() == CODECS.keys()
-    options = {name for names in OPTIONS_OF.values() for name in names}
-    assert options | {"codec"} == set(CodecConfig.model_fields)
+    belongs_to = owners(CodecConfig)
+    assert belongs_to.keys() == CodecConfig.model_fields.keys()
+    for option, owner in belongs_to.items():
+        assert owner.task == "lm" and owner.sets.keys() <= CODECS.keys()
+        assert bool(owner.sets) == (option != "codec")
 
 
 @pytest.mark.parametrize(

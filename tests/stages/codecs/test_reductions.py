@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.hidden import HiddenCodec
-from teacher_cache.cache.codecs.sampled import SampledCodec
-from teacher_cache.cache.codecs.topk import TopKCodec
+from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
+from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.codecs import reductions
 from teacher_cache.stages.codecs import sampled as draws
 from teacher_cache.stages.codecs.capture import reduce_positions
-from teacher_cache.stages.codecs.probe import reconstruction_error
-from teacher_cache.stages.codecs.reductions import reduce_topk, sorted_head
-from teacher_cache.stages.codecs.sampled import distinct, draw, reduce_sampled, uniforms
+from teacher_cache.stages.codecs.measure import reconstruction_error
+from teacher_cache.stages.codecs.reductions import sorted_head
+from teacher_cache.stages.codecs.sampled import distinct, draw, uniforms
 from teacher_cache.stages.tokens.support import Support
 from tests import reference_codecs
 from tests.reference_codecs import log_softmax, realistic_logits
@@ -59,7 +59,9 @@ def test_topk_equals_the_reference(top_k: int, top_p: float | None) -> None:
     codec = TopKCodec(support_size=300, top_k=top_k, top_p=top_p, temperatures=GRID)
     given_logits = torch.from_numpy(logits)
     before = given_logits.clone()
-    found, unused = reduce_topk(codec, Support(size=300), given_logits, torch.from_numpy(next_ids))
+    found, unused = reduce_positions(
+        codec, Support(size=300), given_logits, torch.from_numpy(next_ids)
+    )
     expected = reference_codecs.reduce_topk(
         logits, top_k=top_k, temperatures=GRID, next_ids=next_ids, top_p=top_p
     )
@@ -72,10 +74,11 @@ def test_a_tail_of_1e_8_is_summed_over_the_tail() -> None:
     logits = realistic_logits(5, 1000)
     logits[:, 0] = 45
     codec = TopKCodec(support_size=1000, top_k=1, temperatures=(1.0,))
-    found, _ = reduce_topk(
+    found, _ = reduce_positions(
         codec, Support(size=1000), torch.from_numpy(logits), -torch.ones(5).long()
     )
     expected = reference_codecs.reduce_topk(logits, top_k=1, temperatures=(1.0,))
+    assert isinstance(found, ReducedTopK)
     assert found.tail_r.max() < -15
     np.testing.assert_allclose(found.tail_r, expected.tail_r, rtol=0, atol=1e-5)
 
@@ -97,12 +100,13 @@ def test_unused_rows_are_excluded_and_their_mass_reported() -> None:
     support = Support.of({*range(40)} - {3, 7} | {55}, num_rows=50)
     assert (support.size, support.unused) == (40, (3, 7))
     codec = TopKCodec(support_size=40, top_k=40)
-    found, unused = reduce_topk(
+    found, unused = reduce_positions(
         codec, support, torch.from_numpy(logits), torch.full((9,), 3, dtype=torch.long)
     )
     outside = [3, 7, *range(40, 60)]
     exact = np.exp(log_softmax(logits.astype(np.float64)))
     np.testing.assert_allclose(unused, exact[:, outside].sum(-1), rtol=1e-4)
+    assert isinstance(found, ReducedTopK)
     assert np.isneginf(found.next_log_prob).all()
     assert np.isneginf(found.below_max).sum(-1).tolist() == [2] * 9
     masked = logits.copy()
@@ -124,7 +128,7 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
     logits[2] = value if np.isinf(value) else logits[2]
     logits[2, 5] = value
     with pytest.raises(UserError, match="logits at 1 positions are not finite"):
-        reduce_topk(
+        reduce_positions(
             TopKCodec(support_size=20, top_k=3), Support(size=20), logits, torch.zeros(4).long()
         )
 
@@ -163,9 +167,14 @@ def test_sampled_equals_the_reference(draw_temperature: float) -> None:
         support_size=200, num_draws=30, temperatures=GRID, draw_temperature=draw_temperature
     )
     at = uniforms(b"x", 6, 30, seed=0)
-    found, _ = reduce_sampled(
-        codec, Support(size=200), torch.from_numpy(logits), -torch.ones(6).long(), at
+    found, _ = reduce_positions(
+        codec,
+        Support(size=200),
+        torch.from_numpy(logits),
+        -torch.ones(6).long(),
+        drawn_at=at,
     )
+    assert isinstance(found, ReducedSampled)
     drawn = np.zeros((6, 30), np.int64)
     exact = np.exp(log_softmax(logits.astype(np.float64) / draw_temperature))
     for position in range(6):
@@ -188,8 +197,9 @@ def test_a_samples_draws_do_not_depend_on_its_batch() -> None:
     codec = SampledCodec(support_size=50, num_draws=40)
     none = torch.full((10,), -1)
     at = np.concatenate([uniforms(name, 5, 40, seed=3) for name in (b"a", b"b")])
-    together, _ = reduce_sampled(codec, Support(size=50), logits, none, at)
-    alone, _ = reduce_sampled(codec, Support(size=50), logits[5:], none[5:], at[5:])
+    together, _ = reduce_positions(codec, Support(size=50), logits, none, drawn_at=at)
+    alone, _ = reduce_positions(codec, Support(size=50), logits[5:], none[5:], drawn_at=at[5:])
+    assert isinstance(together, ReducedSampled) and isinstance(alone, ReducedSampled)
     ours, theirs = codec.encode(together[5:10]), codec.encode(alone)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -253,5 +263,5 @@ def test_no_positions(name: str) -> None:
         drawn_at=uniforms(b"x", 0, 50, seed=0),
     )  # fmt: skip
     assert (len(reduced), unused.shape) == (0, (0,))
-    stored: Any = codec.encode(reduced)  # pyright: ignore[reportArgumentType]
+    stored: Any = codec.encode(reduced)
     assert codec.decode(codec.expand(stored), 1.0).tail_log_prob.shape == (0,)
