@@ -1,10 +1,31 @@
-"""The shard plan: which source documents make shard i, the same for every worker and restart."""
+"""A cache's splits by their names, and which documents make shard i of each, for every worker."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from teacher_cache.cache.errors import UserError
+
+LABELED, UNLABELED = "labeled", "unlabeled"
+
+_SPLIT = re.compile(rf"({LABELED}|{UNLABELED})(?:_views_([1-9][0-9]*))?")
+
+
+def views_split(split: str, number: int) -> str:
+    """The split of the views of that number (from 1) of a corpus's documents."""
+    return f"{split}_views_{number}"
+
+
+def viewed_split(split: str) -> str | None:
+    """The split whose documents these are views of; None for a corpus."""
+    found = _SPLIT.fullmatch(split)
+    return found[1] if found and found[2] else None
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder of this name is a split's."""
+    return _SPLIT.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

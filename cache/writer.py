@@ -33,7 +33,7 @@ from teacher_cache.cache.manifest import (
     NotACacheError,
     read_manifest,
 )
-from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.plan import ShardPlan, is_split
 from teacher_cache.cache.resume import (
     find_committed,
     is_intact_beside_shards,
@@ -41,7 +41,6 @@ from teacher_cache.cache.resume import (
 )
 from teacher_cache.cache.schema import Fields, Ragged
 from teacher_cache.cache.sidecar import SHARDS_PER_FOLDER, Sidecar, shard_path, sidecar_path
-from teacher_cache.cache.splits import is_split
 from teacher_cache.cache.stores.named import store_named
 
 logger = logging.getLogger(__name__)

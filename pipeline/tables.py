@@ -12,9 +12,9 @@ from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.manifest import Manifest, SplitSummary
+from teacher_cache.cache.plan import viewed_split
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NEXT_LOG_PROB, Schema, bytes_per_position
-from teacher_cache.cache.splits import viewed_split
 from teacher_cache.stages.join.report import JoinReport
 
 if TYPE_CHECKING:  # they import torch

@@ -26,9 +26,8 @@ from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import Manifest, SplitSummary, utc_now
-from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.plan import LABELED, UNLABELED, ShardPlan
 from teacher_cache.cache.schema import Fields, language_model_schema
-from teacher_cache.cache.splits import LABELED, UNLABELED
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.codecs.capture import packed_fields
 from teacher_cache.stages.data.documents import Document

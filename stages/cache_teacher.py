@@ -27,9 +27,8 @@ from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.stores.named import DEFAULT_STORE
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
-from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.survey import survey_splits
-from teacher_cache.stages.data.tokenization import tokenize
+from teacher_cache.stages.data.tokenization import Reading, tokenize
 from teacher_cache.stages.data.views import Views, split_settings, with_views
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.models.pretrained import described_config

@@ -17,10 +17,9 @@ import numpy as np
 from teacher_cache.cache.codecs.topk import TAIL_R
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
-from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.plan import LABELED, ShardPlan
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Ragged
-from teacher_cache.cache.splits import LABELED
 from teacher_cache.cache.writer import CacheWriter
 
 

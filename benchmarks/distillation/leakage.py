@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.reading import Reading
+from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.data.views import views_of
 
 

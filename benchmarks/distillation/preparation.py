@@ -32,7 +32,7 @@ from benchmarks.distillation.training import (
 from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
 from teacher_cache.stages import cache_teacher, finetune_teacher
 from teacher_cache.stages.data.packaged.packages import fetch
-from teacher_cache.stages.data.reading import Reading
+from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from teacher_cache.cache.plan import LABELED
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.splits import LABELED
 from teacher_cache.stages.training.measures import classification_metrics
 
 

@@ -1,18 +1,23 @@
-"""Token ids in two bytes: u16, and the two higher bits in a plane of their own, four to a byte.
+"""Token ids in two bytes, and heads of differing sizes.
 
-A support of up to 65,536 ids needs no plane; one of up to 262,144 has it; a larger one takes u32.
+Ids are u16 with the two higher bits in a plane of their own, four to a byte: a support of up to
+65,536 ids needs no plane, one of up to 262,144 has it, a larger one takes u32. Heads of differing
+sizes lie end to end on disk and are expanded to a row a position for decoding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from teacher_cache.cache.codecs.arrays import Array, cast, namespace
+from teacher_cache.cache.codecs.arrays import Array, cast, counting, namespace
 from teacher_cache.cache.schema import Dimension, FieldSpec, Schema
 
 LOW_IDS = 1 << 16
 PLANE_IDS = 1 << 18
 IDS_PER_BYTE = 4
+EMPTY_ID = -1
 
 
 def id_fields(
@@ -62,3 +67,49 @@ def unpack_ids(low: Array, plane: Array | None) -> Array:
     high = xp.stack([(wide >> (2 * place)) & 3 for place in range(IDS_PER_BYTE)], -1)
     high = high.reshape(*plane.shape[:-1], plane.shape[-1] * IDS_PER_BYTE)
     return ids | (high[..., : low.shape[-1]] << 16)
+
+
+def entry_shape(sizes: str) -> tuple[Dimension, ...]:
+    """Of a field with one value an entry."""
+    return (f"sum({sizes})",)
+
+
+def plane_shape(sizes: str) -> tuple[Dimension, ...]:
+    """Of a field with four entries a byte."""
+    return (f"sum({sizes})/4",)
+
+
+def is_filled(sizes: Array, width: int) -> Array:
+    """[..., width] bool: True in the first `sizes` slots.
+
+    Args:
+        sizes: [...] of signed integers.
+        width: K.
+    """
+    return counting(sizes, width) < sizes[..., None]
+
+
+def expand_entries(entries: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """A sample's entries [total, ...] as rows [S, K_max]; zeros behind each head, K_max at least 1.
+
+    Args:
+        entries: end to end.
+        sizes: [S].
+    """
+    rows = np.zeros((len(sizes), int(sizes.max(initial=1))), entries.dtype)
+    rows[is_filled(sizes.astype(np.int64), rows.shape[1])] = entries
+    return rows
+
+
+def expand_ids(
+    name: str, stored: Mapping[str, np.ndarray], sizes: np.ndarray, support_size: int
+) -> dict[str, np.ndarray]:
+    """The fields of a sample's ids, a row a position: what a codec of fixed size stores."""
+    plane = stored.get(f"{name}_high")
+    ids = unpack_ids(stored[name], plane)
+    return pack_ids(name, expand_entries(ids, sizes), support_size)
+
+
+def masked_ids(ids: Array, filled: Array) -> Array:
+    """Ids with -1 in every empty slot."""
+    return ids * filled + (EMPTY_ID * ~filled)

@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 
 from teacher_cache.cache.codecs.arrays import Array, cast, namespace
-from teacher_cache.cache.codecs.ids import id_fields, pack_ids, unpack_ids
-from teacher_cache.cache.codecs.interface import EVERY_CODECS_FIELDS, Decoded, Reduced, Stored
-from teacher_cache.cache.codecs.ragged_heads import (
+from teacher_cache.cache.codecs.ids import (
     entry_shape,
     expand_entries,
     expand_ids,
+    id_fields,
     is_filled,
     masked_ids,
+    pack_ids,
     plane_shape,
+    unpack_ids,
 )
+from teacher_cache.cache.codecs.interface import EVERY_CODECS_FIELDS, Decoded, Reduced, Stored
 from teacher_cache.cache.codecs.steps import LARGEST_HALF
 from teacher_cache.cache.codecs.temperatures import (
     DEFAULT_TEMPERATURES,

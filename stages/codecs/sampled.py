@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.ids import unpack_ids
-from teacher_cache.cache.codecs.ragged_heads import is_filled, masked_ids
+from teacher_cache.cache.codecs.ids import is_filled, masked_ids, unpack_ids
 from teacher_cache.cache.codecs.sampled import (
     COUNTS,
     IDS,

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.ids import pack_ids
-from teacher_cache.cache.codecs.ragged_heads import is_filled
+from teacher_cache.cache.codecs.ids import is_filled, pack_ids
 from teacher_cache.cache.codecs.temperatures import missing_temperature, require_within
 from teacher_cache.cache.codecs.topk import (
     IDS,

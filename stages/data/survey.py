@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from pydantic import Field
 
-from teacher_cache.cache.splits import views_split
+from teacher_cache.cache.plan import views_split
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.reading import Reading
+from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.data.views import views_of
 
 _CHUNK_DOCUMENTS = 4096

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from teacher_cache.cache.splits import viewed_split, views_split
+from teacher_cache.cache.plan import viewed_split, views_split
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import PLACE_BYTES, Document
-from teacher_cache.stages.data.reading import Reading
+from teacher_cache.stages.data.tokenization import Reading
 
 # Recorded with each split of views; `version` stands for the code below and changes with what it
 # makes. The seed is the corpus's, which the cache's settings hold.

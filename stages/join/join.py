@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, read_manifest
+from teacher_cache.cache.plan import LABELED
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.splits import LABELED
 from teacher_cache.stages.codecs.named import open_codec, plain_temperature
 from teacher_cache.stages.join.aligned_sample import NUM_SAMPLES, Coverage, measure
 from teacher_cache.stages.join.alignment import Alignment, align

@@ -6,13 +6,13 @@ Names of modules and parameters are those of mamba_ssm's `MixerModel`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.layout import Layout, reversed_positions
@@ -21,7 +21,43 @@ from teacher_cache.stages.student.mixers.mamba import Mamba, MambaDirection
 from teacher_cache.stages.student.mixers.mamba2 import Mamba2, Mamba2Direction
 from teacher_cache.stages.student.norms import RMSNorm
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
-from teacher_cache.stages.student.state_names import OutputWithCache, the_cache
+
+_OLD, _NEW = "cache_params", "cache"
+
+
+class OutputWithCache(ModelOutput):
+    """An output with a field `cache`, which is found as `cache_params` too.
+
+    Up to 5.23 transformers' Mamba models and `generate` say `cache_params`, from 5.24 on every
+    model says `cache`. A student answers to both under every release.
+    """
+
+    if not hasattr(ModelOutput, _OLD):  # from 5.24 on every output does all of this
+
+        def __contains__(self, key: object) -> bool:
+            """Whether something is there under this name."""
+            return super().__contains__(_NEW if key == _OLD else key)
+
+        def __getitem__(self, k: Any) -> Any:
+            """By name, or by place among what is not None."""
+            return super().__getitem__(_NEW if k == _OLD else k)
+
+        @property
+        def cache_params(self) -> Cache | None:
+            """The states, under their older name."""
+            return getattr(self, _NEW)
+
+
+def the_cache(cache: Cache | None, cache_params: Cache | None) -> Cache | None:
+    """The one of the two that was given, if any was.
+
+    Raises:
+        ValueError: if both were.
+    """
+    if cache is not None and cache_params is not None:
+        raise ValueError("cache and cache_params are two names of one thing: give one")
+    return cache_params if cache is None else cache
+
 
 MIXERS: dict[str, type[Mamba] | type[Mamba2]] = {"mamba": Mamba, "mamba2": Mamba2}
 

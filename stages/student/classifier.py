@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -15,9 +15,28 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.linear_head import linear_cross_entropy
 from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.heads import build_head
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
+
+
+def build_head(kind: str, *, d_model: int, num_labels: int, dropout: float) -> nn.Sequential:
+    """A head from [B, d_model] to [B, num_labels].
+
+    Args:
+        kind: "mlp" (norm, linear, GELU, dropout, linear) or "linear" (dropout, linear).
+        d_model: width of the pooled vector, and of the hidden layer.
+        num_labels: C.
+        dropout: probability.
+    """
+    if kind == "linear":
+        return nn.Sequential(nn.Dropout(dropout), nn.Linear(d_model, num_labels))
+    return nn.Sequential(
+        nn.LayerNorm(d_model),
+        nn.Linear(d_model, d_model),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(d_model, num_labels),
+    )
 
 
 @dataclass

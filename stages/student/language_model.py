@@ -13,10 +13,14 @@ from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.models.head import LinearHead
-from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
+from teacher_cache.stages.student.backbone import (
+    MambaStudentModel,
+    MambaStudentPreTrainedModel,
+    OutputWithCache,
+    the_cache,
+)
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
-from teacher_cache.stages.student.state_names import OutputWithCache, the_cache
 
 NO_TARGET = -100  # transformers' mark of a position that counts for nothing
 

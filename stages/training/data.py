@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.plan import LABELED, UNLABELED, viewed_split
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import width_of_pooled
-from teacher_cache.cache.splits import LABELED, UNLABELED, viewed_split
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,

@@ -24,8 +24,11 @@ from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
 from teacher_cache.stages.student.position_map import PositionMap
-from teacher_cache.stages.student.pretrained import identity, refuse_too_long
-from teacher_cache.stages.student.pretrained_language_model import pretrained_language_model
+from teacher_cache.stages.student.pretrained import (
+    identity,
+    pretrained_language_model,
+    refuse_too_long,
+)
 from teacher_cache.stages.teacher.tables import TABLE_FILE, read_embedding_table
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.training.alignment import AlignedStudents

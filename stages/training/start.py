@@ -22,7 +22,7 @@ from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.position_map import choose
-from teacher_cache.stages.student.pretrained_language_model import language_model_config
+from teacher_cache.stages.student.pretrained import language_model_config
 from teacher_cache.stages.teacher.tables import (
     STATES_FILE,
     TABLE_FILE,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from teacher_cache.cache.splits import is_split, viewed_split, views_split
+from teacher_cache.cache.plan import is_split, viewed_split, views_split
 
 
 @pytest.mark.parametrize("corpus", ["labeled", "unlabeled"])

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from teacher_cache.cache.plan import is_split, viewed_split
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.splits import is_split, viewed_split
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.codecs.config import ConvertConfig

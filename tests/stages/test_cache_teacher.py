@@ -22,8 +22,7 @@ from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data import views
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.reading import Reading
-from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.data.tokenization import Reading, Sample, tokenize
 from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.teacher.classification import Classification
 from teacher_cache.stages.teacher.config import TeacherConfig

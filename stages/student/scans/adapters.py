@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.student.scans.scanned import Scanned
+from teacher_cache.stages.student.scans.recorded import Scanned
 from teacher_cache.stages.student.scans.unpacking import lay_end_to_end, plan_rows
 
 # A step size before softplus for positions that must leave the state alone: softplus of it, with

@@ -20,8 +20,7 @@ from torch import Tensor
 from teacher_cache.stages.student.scans import adapters, kernels
 from teacher_cache.stages.student.scans.convolution import causal_conv
 from teacher_cache.stages.student.scans.kernels import Kernel
-from teacher_cache.stages.student.scans.recorded import step_sizes
-from teacher_cache.stages.student.scans.scanned import Scanned
+from teacher_cache.stages.student.scans.recorded import Scanned, step_sizes
 from teacher_cache.stages.student.scans.selective import selective_scan
 from teacher_cache.stages.student.scans.ssd import ssd_scan
 

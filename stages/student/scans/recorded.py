@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Scanned(NamedTuple):
+    """A scan's output and where it ended.
+
+    Attributes:
+        y: one output per position; its shape is that of the scan's inputs.
+        final_state: the state after the last position, a constant: no gradient flows through it.
+    """
+
+    y: Tensor
+    final_state: Tensor
 
 
 def step_sizes(dt: Tensor, dt_bias: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.student.scans.scanned import Scanned
+from teacher_cache.stages.student.scans.recorded import Scanned
 from teacher_cache.stages.student.scans.selective_blocks import (
     CHUNK,
     Arguments,

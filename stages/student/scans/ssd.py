@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.student.scans.scanned import Scanned
+from teacher_cache.stages.student.scans.recorded import Scanned
 from teacher_cache.stages.student.scans.ssd_chunks import (
     exp_,
     ssd_carry,

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.distillation.leakage import Overlap, check, normalised, overlap, view_overlaps
 from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.reading import Reading
+from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.data.views import Views
 
 TEST = ["A warm, funny film that never drags.", "Straße: 7 von 10!", "..."]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from teacher_cache.stages.data.reading import Reading
+from teacher_cache.stages.data.tokenization import Reading
 
 TEXT = "the film was good and the end was not"
 

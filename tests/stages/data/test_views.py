@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.reading import Reading
 from teacher_cache.stages.data.survey import survey_splits
+from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.data.views import View, Views, perturb, views_of, with_views
 from teacher_cache.stages.training.batches import held_out
 

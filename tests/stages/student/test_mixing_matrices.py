@@ -18,8 +18,7 @@ from teacher_cache.stages.student.mixing_matrices import (
     num_units,
 )
 from teacher_cache.stages.student.scans import dispatch
-from teacher_cache.stages.student.scans.recorded import RecordedMixer, RecordedScan
-from teacher_cache.stages.student.scans.scanned import Scanned
+from teacher_cache.stages.student.scans.recorded import RecordedMixer, RecordedScan, Scanned
 from tests.largest_tensor import LargestTensor
 from tests.tiny_students import small_mixer, small_student
 

@@ -12,7 +12,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.reading import Reading
+from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.data.views import Views
 from teacher_cache.stages.training import data
 from teacher_cache.stages.training.batches import held_out

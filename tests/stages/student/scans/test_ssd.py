@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.stages.student.scans.scanned import Scanned
+from teacher_cache.stages.student.scans.recorded import Scanned
 from teacher_cache.stages.student.scans.ssd import ssd_scan
 from tests.reference import ssd_scan_loop
 
