@@ -4,7 +4,7 @@
 
 A tiny classifier and a tiny language model are cached and a student of each trains for two steps,
 as `pipe` does it, under `sys.setprofile`: a file counts where one of its functions is called while
-a shard is captured or committed, a sample is read and collated, or a micro-batch's loss is computed.
+a shard is captured or committed, a sample is read and collated, or a micro-batch's loss computed.
 """
 
 from __future__ import annotations
