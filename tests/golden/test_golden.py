@@ -29,6 +29,9 @@ from tests.golden.environment import (
 )
 from tests.golden.make import ARTEFACTS, VALUES
 from tests.golden.measure import stable_manifest
+from tests.ready_made import ReadyMade
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all commands
 
 GOLDEN: dict[str, Any] = json.loads(VALUES.read_text())
 MAX_BYTES = 300_000
@@ -55,12 +58,15 @@ every_run = pytest.mark.parametrize("name", RUNS | OTHER_RUNS)
 
 
 @pytest.fixture(scope="module")
-def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def replayed(ready_made: ReadyMade) -> Path:
     """The folder in which everything was done again."""
-    folder = tmp_path_factory.mktemp("golden")
-    child = run_module("tests.golden.replay", folder)
-    assert child.returncode == 0, child.stdout + child.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        child = run_module("tests.golden.replay", folder)
+        assert child.returncode == 0, child.stdout + child.stderr
+
+    return ready_made.folder("golden", make)
 
 
 @pytest.fixture(scope="module")

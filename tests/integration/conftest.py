@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.command_line import TINY_STUDENT, done
+from tests.ready_made import ReadyMade
 from tests.tiny_models import write_tiny_language_model
 
 Copy = Callable[[Path], Path]
@@ -18,32 +19,35 @@ SHARD_DOCUMENTS = 32  # 4 shards of labelled and 2 of unlabelled text
 
 
 @pytest.fixture(scope="session")
-def bert_cache(tmp_path_factory: pytest.TempPathFactory, acl_imdb: Path, tiny_bert: Path) -> Path:
+def bert_cache(ready_made: ReadyMade, acl_imdb: Path, tiny_bert: Path) -> Path:
     """A complete cache of the stand-in by the tiny BERT; only to be read."""
-    cache = tmp_path_factory.mktemp("caches") / "bert"
-    done(*cache_command(acl_imdb, tiny_bert, cache))
-    return cache
+    return ready_made.folder(
+        "caches/bert", lambda folder: done(*cache_command(acl_imdb, tiny_bert, folder))
+    )
 
 
 @pytest.fixture(scope="session")
-def bert_run(tmp_path_factory: pytest.TempPathFactory, bert_cache: Path) -> Path:
+def bert_run(ready_made: ReadyMade, bert_cache: Path) -> Path:
     """A finished run on `bert_cache`; only to be read."""
-    run = tmp_path_factory.mktemp("runs") / "bert"
-    done("train-student", "--cache", bert_cache, "--out", run, *TINY_STUDENT)
-    return run
+    return ready_made.folder(
+        "runs/bert",
+        lambda folder: done("train-student", "--cache", bert_cache, "--out", folder, *TINY_STUDENT),
+    )
 
 
 @pytest.fixture(scope="session")
 def small_language_model(
-    tmp_path_factory: pytest.TempPathFactory,
-    gpt2_tokenizer: PreTrainedTokenizerBase,
-    acl_imdb: Path,
+    ready_made: ReadyMade, gpt2_tokenizer: PreTrainedTokenizerBase, acl_imdb: Path
 ) -> Path:
     """A tiny GPT-2 with 300 ids: writing 50,257 of them anew in each run would take the time."""
-    texts = [path.read_text() for path in sorted(acl_imdb.glob("train/*/*.txt"))]
-    assert isinstance(gpt2_tokenizer, PreTrainedTokenizerFast)
-    tokenizer = gpt2_tokenizer.train_new_from_iterator(texts, 300)
-    return write_tiny_language_model(tmp_path_factory.mktemp("small-lm") / "gpt2", tokenizer)
+
+    def make(folder: Path) -> Path:
+        texts = [path.read_text() for path in sorted(acl_imdb.glob("train/*/*.txt"))]
+        assert isinstance(gpt2_tokenizer, PreTrainedTokenizerFast)
+        tokenizer = gpt2_tokenizer.train_new_from_iterator(texts, 300)
+        return write_tiny_language_model(folder, tokenizer)
+
+    return ready_made.folder("teachers/gpt2-of-300-ids", make)
 
 
 @pytest.fixture

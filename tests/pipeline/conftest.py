@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.ready_made import ReadyMade
 from tests.tiny_runs import cache_reviews
 
 
@@ -22,7 +23,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
+def tiny_cache(ready_made: ReadyMade, tiny_bert: Path, acl_imdb: Path) -> Path:
     """The tiny BERT's logits and pooled states over 120 labelled and 60 unlabelled reviews."""
-    folder = tmp_path_factory.mktemp("caches") / "tiny"
-    return cache_reviews(folder, tiny_bert, acl_imdb, hidden="pooled")
+    return ready_made.folder(
+        "caches/reviews-pooled",
+        lambda folder: cache_reviews(folder, tiny_bert, acl_imdb, hidden="pooled"),
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.stages import train_student
+from tests.ready_made import ReadyMade
 from tests.tiny_runs import cache_reviews, read_tokenizers_once
 
 
@@ -17,13 +18,17 @@ def tokenizers_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
+def tiny_cache(ready_made: ReadyMade, tiny_bert: Path, acl_imdb: Path) -> Path:
     """The tiny BERT's logits over 120 labelled and 60 unlabelled reviews, cut to 24 tokens."""
-    return cache_reviews(tmp_path_factory.mktemp("caches") / "tiny", tiny_bert, acl_imdb)
+    return ready_made.folder(
+        "caches/reviews", lambda folder: cache_reviews(folder, tiny_bert, acl_imdb)
+    )
 
 
 @pytest.fixture(scope="session")
-def pooled_cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
+def pooled_cache(ready_made: ReadyMade, tiny_bert: Path, acl_imdb: Path) -> Path:
     """The same with the teacher's pooled states, of width 32."""
-    folder = tmp_path_factory.mktemp("caches") / "pooled"
-    return cache_reviews(folder, tiny_bert, acl_imdb, hidden="pooled")
+    return ready_made.folder(
+        "caches/reviews-pooled",
+        lambda folder: cache_reviews(folder, tiny_bert, acl_imdb, hidden="pooled"),
+    )
