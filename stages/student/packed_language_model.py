@@ -1,6 +1,6 @@
 """Any of transformers' causal language models on packed rows, across whose borders nothing looks.
 
-What the teacher's side measures (`stages.teacher.language_model`) holds for a student too: a model
+What the teacher's side measures (`stages.models.causal`) holds for a student too: a model
 that *packs* gets position ids that begin anew with each document, and no mask, from which
 transformers makes masks of each layer's own kind; for any other model each document becomes a row
 of its own. Here with gradients, and from batches as training makes them.
