@@ -5,14 +5,12 @@ Light to import: `--help` builds itself from these models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated
+from teacher_cache.stages.config import DeviceConfig, Of, StageConfig, comma_separated
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions, Length
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.teacher.config import ShardConfig, TaskName
@@ -21,40 +19,15 @@ from teacher_cache.stages.training.config import FinetuneOptions
 TxtUnit = Literal["line", "paragraph", "document", "article"]
 Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
 Lengths = Annotated[tuple[Length, ...], BeforeValidator(comma_separated)]
-MODELS: dict[TaskName, str] = {"classification": "classifiers", "lm": "language models"}
 
 
-@dataclass(frozen=True)
-class OfTask:
-    """In an option's annotation: it means something for one task alone.
-
-    Attributes:
-        task: whose it is.
-        remedy: what to do with another.
-    """
-
-    task: TaskName
-    remedy: str
-
-
-def refuse_foreign(options: StageConfig, task: TaskName) -> None:
-    """Refuse an option that is of another task, and was given.
-
-    Raises:
-        UserError: naming the first.
-    """
-    for name, field in type(options).model_fields.items():
-        for mark in field.metadata:
-            is_foreign = isinstance(mark, OfTask) and mark.task != task
-            if is_foreign and getattr(options, name) != field.default:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is of {MODELS[mark.task]}: {mark.remedy}"
-                )
-
-
-OF_LABELS = OfTask(
-    "classification",
-    "leave it out with language models, for which each token is the label of those before it",
+OF_LABELS = Of(
+    task="classification",
+    elsewhere="{flag} is of classifiers: leave it out with language models, for which each token "
+    "is the label of those before it",
+)
+OF_CACHES = Of(
+    task="lm", elsewhere="{flag} is of language models: give labelled documents with --data"
 )
 
 
@@ -159,7 +132,7 @@ class EvaluateCommandOptions(DataOptions, TextOptions, EvaluateOptions):
         description="Data to evaluate on, labelled for classifiers: as for cache-teacher; a "
         "preset's held-out split.",
     )
-    cache: Annotated[Path | None, OfTask("lm", "give labelled documents with --data")] = Field(
+    cache: Annotated[Path | None, OF_CACHES] = Field(
         default=None,
         description="Of language models, in the place of --data: a cache, which needs no teacher; "
         "of the one that a run was trained on, what it held out. Default: none.",

@@ -13,8 +13,8 @@ from teacher_cache.pipeline.options import (
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
     TxtUnit,
-    refuse_foreign,
 )
+from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.teacher.config import ShardConfig, TaskName
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.training.config import FinetuneOptions
@@ -259,7 +259,7 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     named = PRESETS.get(options.data)
     task = options.task or (named.task if named else DEFAULT_TASK)
     task_data = TASK_DATA[task]
-    refuse_foreign(options, task)
+    refuse_foreign_options(options, task=task)
     refuse_misspelt(options.data)
     preset = preset_of(options.data, task_data)
     own = preset if preset is not None and preset.task == task else None
@@ -409,7 +409,7 @@ def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusCo
             task; or if there is no held-out split and none is named.
     """
     task_data = TASK_DATA[task]
-    refuse_foreign(options, task)
+    refuse_foreign_options(options, task=task)
     if options.cache is not None:
         given = [one for one in OF_TEXT if getattr(options, one) is not None]
         if given:

@@ -57,13 +57,13 @@ def given_options(config: BaseModel) -> list[str]:
     return given
 
 
-def refuse_foreign_options(config: BaseModel, *, task: str, codec: str) -> None:
+def refuse_foreign_options(config: BaseModel, *, task: str, codec: str | None = None) -> None:
     """Refuse what task or codec have no use for; nothing is left out in silence.
 
     Args:
         config: the options.
         task: of the run.
-        codec: of the run, where its task has codecs.
+        codec: of the run; None: whatever codec they are of.
 
     Raises:
         UserError: naming the option and what it belongs to.
@@ -73,7 +73,7 @@ def refuse_foreign_options(config: BaseModel, *, task: str, codec: str) -> None:
         owner, flag = belongs_to[option], flag_of(option)
         if owner.task != task:
             raise UserError(owner.elsewhere.format(flag=flag, value=getattr(config, option)))
-        if owner.sets and codec not in owner.sets:
+        if codec is not None and owner.sets and codec not in owner.sets:
             raise UserError(
                 f"{flag} is of --codec {' or '.join(owner.sets)}, and this run has --codec "
                 f"{codec}: leave it out, or give the other codec"
