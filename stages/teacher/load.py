@@ -104,19 +104,28 @@ def load_teacher(config: TeacherConfig, *, with_maps: bool = False) -> Classific
     model = _load_classifier(config.teacher, config.trust_remote_code, with_maps=with_maps)
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     _warn_of_label_smoothing(config.teacher, model)
-    weights_sha256 = hash_weights(model)
     return ClassificationTeacher(
-        name=config.teacher,
-        model=on_device(model, device, dtype),
+        **_ready(config, model, device, dtype),
         tokenizer=tokenizer,
         pad_id=pad_id,
-        device=device,
-        dtype=dtype,
-        weights_sha256=weights_sha256,
-        config_sha256=fingerprint(described_config(model)),
-        commit=getattr(model.config, "_commit_hash", None),
         id2label=class_names(model),
     )
+
+
+def _ready(
+    config: TeacherConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What is known of any teacher; hashed as it was loaded, and then put where it runs."""
+    weights_sha256 = hash_weights(model)
+    return {
+        "name": config.teacher,
+        "model": on_device(model, device, dtype),
+        "device": device,
+        "dtype": dtype,
+        "weights_sha256": weights_sha256,
+        "config_sha256": fingerprint(described_config(model)),
+        "commit": getattr(model.config, "_commit_hash", None),
+    }
 
 
 def _load_classifier(name: str, trust_remote_code: bool, *, with_maps: bool) -> PreTrainedModel:
@@ -208,17 +217,10 @@ def load_language_model(config: TeacherConfig, *, with_maps: bool = False) -> La
             "logits would be random: give a causal language model"
         )
     packs = check_language_model(config.teacher, model.eval())
-    weights_sha256 = hash_weights(model)
     return LanguageModelTeacher(
-        name=config.teacher,
-        model=on_device(model, device, dtype),
+        **_ready(config, model, device, dtype),
         tokenizer=tokenizer,
         pad_id=FILLER_ID,
-        device=device,
-        dtype=dtype,
-        weights_sha256=weights_sha256,
-        config_sha256=fingerprint(described_config(model)),
-        commit=getattr(model.config, "_commit_hash", None),
         packs=packs,
         num_logits=own_logits(model, np.zeros(1, np.uint32)).shape[-1],
     )
