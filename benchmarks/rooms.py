@@ -37,6 +37,7 @@ from teacher_cache.stages.training.batches import CachedSamples, Collator
 from teacher_cache.stages.training.trainer import StudentTrainer
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("cache", "stages", "pipeline")
 NUM_WORDS = 60
 WAY: dict[str, list[tuple[Any, str]]] = {
     "capture": [(Task, "capture")],
@@ -69,14 +70,15 @@ class Visitors:
         return watched
 
     def _enter(self, part: str, frame: Any, event: str) -> None:
-        if event == "call":
-            path = Path(frame.f_code.co_filename)
-            if path.is_absolute() and path.resolve().is_relative_to(ROOT):
-                self.found[part].add(path.resolve().relative_to(ROOT).as_posix())
+        if event != "call":
+            return
+        path = Path(frame.f_code.co_filename).resolve()
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in FOLDERS:
+            self.found[part].add(path.relative_to(ROOT).as_posix())
 
     def table(self, name: str) -> str:
         """A line for a task."""
-        every = set().union(*self.found.values()) - {Path(__file__).relative_to(ROOT).as_posix()}
+        every = set().union(*self.found.values())
         parts = ", ".join(f"{part} {len(files)}" for part, files in self.found.items())
         return f"{name}: {len(every)} files ({parts})"
 
