@@ -106,6 +106,22 @@ def codec_of(mode: Any, is_causal: bool, is_packed: bool = False) -> AttentionCo
     )
 
 
+def assert_same_codes(on_device: np.ndarray, on_host: np.ndarray, rows: np.ndarray) -> None:
+    """Equal but for entries half way between two codes, which float32 rounds either way."""
+    exact = rows.astype(np.float64)
+    roots = 255 * np.sqrt(exact / exact.max(-1, keepdims=True))
+    num_half_way = int((np.abs(roots % 1 - 0.5) < 1e-4).sum())
+    apart = np.abs(on_device.astype(int) - on_host)
+    assert apart.max() <= 1 and (apart > 0).sum() <= num_half_way
+
+
+def test_half_way_between_two_codes() -> None:
+    """A row of which numpy and torch round one entry to different codes."""
+    codec = codec_of("full", False)
+    heads = maps(np.random.default_rng(23), 4, 7, False)
+    assert_same_codes(codec.encode(torch.from_numpy(heads)), codec.encode(heads), heads)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     mode=st.sampled_from(["cls", "mean", "full"]),
@@ -125,8 +141,8 @@ def test_maps_of_every_mode_come_back(
         heads = maps(rng, 4, length, is_causal)
         exact.append({"cls": heads.mean(0)[-1], "mean": heads.mean(0), "full": heads}[mode])
     stored = [codec.encode(one) for one in exact]
-    assert all(np.array_equal(codec.encode(torch.from_numpy(one)), two)
-               for one, two in zip(exact, stored, strict=True))  # fmt: skip
+    for one, codes in zip(exact, stored, strict=True):
+        assert_same_codes(codec.encode(torch.from_numpy(one)), codes, one)
     field = np.concatenate(stored)
     assert field.dtype == np.uint8 and 2 * field.nbytes == codec.num_bytes(lengths)
     assert [spec.name for spec in codec.fields] == ["attention_1", "attention_3"]

@@ -79,6 +79,8 @@ def test_a_tail_of_1e_8_is_summed_over_the_tail() -> None:
     )
     expected = reference_codecs.reduce_topk(logits, top_k=1, temperatures=(1.0,))
     assert isinstance(found, ReducedTopK)
+    assert isinstance(found, ReducedTopK)
+    assert isinstance(found, ReducedTopK)
     assert found.tail_r.max() < -15
     np.testing.assert_allclose(found.tail_r, expected.tail_r, rtol=0, atol=1e-5)
 
@@ -106,6 +108,8 @@ def test_unused_rows_are_excluded_and_their_mass_reported() -> None:
     outside = [3, 7, *range(40, 60)]
     exact = np.exp(log_softmax(logits.astype(np.float64)))
     np.testing.assert_allclose(unused, exact[:, outside].sum(-1), rtol=1e-4)
+    assert isinstance(found, ReducedTopK)
+    assert isinstance(found, ReducedTopK)
     assert isinstance(found, ReducedTopK)
     assert np.isneginf(found.next_log_prob).all()
     assert np.isneginf(found.below_max).sum(-1).tolist() == [2] * 9
