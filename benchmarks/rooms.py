@@ -1,4 +1,4 @@
-"""How many of our files one logit enters on its way from the teacher to the loss.
+"""How large the house is, and how many files one logit enters on its way to the loss.
 
     python -m benchmarks.rooms
 
@@ -9,6 +9,7 @@ a shard is captured or committed, a sample is read and collated, or a micro-batc
 
 from __future__ import annotations
 
+import ast
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from teacher_cache.stages.training.trainer import StudentTrainer
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "stages", "pipeline")
+PACKAGE = "teacher_cache"
 NUM_WORDS = 60
 WAY: dict[str, list[tuple[Any, str]]] = {
     "capture": [(Task, "capture")],
@@ -135,6 +137,25 @@ def save_texts(folder: Path) -> None:
     (folder / "data.txt").write_text("\n".join(texts))
 
 
+def size_of_the_house() -> str:
+    """Modules, lines, and how many of our own modules each imports in the mean."""
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    modules = {
+        ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)): path.read_text()
+        for path in paths
+        if path.name != "__init__.py"
+    }
+    num_imports = 0
+    for text in modules.values():
+        statements = [one for one in ast.walk(ast.parse(text)) if isinstance(one, ast.ImportFrom)]
+        named = {one.module for one in statements}
+        named |= {f"{one.module}.{name.name}" for one in statements for name in one.names}
+        num_imports += len(named & modules.keys())
+    num_lines = sum(len(text.splitlines()) for text in modules.values())
+    mean = num_imports / len(modules)
+    return f"{len(modules)} modules, {num_lines:,} lines, {mean:.1f} own imports a module"
+
+
 def visit(name: str, folder: Path, *options: str) -> str:
     """Cache and train under the profiler.
 
@@ -166,7 +187,7 @@ def main() -> None:
             visit("classifier", folder, *of_classes),
             visit("language model", folder, "--task=lm", *of_words),
         ]
-    print("\n".join(tables))
+    print("\n".join([size_of_the_house(), *tables]))
 
 
 if __name__ == "__main__":

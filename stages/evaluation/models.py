@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ KINDS: dict[TaskName, str] = {"classification": "a classifier", "lm": "a languag
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatedModel:
+class EvaluatedModel(ABC):
     """A model with all it needs to read text; each kind says what its models have besides.
 
     Attributes:
@@ -99,14 +100,14 @@ class EvaluatedModel:
         )
 
     @classmethod
+    @abstractmethod
     def _of_student(cls, model: PreTrainedModel, where: str) -> dict[str, Any]:
         """What this kind has besides, of a student just loaded."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
         """A teacher, and what this kind has besides."""
-        raise NotImplementedError
 
     @property
     def num_parameters(self) -> int:

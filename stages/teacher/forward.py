@@ -35,6 +35,8 @@ from teacher_cache.stages.models.inference import (
 from teacher_cache.stages.teacher.layers import LayerTap
 from teacher_cache.stages.teacher.load import ClassificationTeacher, LanguageModelTeacher
 
+SLICE_LOGITS = 2**25  # 128 MiB in float32
+
 
 def run_teacher(
     teacher: ClassificationTeacher,
@@ -159,9 +161,6 @@ def _read_by_head(
     # The last of equal ones: a causal decoder has read all there.
     position = (same * torch.arange(same.shape[1], device=same.device)).argmax(dim=1)
     return first_input[torch.arange(len(position), device=position.device), position]
-
-
-SLICE_LOGITS = 2**25  # 128 MiB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
