@@ -80,7 +80,7 @@ def gpt2_tokenizer(folder: Path) -> Path:
 def trained(cache: Path, tokenizer: Path, work: Path, name: str, seed: int) -> dict[str, Any]:
     """A row's student of one seed: its held-out figures, coverage and seconds."""
     settings = STUDENT | ROWS[name]
-    config = TrainStudentConfig(
+    config = TrainStudentConfig.of(
         cache=cache,
         student_tokenizer=str(tokenizer),
         out=work / f"{name.replace(' ', '-')}-{seed}",

@@ -154,7 +154,7 @@ def _kept(run: Run, prepared: Prepared) -> dict[str, Kept]:
     return compared(
         prepared.teacher,
         student,
-        batch_size=config.batch_size,
+        batch_size=config.training.batch_size,
         steps=run.scale.gradient_steps,
     )
 

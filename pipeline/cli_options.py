@@ -8,15 +8,16 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from teacher_cache.stages.config import StageConfig
 
 CONFIG_HELP = "YAML file, or the name of one that comes with the package; flags win over it."
 SET_HELP = "Set one key, as in --set alpha=0.9; may be given several times."
 
 
 def with_options(
-    model: type[BaseModel], leading: list[inspect.Parameter] | None = None
+    model: type[StageConfig], leading: list[inspect.Parameter] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a handler so that Typer sees an option for each field of `model`.
 
@@ -28,7 +29,7 @@ def with_options(
         model: the command's settings.
         leading: parameters that are no settings (arguments, switches of the command itself).
     """
-    names = list(model.model_fields)
+    names = list(model.options())
     own = leading or []
 
     def decorate(handler: Callable[..., None]) -> Callable[..., None]:
@@ -41,8 +42,7 @@ def with_options(
                 flags=flags,
             )
 
-        options = [_parameter(name, model) for group in _panels(model) for name in group]
-        parameters = [*own, *_common(), *options]
+        parameters = [*own, *_common(), *_options(model)]
         command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         command.__annotations__ = {one.name: one.annotation for one in parameters}
         command.__doc__ = handler.__doc__
@@ -74,23 +74,20 @@ def _common() -> list[inspect.Parameter]:
     return [_keyword("config", config, None), _keyword("set_", settings, None)]
 
 
-def _panels(model: type[BaseModel]) -> list[list[str]]:
-    """Field names by the class that declares them, the command's own first."""
-    declared = [
-        [name for name in vars(one).get("__annotations__", {}) if name in model.model_fields]
-        for one in model.__mro__
-    ]
-    seen: set[str] = set()
-    panels = []
-    for names in declared:
-        panels.append([name for name in names if name not in seen])
-        seen.update(names)
-    return [panel for panel in panels if panel]
+def _options(model: type[StageConfig]) -> list[inspect.Parameter]:
+    """One for each field, by part and by the class that declares it: the command's own first."""
+    parts = model.parts()
+    found: dict[str, inspect.Parameter] = {}
+    for part in (model, *parts.values()):
+        for owner in part.__mro__:
+            title = None if owner is model else _title(owner)
+            for name in vars(owner).get("__annotations__", {}):
+                if name in part.model_fields and name not in parts and name not in found:
+                    found[name] = _parameter(name, part.model_fields[name], title)
+    return list(found.values())
 
 
-def _parameter(name: str, model: type[BaseModel]) -> inspect.Parameter:
-    field = model.model_fields[name]
-    owner = next(one for one in model.__mro__ if name in vars(one).get("__annotations__", {}))
+def _parameter(name: str, field: FieldInfo, title: str | None) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     kind = _kind(field.annotation)
     option = typer.Option(
@@ -99,12 +96,12 @@ def _parameter(name: str, model: type[BaseModel]) -> inspect.Parameter:
         # A list of all choices would leave no room for the option's own name.
         metavar="<choice>" if get_origin(kind) is Literal else None,
         show_default=False,
-        rich_help_panel=None if owner is model else _title(owner),
+        rich_help_panel=title,
     )
     return _keyword(name, Annotated[kind | None, option], None)
 
 
-def _title(owner: type[BaseModel]) -> str:
+def _title(owner: type) -> str:
     """The first line of the class's docstring, without its full stop."""
     return (owner.__doc__ or owner.__name__).splitlines()[0].rstrip(".")
 

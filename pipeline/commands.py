@@ -18,7 +18,6 @@ from teacher_cache.pipeline.options import (
     PredictSettings,
 )
 from teacher_cache.pipeline.presets import (
-    TASK_DATA,
     held_out_corpus,
     resolve_cache_teacher,
     resolve_finetune_teacher,
@@ -41,11 +40,11 @@ from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
 from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.evaluation.named import evaluation_task
+from teacher_cache.stages.evaluation.runs import evaluation_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
+from teacher_cache.stages.tasks import TASKS, task_named
 from teacher_cache.stages.training.config import TrainStudentConfig
-from teacher_cache.stages.training.start import with_own_tokenizer
 
 CACHES = Path("caches")
 
@@ -90,7 +89,7 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     config = resolve_cache_teacher(options)
     if dry_run:
         console.print(settings_table(config.model_dump(mode="json"), "cache-teacher would run"))
-        has_codec = TASK_DATA[config.task].has_codec
+        has_codec = TASKS[config.task].has_codec
         if has_codec or config.attention != "none" or config.hidden != "none":
             console.print(estimate_table(estimate(config), of_codec=has_codec))
         return None
@@ -115,9 +114,9 @@ def convert(options: ConvertOptions, cache: Path, out: Path) -> Path:
 
 def train_student(config: TrainStudentConfig, *, name: str = "student") -> Path:
     """Run stage two; return the run's folder."""
-    if config.cache is None:
+    if config.training.cache is None:
         config = config.model_copy(update={"cache": newest_cache()})
-    console.print(f"cache {config.cache}")
+    console.print(f"cache {config.training.cache}")
     try:
         with TrainingProgress(console, name) as progress:
             result = stage_two.run(config, progress)
@@ -133,13 +132,14 @@ def train_student(config: TrainStudentConfig, *, name: str = "student") -> Path:
 
 def check(config: TrainStudentConfig) -> Joined:
     """Run the join alone, on the newest cache if none is named."""
-    cache = config.cache or newest_cache()
+    cache = config.training.cache or newest_cache()
     console.print(f"cache {cache}")
     manifest = read_manifest(cache)
     lengths = [CacheReader(cache, split).lengths() for split in manifest.splits]
     longest = max(int(found.max(initial=0)) for found in lengths)
     try:
-        own = with_own_tokenizer(config, task=manifest.settings["task"])
+        task = task_named(manifest.settings["task"], cache)
+        own = stage_two.with_own_tokenizer(config, task.student)
         joined = join(cache, own, longest_sample=longest)
     except TokenizationMismatch as mismatch:
         console.print(join_table(mismatch.report))

@@ -13,7 +13,8 @@ from pydantic import BeforeValidator, Field
 from teacher_cache.stages.config import DeviceConfig, Of, StageConfig, comma_separated
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions, Length
 from teacher_cache.stages.join.config import JoinConfig
-from teacher_cache.stages.teacher.config import ShardConfig, TaskName
+from teacher_cache.stages.tasks import TaskName
+from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.training.config import FinetuneOptions
 
 TxtUnit = Literal["line", "paragraph", "document", "article"]

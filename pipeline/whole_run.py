@@ -29,9 +29,10 @@ from teacher_cache.pipeline.settings import (
     require_settings,
     validate,
 )
-from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.config import refuse_foreign_options
+from teacher_cache.stages.tasks import TASKS, TaskName
+from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
-from teacher_cache.stages.training.start import check_architecture
 
 
 def run_all(
@@ -75,7 +76,7 @@ def run_all(
     runs: dict[str, Path] = {}
     for name, student in stages["students"].items():
         _heading(console, f"stage two: {name}")
-        out = student.out or Path("runs") / f"{cache.name}-{_slug(name)}"
+        out = student.training.out or Path("runs") / f"{cache.name}-{_slug(name)}"
         update = {"cache": cache, "out": out}
         runs[name] = commands.train_student(student.model_copy(update=update), name=name)
     if "evaluate" in stages and runs:
@@ -112,7 +113,7 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
         name: validate(TrainStudentConfig, shared | (own or {}), where=f"students.{name}")
         for name, own in named.items()
     }
-    if any(student.cache is not None for student in stages["students"].values()):
+    if any(student.training.cache is not None for student in stages["students"].values()):
         raise UserError(
             "`pipe run` trains from the cache that it makes, and train_student.cache names "
             "another: leave it out, or use `pipe train-student --config`"
@@ -134,7 +135,8 @@ def _refuse_early(stages: Mapping[str, Any]) -> TaskName:
         to_come = Path("made by this run")
         held_out_corpus(with_own_cache(stages["evaluate"], task, to_come), task)
     for student in stages["students"].values():
-        check_architecture(student, task=task)
+        refuse_foreign_options(student, task=task)
+        check_architecture(student.student, TASKS[task].student)
     return task
 
 

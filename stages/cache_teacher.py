@@ -32,8 +32,8 @@ from teacher_cache.stages.data.tokenization import Reading, tokenize
 from teacher_cache.stages.data.views import Views, split_settings, with_views
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.models.pretrained import described_config
+from teacher_cache.stages.tasks import TASKS
 from teacher_cache.stages.teacher.config import ShardConfig
-from teacher_cache.stages.teacher.named import TASKS
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.teacher.task import Task
 
@@ -152,7 +152,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     """
     observer = observer or StageOneObserver()
     check_options(config)
-    task: AnyTask = TASKS[config.task].prepared(config, load_corpora(config))
+    task: AnyTask = TASKS[config.task].teacher.prepared(config, load_corpora(config))
     settings = {
         **task.settings(),
         "data": {split: corpus.identity for split, corpus in task.corpora.items()},

@@ -14,7 +14,7 @@ from teacher_cache.stages.cache_teacher import NUM_PROBED_FOR_SIZE, CacheTeacher
 from teacher_cache.stages.codecs.measure import Probe
 from teacher_cache.stages.data.packaged import austen, reviews
 from teacher_cache.stages.data.packaged.packages import assets_folder
-from teacher_cache.stages.teacher.named import TASKS
+from teacher_cache.stages.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,11 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
     Raises:
         UserError: for what the run itself would refuse.
     """
+    of_teacher = TASKS[config.task].teacher
     corpora = [config.labeled, *([] if config.unlabeled is None else [config.unlabeled])]
     if not Path(config.teacher).is_dir() or not all(_is_here(one.source) for one in corpora):
-        return Estimate(bytes_per_token=TASKS[config.task].assumed_bytes_per_token(config))
-    task = TASKS[config.task].prepared(config, load_corpora(config))
+        return Estimate(bytes_per_token=of_teacher.assumed_bytes_per_token(config))
+    task = of_teacher.prepared(config, load_corpora(config))
     num_bytes = num_layer_bytes = num_tokens = 0.0
     num_shards, per_shard = 0, None
     for corpus in task.corpora.values():

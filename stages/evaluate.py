@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from teacher_cache.stages.evaluation.models import EvaluatedModel
-from teacher_cache.stages.evaluation.named import evaluation_task
 from teacher_cache.stages.evaluation.runs import (
+    evaluation_task,
     require_distinct_names,
     teacher_beside,
     tokenization_marks,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from teacher_cache.cache.commit import canonical_json
-from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.config import refuse_foreign_options
+from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, join
-from teacher_cache.stages.losses.config import TransferConfig
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.ranks import num_processes
+from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.pretrained import own_tokenizer
+from teacher_cache.stages.tasks import task_named
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 from teacher_cache.stages.training.arguments import (
@@ -23,28 +27,18 @@ from teacher_cache.stages.training.arguments import (
     training_arguments,
 )
 from teacher_cache.stages.training.checkpoints import saved
-from teacher_cache.stages.training.classification import ClassificationStudents
 from teacher_cache.stages.training.config import (
     NOT_RESULTS,
     ArchitectureConfig,
     TrainStudentConfig,
 )
 from teacher_cache.stages.training.data import open_splits
-from teacher_cache.stages.training.language_modeling import LanguageModelStudents
 from teacher_cache.stages.training.measures import EarlyStopping
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run
-from teacher_cache.stages.training.start import (
-    StartingStudent,
-    with_own_tokenizer,
-)
+from teacher_cache.stages.training.start import StartingStudent
 from teacher_cache.stages.training.task import Course, StudentTask, TrainingObserver
 from teacher_cache.stages.training.trainer import StudentTrainer
-
-TASKS: dict[str, Callable[[TrainStudentConfig, Sequence[CacheReader]], StudentTask]] = {
-    "classification": ClassificationStudents,
-    "lm": LanguageModelStudents,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +74,27 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
         BadShardError: if a shard is damaged.
     """
     observer = observer or StageTwoObserver()
-    refuse_what_cannot_start(config)
-    if config.cache is None:
+    training = config.training
+    refuse_what_cannot_start(training)
+    if training.cache is None:
         raise UserError("no cache was named: give --cache DIR")
-    readers = open_splits(config.cache, config.unlabeled_alpha, config.unlabeled_from)
-    task = _task(config, readers)
+    readers = open_splits(training.cache, config.objective.unlabeled_alpha, training.unlabeled_from)
+    name = readers[0].manifest.settings["task"]
+    kind = task_named(name, training.cache).student
+    refuse_foreign_options(config, task=name)
+    task = kind(config, readers)
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
-    own = with_own_tokenizer(config, task=readers[0].manifest.settings["task"])
-    joined = join(config.cache, own, longest_sample=longest_sample)
+    own = with_own_tokenizer(config, kind)
+    joined = join(training.cache, own, longest_sample=longest_sample)
     observer.on_join(joined)
     # All that can be refused is refused before the folder of the run is made.
     course = task.course(joined)
 
     record = _record(config, readers, joined, course.student)
-    folder = config.out or Path("runs") / f"{config.cache.name}-{_settings_hash(record)}"
+    folder = training.out or Path("runs") / f"{training.cache.name}-{_settings_hash(record)}"
     with (
-        process_group(resolve_device(config)),
-        locked_run(folder, record, start_again=config.resume == "never") as record,
+        process_group(resolve_device(training)),
+        locked_run(folder, record, start_again=training.resume == "never") as record,
     ):
         if record.complete:
             return TrainStudentResult(run=folder, record=record, was_complete=True)
@@ -104,15 +102,39 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     return TrainStudentResult(run=folder, record=record, was_complete=False)
 
 
-def _task(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> StudentTask:
-    """What kind of student this cache teaches."""
-    name = readers[0].manifest.settings["task"]
-    if name not in TASKS:
-        raise UserError(
-            f"{readers[0].cache} is of the task {name!r}, which is unknown to this release: "
-            f"{did_you_mean(name, TASKS)}"
-        )
-    return TASKS[name](config, readers)
+def check_architecture(config: ArchitectureConfig, task: type[StudentTask]) -> None:
+    """Refuse what needs no cache to be seen: sizes that do not fit, a model that is not there.
+
+    Args:
+        config: the student's.
+        task: of the cache.
+
+    Raises:
+        UserError: saying what to give instead.
+    """
+    if config.pretrained is None:
+        MambaStudentConfig(**config.shape(task.name))
+    else:
+        task.described(config.pretrained)
+
+
+def with_own_tokenizer(config: TrainStudentConfig, task: type[StudentTask]) -> JoinConfig:
+    """A pre-trained student's own tokenizer, unless one is named or it has none.
+
+    Its embeddings mean that tokenizer's tokens, so that is the one to compare with the cache's.
+
+    Args:
+        config: the run's settings.
+        task: of the cache.
+
+    Raises:
+        UserError: if the student cannot be had: sizes that do not fit, a model that is not there.
+    """
+    check_architecture(config.student, task)
+    name = config.student.pretrained
+    if name is None or config.join.student_tokenizer is not None:
+        return config.join
+    return config.join.model_copy(update={"student_tokenizer": own_tokenizer(name)})
 
 
 def _train(
@@ -125,7 +147,7 @@ def _train(
     observer: StageTwoObserver,
 ) -> RunRecord:
     """Train from the newest checkpoint on and commit the student."""
-    checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config, folder))
+    checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config.training, folder))
     observer.on_start(folder, course.data.num_steps, checkpoint)
     trainer = _trainer(config, folder, task, course, observer)
     started = time.monotonic()
@@ -152,13 +174,18 @@ def _record(
     student: StartingStudent,
 ) -> RunRecord:
     reader = readers[0]
-    # What the student is, it says itself: not every option applies to every kind.
-    names = {"cache", "student_tokenizer", "projection_embeddings"}
-    left_out = {*names, *ArchitectureConfig.model_fields, *NOT_RESULTS}
-    if not config.transfers:  # so runs that match nothing inside keep their settings
-        left_out |= {*TransferConfig.model_fields}
-    settings = config.model_dump(mode="json", exclude=left_out) | student.settings
-    settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
+    parts = [config.training, config.projection, config.join, config.objective]
+    if config.transfer.transfers:  # so runs that match nothing inside keep their settings
+        parts.append(config.transfer)
+    # Others stand for themselves: files by their hashes, and the student says what it is.
+    left_out = {"cache", "student_tokenizer", "projection_embeddings", *NOT_RESULTS}
+    settings = {
+        name: value
+        for part in parts
+        for name, value in part.model_dump(mode="json", exclude=left_out).items()
+    }
+    settings |= student.settings
+    settings["dtype"] = dtype_name(resolve_dtype(config.training, resolve_device(config.training)))
     tokenizer = describe(joined.tokenizer, max_length=joined.max_length)
     settings["student_tokenizer_sha256"] = tokenizer.files_sha256
     if joined.alignment is not None:
@@ -194,25 +221,26 @@ def _trainer(
     observer: StageTwoObserver,
 ) -> StudentTrainer:
     data, callbacks = course.data, observer.callbacks()
-    if config.early_stopping is not None:
-        callbacks.append(EarlyStopping(config.early_stopping, task.measure))
+    patience = config.training.early_stopping
+    if patience is not None:
+        callbacks.append(EarlyStopping(patience, task.measure))
     args = training_arguments(
-        config,
+        config.training,
         folder,
         num_steps=data.num_steps,
         steps_per_epoch=data.steps_per_epoch,
         evaluates=data.evaluation is not None,
-        keeps_best=config.early_stopping is not None,
+        keeps_best=patience is not None,
         label_names=course.held_out.label_names,
         measure=task.measure,
-        uses_all_weights=config.pretrained is None,
+        uses_all_weights=config.student.pretrained is None,
     )
     return StudentTrainer(
         model=course.trained,
         args=args,
         lesson=course.lesson(args.device),
         held_out=course.held_out,
-        embedding_lr_scale=config.embedding_lr_scale,
+        embedding_lr_scale=config.training.embedding_lr_scale,
         batches=data.batches,
         train_dataset=data.training,
         eval_dataset=data.evaluation,

@@ -14,10 +14,10 @@ from teacher_cache.cache.codecs.attention import largest_kl, row_kl
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.models.device import resolve_device, resolve_dtype
+from teacher_cache.stages.tasks import TASKS
 from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
 from teacher_cache.stages.teacher.layers import STATE_TOLERANCE, LayerPlan, LayerTap, states_apart
 from teacher_cache.stages.teacher.load import Teacher
-from teacher_cache.stages.teacher.named import TASKS
 
 # Of a row of a map, nats, beyond what its encoding can lose.
 MAP_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.01}
@@ -50,7 +50,7 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
             f"{cache} was made of what {recorded['engine']} wrote, and there is no teacher here to "
             "ask again: leave --deep out, which still checks every byte"
         )
-    task = TASKS[settings["task"]]
+    task = TASKS[settings["task"]].teacher
     loaded = task.load(
         _config(teacher or reader.manifest.about["teacher"], recorded["dtype"]),
         with_maps="attention" in settings,

@@ -106,7 +106,7 @@ def student_config(cache: Path, out: Path, **changes: Any) -> TrainStudentConfig
         "log_steps": 1,
         "eval_fraction": 0.2,
     }
-    return TrainStudentConfig(**(settings | changes))
+    return TrainStudentConfig.of(**(settings | changes))
 
 
 def result_log(run: Path) -> list[dict[str, Any]]:

@@ -47,12 +47,13 @@ class Models:
             if row.kind != "student":
                 continue
             config = self._config(row, trial, seed)
-            assert config.out is not None
+            folder = config.training.out
+            assert folder is not None
             words = ", ".join(f"{name} {value}" for name, value in {**trial, "seed": seed}.items())
             title = f"{row.key} ({words})"
             held_out = self._prepared.held_out[row.block]
-            found.setdefault(config.out, Job(title=title, config=config, held_out=held_out))
-        return sorted(found.values(), key=lambda job: -(job.config.max_steps or 0))
+            found.setdefault(folder, Job(title=title, config=config, held_out=held_out))
+        return sorted(found.values(), key=lambda job: -(job.config.training.max_steps or 0))
 
     def answers(self, row: Row, trial: Settings, seeds: tuple[int, ...]) -> Answers:
         """What a row's models say, once its students are trained."""
@@ -112,7 +113,7 @@ class Models:
 
     def run(self, row: Row, trial: Settings, seed: int) -> Path:
         """Folder of one trained student."""
-        out = self._config(row, trial, seed).out
+        out = self._config(row, trial, seed).training.out
         assert out is not None
         return out
 

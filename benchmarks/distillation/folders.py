@@ -34,5 +34,7 @@ class Folders:
 
     def student(self, config: TrainStudentConfig, cache: Path) -> Path:
         """Of a student's run."""
-        settings = config.model_dump(mode="json", exclude={"cache", *NOT_RESULTS})
+        settings = config.model_dump(mode="json")
+        for name in ("cache", *NOT_RESULTS):
+            del settings[name]
         return self.work / "runs" / f"{cache.name}-{fingerprint(settings)[:8]}"

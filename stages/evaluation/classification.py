@@ -17,7 +17,7 @@ from teacher_cache.stages.data.labels import is_generic
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored
-from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.tasks import TaskName
 from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 
 MAJORITY = "majority"

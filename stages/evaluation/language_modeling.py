@@ -29,7 +29,7 @@ from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.scores import Score, score
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
 from teacher_cache.stages.models.device import resolve_device
-from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.tasks import TaskName
 from teacher_cache.stages.tokens.token_bytes import token_bytes
 
 DEFAULT_NEW_TOKENS = 50  # of `pipe predict`

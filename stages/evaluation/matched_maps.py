@@ -15,8 +15,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.collation import pad_batch
-from teacher_cache.stages.evaluation.named import evaluation_task
-from teacher_cache.stages.evaluation.runs import finished_student
+from teacher_cache.stages.evaluation.runs import evaluation_task, finished_student
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import TokenizationMismatch, join
 from teacher_cache.stages.losses.layers import normalised_rows
@@ -105,7 +104,8 @@ class InsideOfRun:
         if not isinstance(model.config, MambaStudentConfig):
             raise UserError(f"{run} is no Mamba student, and only these have mixing matrices")
         _require_same_tokens(run, record, reader)
-        layers = CachedLayers.of(_config(record, model.config, reader, hidden=hidden), reader)
+        config = _config(record, model.config, hidden=hidden)
+        layers = CachedLayers.of(config.transfer, config.student, reader)
         assert layers is not None, "a weight is not 0"
         return cls(model=model, pad_id=model.config.pad_token_id or 0, layers=layers)
 
@@ -170,9 +170,7 @@ class InsideOfRun:
         return 0 if codec.pooled_at == "first" else num_tokens - 1
 
 
-def _config(
-    record: RunRecord, student: MambaStudentConfig, reader: CacheReader, *, hidden: bool
-) -> TrainStudentConfig:
+def _config(record: RunRecord, student: MambaStudentConfig, *, hidden: bool) -> TrainStudentConfig:
     """What the run would have been trained with to match its layers."""
     settings, names = record.settings, list[str]()
     if settings.get("attention_weight"):
@@ -182,10 +180,11 @@ def _config(
         names.append("hidden_layer_map")
     # The width says how many channels a Mamba-1 has.
     shape = ("arch", "d_model", "expand", "num_layers", "bidirectional", "pooling")
-    return TrainStudentConfig.model_validate(
-        {name: getattr(student, name) for name in shape}
-        | {"cache": reader.cache, "attention_weight": 1.0, "hidden_weight": float(hidden)}
-        | {name: settings[name] for name in names}
+    return TrainStudentConfig.of(
+        **{name: getattr(student, name) for name in shape},
+        **{name: settings[name] for name in names},
+        attention_weight=1.0,
+        hidden_weight=float(hidden),
     )
 
 

@@ -26,13 +26,13 @@ from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.models.pretrained import class_names, num_positions, on_device
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.teacher.config import TaskName, TeacherConfig
+from teacher_cache.stages.tasks import TASKS, TaskName
+from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_language_model, load_teacher
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 
 TEACHER = "teacher"  # what a table calls it
-KINDS: dict[TaskName, str] = {"classification": "a classifier", "lm": "a language model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class EvaluatedModel(ABC):
         record = finished_student(run)
         found = task_of([run])
         if found != cls.task:
-            raise UserError(f"{run} is {KINDS[found]}: give {KINDS[cls.task]}'s run")
+            raise UserError(f"{run} is {TASKS[found].kind}: give {TASKS[cls.task].kind}'s run")
         device = resolve_device(config)
         model = _load_model(run, cls.auto)
         own = cls._of_student(model, str(run))

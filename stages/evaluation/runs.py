@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.teacher.config import TaskName, TeacherConfig
+from teacher_cache.stages.tasks import DEFAULT_TASK, TASKS, TaskName, task_named
+from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.run_folder import RunRecord, read_run
+
+if TYPE_CHECKING:
+    from teacher_cache.stages.evaluation.task import EvaluationTask
 
 
 def finished_run(run: Path) -> RunRecord:
@@ -52,13 +57,22 @@ def task_of(runs: Sequence[Path]) -> TaskName:
     tasks: dict[TaskName, Path] = {}
     for folder in runs:
         # The record of a classifier does not say it.
-        tasks.setdefault(read_run(folder).settings.get("task", "classification"), folder)
+        name = read_run(folder).settings.get("task", DEFAULT_TASK)
+        task_named(name, folder)
+        tasks.setdefault(name, folder)
     if len(tasks) > 1:
-        raise UserError(
-            f"{tasks['lm']} is a language model and {tasks['classification']} a classifier: "
-            "compare models of one task"
-        )
+        named = [f"{tasks[name]} is {TASKS[name].kind}" for name in sorted(tasks, reverse=True)]
+        raise UserError(f"{' and '.join(named)}: compare models of one task")
     return next(iter(tasks))
+
+
+def evaluation_task(runs: Sequence[Path]) -> EvaluationTask[Any]:
+    """What evaluates these students.
+
+    Raises:
+        UserError: as `task_of`.
+    """
+    return TASKS[task_of(runs)].evaluation
 
 
 def require_distinct_names(runs: Sequence[Path], reserved: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
 from teacher_cache.stages.evaluation.models import EvaluatedModel
-from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.tasks import TaskName
 
 Say = Callable[[str], None]
 ModelT = TypeVar("ModelT", bound=EvaluatedModel)

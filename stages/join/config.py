@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from teacher_cache.stages.config import StageConfig
+from teacher_cache.stages.config import Of, StageConfig
 from teacher_cache.stages.join.report import OnMismatch
 
 AlignMode = Literal["auto", "truncate", "pad", "map", "spans", "projection"]
@@ -18,7 +19,14 @@ class JoinConfig(StageConfig):
     student_tokenizer: str | None = Field(
         default=None, description="hub id or folder; the cache's own when not given"
     )
-    align: AlignMode = Field(
+    align: Annotated[
+        AlignMode,
+        Of(
+            task="lm",
+            elsewhere="{flag} {value} is of language models, and the cache is a classifier's: "
+            "leave the option out, and give the student the cache's own tokenizer",
+        ),
+    ] = Field(
         default="auto",
         description="of a language model's cache, how its ids become those of another tokenizer: "
         "auto takes the same ids, padded where the student has more, and stops otherwise; truncate "
@@ -65,3 +73,14 @@ class ProjectionConfig(StageConfig):
         description="share of the steps from which the learned projection alone counts; in "
         "between one passes into the other (with --align projection)",
     )
+
+    @model_validator(mode="after")
+    def _ends_after_it_starts(self) -> ProjectionConfig:
+        if self.projection_end < self.projection_start:
+            raise PydanticCustomError(
+                "ends_before_it_starts",
+                "--projection-end {end} comes before --projection-start {start}: give one that "
+                "is not lower",
+                {"start": self.projection_start, "end": self.projection_end},
+            )
+        return self

@@ -12,19 +12,19 @@ from teacher_cache.cache.manifest import TEACHER_FOLDER, read_manifest
 from teacher_cache.cache.plan import LABELED
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.codecs.named import open_codec, plain_temperature
+from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.join.aligned_sample import NUM_SAMPLES, Coverage, measure
 from teacher_cache.stages.join.alignment import Alignment, align
 from teacher_cache.stages.join.compare import check
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import ID_TABLE, JoinReport, verified_line, ways_out
 from teacher_cache.stages.join.teacher_folder import read_tokenization
+from teacher_cache.stages.tasks import task_named
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import recorded_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LANGUAGE_MODEL = "lm"
 
 
 class TokenizationMismatch(CheckFailed):
@@ -82,14 +82,16 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
         CheckFailed: if an alignment is asked for that the ids' meanings do not allow.
         UserError: if the student's tokenizer cannot be loaded, or a classifier's cache be aligned.
     """
+    manifest = read_manifest(cache)
+    task = task_named(manifest.settings["task"], cache)
+    refuse_foreign_options(config, task=manifest.settings["task"])
     folder = cache / TEACHER_FOLDER
     cached = read_tokenization(folder)
     own = str(folder.resolve())
     tokenizer = load_tokenizer(config.student_tokenizer or own, option="--student-tokenizer")
     report = check(cached, tokenizer, config=config, longest_sample=longest_sample)
-    manifest = read_manifest(cache)
     alignment = None
-    if manifest.settings["task"] == LANGUAGE_MODEL:
+    if task.predicts_tokens:
         teacher = tokenizer
         if config.student_tokenizer is not None:
             teacher = load_tokenizer(own, option="--cache")
@@ -99,11 +101,6 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
             tables=(cached.table, teacher),
             student=tokenizer,
             report=report,
-        )
-    elif config.align != "auto":
-        raise UserError(
-            f"--align {config.align} is of language models, and {cache} is a classifier's: leave "
-            "the option out, and give the student the cache's own tokenizer"
         )
     if not report.accepted(config.on_mismatch):
         is_table = any(one.name == ID_TABLE for one in report.differences)

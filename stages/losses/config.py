@@ -8,8 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from teacher_cache.stages.config import StageConfig, comma_separated
+from teacher_cache.stages.config import Of, StageConfig, comma_separated
 
+OF_CLASSIFIERS = Of(
+    task="classification",
+    elsewhere="{flag} is of classifiers' training, and the cache is of a language model: leave it "
+    "out",
+)
 DivergenceName = Literal["kl", "reverse-kl", "jsd", "skew-kl", "tv"]
 
 
@@ -68,14 +73,14 @@ class ObjectiveConfig(StageConfig):
         description="weight of the distillation term on unlabelled samples; 0 leaves them out, "
         "0.3 is a good start",
     )
-    lm_weight: float = Field(
+    lm_weight: Annotated[float, OF_CLASSIFIERS] = Field(
         default=0.0,
         ge=0,
         allow_inf_nan=False,
         description="weight of predicting each sample's next tokens besides, with the embedding "
         "table as the head; 0 turns it off",
     )
-    pooled_weight: float = Field(
+    pooled_weight: Annotated[float, OF_CLASSIFIERS] = Field(
         default=0.0,
         ge=0,
         allow_inf_nan=False,

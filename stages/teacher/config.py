@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field
 
 from teacher_cache.stages.codecs.config import FOR_A_CLASSIFIER, CodecConfig
 from teacher_cache.stages.config import DeviceConfig, Of, StageConfig, comma_joined
+from teacher_cache.stages.tasks import DEFAULT_TASK, TaskName
 
-TaskName = Literal["classification", "lm"]
 AttentionMode = Literal["none", "cls", "mean", "full"]
 OF_LANGUAGE_MODELS = Of(task="lm", elsewhere=FOR_A_CLASSIFIER)
 
@@ -60,7 +60,7 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
     """What is cached, where the cache goes and how it is cut."""
 
     task: TaskName = Field(
-        default="classification",
+        default=DEFAULT_TASK,
         description="What the teacher does: classification of documents, or lm, the prediction of "
         "every next token.",
     )

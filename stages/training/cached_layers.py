@@ -18,11 +18,11 @@ from teacher_cache.cache.codecs.attention import (
 from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages.losses.config import LAST_STATES
+from teacher_cache.stages.losses.config import LAST_STATES, TransferConfig
 from teacher_cache.stages.ranks import num_processes
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.auxiliaries import LayerProjections
-from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.config import ArchitectureConfig
 from teacher_cache.stages.training.layers import (
     HiddenTransfer,
     MapTransfer,
@@ -40,19 +40,23 @@ class CachedLayers:
     """The layers that a training matches, as its cache holds them.
 
     Attributes:
-        config: the run's settings.
+        config: weights of what is matched.
+        is_causal: whether the student sees nothing behind a position.
         codec: of the maps; None where none are matched.
         maps: None where none are matched.
         hidden: None where none are matched.
     """
 
-    config: TrainStudentConfig
+    config: TransferConfig
+    is_causal: bool
     codec: AttentionCodec | None
     maps: MapTransfer | None
     hidden: HiddenTransfer | None
 
     @classmethod
-    def of(cls, config: TrainStudentConfig, reader: CacheReader) -> CachedLayers | None:
+    def of(
+        cls, config: TransferConfig, student: ArchitectureConfig, reader: CacheReader
+    ) -> CachedLayers | None:
         """Those that the settings ask for; None where nothing is matched.
 
         Raises:
@@ -68,12 +72,13 @@ class CachedLayers:
                 "--transfer-schedule staged trains in one process, and torchrun started "
                 f"{num_processes()}: start one, or give --transfer-schedule together"
             )
-        codec = _codec(config, reader) if config.attention_weight else None
+        codec = _codec(config, student, reader) if config.attention_weight else None
         return cls(
             config=config,
+            is_causal=not student.bidirectional,
             codec=codec,
-            maps=None if codec is None else _maps(config, codec),
-            hidden=_hidden(config, reader) if config.hidden_weight else None,
+            maps=None if codec is None else _maps(config, student, codec),
+            hidden=_hidden(config, student, reader) if config.hidden_weight else None,
         )
 
     @property
@@ -98,19 +103,18 @@ class CachedLayers:
         terms: list[Term] = [] if self.maps is None else [AttentionMaps(transfer=transfer)]
         return terms if self.hidden is None else [*terms, HiddenStates(transfer=transfer)]
 
-    def projections(self, d_model: int) -> list[LayerProjections]:
+    def projections(self, d_model: int, *, seed: int) -> list[LayerProjections]:
         """What learns beside a student of this width: none where no states are matched."""
         if self.hidden is None:
             return []
-        widths = self.hidden_widths
-        return [LayerProjections(d_model, widths=widths, seed=self.config.seed)]
+        return [LayerProjections(d_model, widths=self.hidden_widths, seed=seed)]
 
     def transfer(self, position_map: PositionMap) -> Transfer:
         """What is matched, for a student with this position map."""
         return Transfer(
             config=self.config,
             position_map=position_map,
-            is_causal=not self.config.bidirectional,
+            is_causal=self.is_causal,
             maps=self.maps,
             hidden=self.hidden,
         )
@@ -126,7 +130,9 @@ class CachedLayers:
         return fields
 
 
-def _codec(config: TrainStudentConfig, reader: CacheReader) -> AttentionCodec:
+def _codec(
+    config: TransferConfig, student: ArchitectureConfig, reader: CacheReader
+) -> AttentionCodec:
     codec = attention_from(reader.manifest.settings)
     if codec is None:
         raise UserError(
@@ -134,7 +140,7 @@ def _codec(config: TrainStudentConfig, reader: CacheReader) -> AttentionCodec:
             f"and {reader.cache} holds none: make a cache with `pipe cache-teacher --attention "
             "mean`, or leave the option out"
         )
-    if codec.mode == "cls" and config.pooling == "mean":
+    if codec.mode == "cls" and student.pooling == "mean":
         raise UserError(
             f"{reader.cache} holds of each attention map the row of the position that the teacher "
             "pools at (--attention cls), and a student of --pooling mean pools at none: give "
@@ -143,17 +149,19 @@ def _codec(config: TrainStudentConfig, reader: CacheReader) -> AttentionCodec:
     return codec
 
 
-def _maps(config: TrainStudentConfig, codec: AttentionCodec) -> MapTransfer:
-    num_channels = config.expand * config.d_model
-    if config.arch == "mamba" and config.attention_channels > num_channels:
+def _maps(
+    config: TransferConfig, student: ArchitectureConfig, codec: AttentionCodec
+) -> MapTransfer:
+    num_channels = student.expand * student.d_model
+    if student.arch == "mamba" and config.attention_channels > num_channels:
         raise UserError(
             f"--attention-channels {config.attention_channels} of a Mamba-1 that has "
-            f"{num_channels} (--expand {config.expand} times --d-model {config.d_model}): give at "
-            "most as many"
+            f"{num_channels} (--expand {student.expand} times --d-model {student.d_model}): give "
+            "at most as many"
         )
     pairs = layer_pairs(
         codec.layers,
-        config.num_layers,
+        student.num_layers,
         config.attention_layer_map,
         option="--attention-layer-map",
     )
@@ -168,7 +176,9 @@ def _maps(config: TrainStudentConfig, codec: AttentionCodec) -> MapTransfer:
     )
 
 
-def _hidden(config: TrainStudentConfig, reader: CacheReader) -> HiddenTransfer:
+def _hidden(
+    config: TransferConfig, student: ArchitectureConfig, reader: CacheReader
+) -> HiddenTransfer:
     found = {
         int(match.group(1)): spec
         for spec in reader.manifest.schema
@@ -186,7 +196,7 @@ def _hidden(config: TrainStudentConfig, reader: CacheReader) -> HiddenTransfer:
             "--hidden` and the numbers of layers or last, 0,1,last say, or leave the option out"
         )
     pairs = layer_pairs(
-        cached, config.num_layers, config.hidden_layer_map, option="--hidden-layer-map"
+        cached, student.num_layers, config.hidden_layer_map, option="--hidden-layer-map"
     )
     specs = [found[pair.teacher] for pair in pairs]
     return HiddenTransfer(

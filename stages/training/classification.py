@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.position_map import PositionMap
+from teacher_cache.stages.student.pretrained import classifier_config
 from teacher_cache.stages.training.auxiliaries import (
     Auxiliary,
     PooledProjection,
@@ -25,22 +27,28 @@ from teacher_cache.stages.training.layers import Schedule
 from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import ACCURACY, Measure
 from teacher_cache.stages.training.start import StartingStudent, start_student
-from teacher_cache.stages.training.task import Course
+from teacher_cache.stages.training.task import Course, StudentTask
 from teacher_cache.stages.training.terms import NextTokens, PooledStates, Term
 from teacher_cache.stages.training.views import SamplesView
 
 
-class ClassificationStudents:
-    """A `StudentTask`.
+class ClassificationStudents(StudentTask):
+    """Labels and logits of samples.
 
     Raises:
         UserError: if the cache lacks the layers that are to be matched.
     """
 
+    name = "classification"
+
     def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
-        self._config = config
-        self._readers = readers
-        self._layers = CachedLayers.of(config, readers[0])
+        super().__init__(config, readers)
+        self._layers = CachedLayers.of(config.transfer, config.student, readers[0])
+
+    @classmethod
+    def described(cls, name: str) -> PreTrainedConfig:
+        """A sequence classifier's."""
+        return classifier_config(name)
 
     @property
     def measure(self) -> Measure:
@@ -49,7 +57,7 @@ class ClassificationStudents:
 
     def course(self, joined: Joined) -> Course:
         """Samples of both kinds, and a Mamba with fresh weights or a pre-trained classifier."""
-        data = training_data(self._config, self._readers)
+        data = training_data(self._config.training, self._config.objective, self._readers)
         id2label = self._readers[0].manifest.about["id2label"]
         student = start_student(
             self._config,
@@ -69,18 +77,19 @@ class ClassificationStudents:
 
     def _auxiliaries(self, student: StartingStudent, data: TrainingData) -> list[Auxiliary]:
         """Projections of the pooled state and of layers, where the teacher's are matched."""
-        found: list[Auxiliary] = []
+        found, seed = list[Auxiliary](), self._config.training.seed
         if data.pooled_width is not None:
             assert isinstance(student.model, MambaStudentForSequenceClassification)  # by settings
-            width, seed = student.model.config.d_model, self._config.seed
+            width = student.model.config.d_model
             found.append(PooledProjection(width, teacher_width=data.pooled_width, seed=seed))
         if self._layers is not None:
-            found += self._layers.projections(student.model.get_input_embeddings().embedding_dim)
+            table = student.model.get_input_embeddings()
+            found += self._layers.projections(table.embedding_dim, seed=seed)
         return found
 
     def _lesson(self, student: StartingStudent, data: TrainingData) -> Lesson:
         """Logits and labels, and what else the settings weigh."""
-        config = self._config
+        config = self._config.objective
         terms: list[Term] = []
         if config.lm_weight:
             terms.append(NextTokens(weight=config.lm_weight))
@@ -93,7 +102,7 @@ class ClassificationStudents:
             view=SamplesView(),
             objective=config,
             terms=terms,
-            schedule=Schedule.of(config, data.num_steps),
+            schedule=Schedule.of(self._config.transfer, data.num_steps),
         )
 
 

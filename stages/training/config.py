@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from teacher_cache.cache.errors import did_you_mean
-from teacher_cache.stages.config import DeviceConfig, StageConfig
+from teacher_cache.stages.config import (
+    ComposedConfig,
+    DeviceConfig,
+    Of,
+    Part,
+    StageConfig,
+    flag_of,
+    owners,
+)
 from teacher_cache.stages.join.config import JoinConfig, ProjectionConfig
-from teacher_cache.stages.losses.config import ObjectiveConfig, TransferConfig
+from teacher_cache.stages.losses.config import OF_CLASSIFIERS, ObjectiveConfig, TransferConfig
 
 MAMBA_ARCHITECTURES = ("mamba", "mamba2")
 PRETRAINED = "hf:"
 UnlabeledFrom = Literal["all", "corpus", "views", "labeled-views"]
+SHAPES_CLASSIFIERS = replace(OF_CLASSIFIERS, is_idle=False)
 
 
 class ArchitectureConfig(StageConfig):
@@ -34,16 +45,18 @@ class ArchitectureConfig(StageConfig):
     head_dim: int = Field(
         default=96, ge=1, description="Width P of a head of Mamba-2; divides expand * d_model."
     )
-    bidirectional: bool = Field(
+    bidirectional: Annotated[bool, OF_CLASSIFIERS] = Field(
         default=False, description="Scan the reversed text too, in every layer."
     )
-    pooling: Literal["cls", "mean", "last"] = Field(
+    pooling: Annotated[Literal["cls", "mean", "last"], SHAPES_CLASSIFIERS] = Field(
         default="cls",
         description="What is classified: the CLS token (moved to the end), the mean, or the "
         "last position.",
     )
-    head: Literal["mlp", "linear"] = Field(default="mlp", description="Classification head.")
-    dropout: float = Field(
+    head: Annotated[Literal["mlp", "linear"], SHAPES_CLASSIFIERS] = Field(
+        default="mlp", description="Classification head."
+    )
+    dropout: Annotated[float, SHAPES_CLASSIFIERS] = Field(
         default=0.1, ge=0, lt=1, description="Dropout in the classification head."
     )
 
@@ -51,6 +64,23 @@ class ArchitectureConfig(StageConfig):
     def pretrained(self) -> str | None:
         """Hub id or folder that a pre-trained student starts from; None for a Mamba."""
         return self.arch.removeprefix(PRETRAINED) if self.arch.startswith(PRETRAINED) else None
+
+    def shape(self, task: str) -> dict[str, Any]:
+        """What makes a Mamba of this task, by `MambaStudentConfig`'s names."""
+        of_another = {name for name, owner in owners(type(self)).items() if owner.task != task}
+        return self.model_dump(
+            exclude=of_another | ({"head_dim"} if self.arch == "mamba" else set())
+        )
+
+    @model_validator(mode="after")
+    def _has_heads_where_they_are_sized(self) -> ArchitectureConfig:
+        if self.arch == "mamba" and "head_dim" in self.model_fields_set:
+            raise PydanticCustomError(
+                "no_heads",
+                "--head-dim sizes the heads of a Mamba-2, and --arch mamba has none: leave it out "
+                "(in a file with both kinds of student, give it to each Mamba-2)",
+            )
+        return self
 
     @field_validator("arch")
     @classmethod
@@ -134,7 +164,7 @@ class TrainingConfig(OptimizationConfig):
         allow_inf_nan=False,
         description="Unlabelled batches for each labelled one (with --unlabeled-alpha).",
     )
-    unlabeled_from: UnlabeledFrom = Field(
+    unlabeled_from: Annotated[UnlabeledFrom, OF_CLASSIFIERS] = Field(
         default="all",
         description="Which unlabelled samples take part (with --unlabeled-alpha): the unlabelled "
         "corpus, the views of either corpus, those of the labelled one alone, or all.",
@@ -145,7 +175,15 @@ class TrainingConfig(OptimizationConfig):
         description="Stop after so many evaluations without a better accuracy (of a language "
         "model: a lower held-out objective), and keep the best.",
     )
-    embeddings: Literal["random", "teacher", "teacher-states"] = Field(
+    embeddings: Annotated[
+        Literal["random", "teacher", "teacher-states"],
+        Of(
+            task="classification",
+            word="teacher-states",
+            elsewhere="{flag} {value} starts from pooled states, and the cache is of a language "
+            "model, which has none: give {flag} teacher, or leave it out",
+        ),
+    ] = Field(
         default="random",
         description="What a Mamba student's embeddings start from: random values; the teacher's, "
         "cut to the width by a truncated SVD; or these together with the teacher's pooled state of "
@@ -160,35 +198,34 @@ class TrainingConfig(OptimizationConfig):
     )
 
 
-class TrainStudentConfig(
-    ObjectiveConfig,
-    TransferConfig,
-    JoinConfig,
-    ProjectionConfig,
-    ArchitectureConfig,
-    TrainingConfig,
-):
+class TrainStudentConfig(ComposedConfig):
     """Everything stage two needs; the command line finds the newest cache if none is named."""
+
+    objective: Part[ObjectiveConfig]
+    transfer: Part[TransferConfig]
+    join: Part[JoinConfig]
+    projection: Part[ProjectionConfig]
+    student: Part[ArchitectureConfig]
+    training: Part[TrainingConfig]
 
     @model_validator(mode="after")
     def _takes_its_own_options(self) -> TrainStudentConfig:
-        of_a_mamba = {"embeddings", "lm_weight", "pooled_weight", *TransferConfig.model_fields}
-        mamba_only = {*ArchitectureConfig.model_fields, *of_a_mamba} - {"arch"}
-        given = self.model_fields_set & mamba_only
-        if self.pretrained is not None and given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+        beside = {"embeddings", "lm_weight", "pooled_weight"} & self.given.keys()
+        given = {*self.student.given, *self.transfer.given, *beside} - {"arch"}
+        if self.student.pretrained is not None and given:
             raise PydanticCustomError(
                 "mamba_only",
                 "only a Mamba student takes {options}, and --arch {arch} brings its own shape: "
                 "leave out what it does not take (in a file with both kinds of student, give it "
                 "to each Mamba student)",
-                {"options": options, "arch": self.arch},
+                {"options": _flags(given), "arch": self.student.arch},
             )
         return self
 
     @model_validator(mode="after")
     def _does_not_stop_before_it_begins(self) -> TrainStudentConfig:
-        if self.early_stopping is not None and self.transfer_schedule == "staged":
+        is_staged = self.transfer.transfer_schedule == "staged"
+        if self.training.early_stopping is not None and is_staged:
             raise PydanticCustomError(
                 "stops_early",
                 "--early-stopping waits for a better accuracy, which the first stages of "
@@ -198,7 +235,7 @@ class TrainStudentConfig(
 
     @model_validator(mode="after")
     def _averages_channels_where_there_are(self) -> TrainStudentConfig:
-        if self.arch != "mamba" and "attention_channels" in self.model_fields_set:
+        if self.student.arch != "mamba" and "attention_channels" in self.given:
             raise PydanticCustomError(
                 "no_channels",
                 "--attention-channels is of --arch mamba, and a Mamba-2 averages all its heads: "
@@ -207,53 +244,41 @@ class TrainStudentConfig(
         return self
 
     @model_validator(mode="after")
-    def _has_heads_where_they_are_sized(self) -> TrainStudentConfig:
-        if self.arch == "mamba" and "head_dim" in self.model_fields_set:
-            raise PydanticCustomError(
-                "no_heads",
-                "--head-dim sizes the heads of a Mamba-2, and --arch mamba has none: leave it out "
-                "(in a file with both kinds of student, give it to each Mamba-2)",
-            )
-        return self
-
-    @model_validator(mode="after")
     def _chooses_among_what_takes_part(self) -> TrainStudentConfig:
-        if self.unlabeled_from != "all" and not self.unlabeled_alpha:
+        chosen = self.training.unlabeled_from
+        if chosen != "all" and not self.objective.unlabeled_alpha:
             raise PydanticCustomError(
                 "none_take_part",
                 "--unlabeled-from {chosen} chooses among unlabelled samples, and none take part "
                 "while --unlabeled-alpha is 0: give --unlabeled-alpha, 0.3 say, or leave it out",
-                {"chosen": self.unlabeled_from},
+                {"chosen": chosen},
             )
         return self
 
     @model_validator(mode="after")
     def _projects_what_it_configures(self) -> TrainStudentConfig:
-        given = self.model_fields_set & ProjectionConfig.model_fields.keys()
-        if given and self.align != "projection":
+        given = self.projection.given
+        if given and self.join.align != "projection":
             raise PydanticCustomError(
                 "no_projection",
                 "only --align projection takes {options}: give it, or leave that out",
-                {"options": ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))},
-            )
-        if self.projection_end < self.projection_start:
-            raise PydanticCustomError(
-                "ends_before_it_starts",
-                "--projection-end {end} comes before --projection-start {start}: give one that "
-                "is not lower",
-                {"start": self.projection_start, "end": self.projection_end},
+                {"options": _flags(given)},
             )
         return self
 
     @model_validator(mode="after")
     def _reads_no_further_than_it_predicts(self) -> TrainStudentConfig:
-        if self.lm_weight and self.bidirectional:
+        if self.objective.lm_weight and self.student.bidirectional:
             raise PydanticCustomError(
                 "reads_ahead",
                 "--lm-weight has the student predict the next token, and with --bidirectional it "
                 "has read it: leave one of the two out",
             )
         return self
+
+
+def _flags(options: Iterable[str]) -> str:
+    return ", ".join(map(flag_of, sorted(options)))
 
 
 class FinetuneOptions(OptimizationConfig):

@@ -12,6 +12,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.plan import LABELED, UNLABELED, viewed_split
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import width_of_pooled
+from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
     BothKinds,
@@ -20,7 +21,7 @@ from teacher_cache.stages.training.batches import (
     batches_per_epoch,
     held_out,
 )
-from teacher_cache.stages.training.config import TrainStudentConfig, UnlabeledFrom
+from teacher_cache.stages.training.config import TrainingConfig, UnlabeledFrom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +97,14 @@ def _choose(splits: list[str], unlabeled_from: UnlabeledFrom, cache: Path) -> li
     return chosen
 
 
-def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) -> TrainingData:
+def training_data(
+    config: TrainingConfig, objective: ObjectiveConfig, readers: Sequence[CacheReader]
+) -> TrainingData:
     """A classifier's: `ordered_data`, with pooled states where they are matched.
 
     Args:
-        config: the run's settings.
+        config: of the training.
+        objective: what weighs the kinds of sample, and pooled states.
         readers: of `open_splits`.
 
     Raises:
@@ -108,22 +112,27 @@ def training_data(config: TrainStudentConfig, readers: Sequence[CacheReader]) ->
             lacks the pooled states that are to be matched.
     """
     labeled = readers[0]
-    pooled_width = _pooled_width(config, labeled) if config.pooled_weight else None
+    weight = objective.pooled_weight
+    pooled_width = _pooled_width(weight, labeled) if weight else None
     _require_two_classes(labeled, ~held_out(labeled.sample_ids(), config.eval_fraction))
-    return replace(ordered_data(config, readers, CachedSamples), pooled_width=pooled_width)
+    data = ordered_data(config, readers, CachedSamples, unlabeled_alpha=objective.unlabeled_alpha)
+    return replace(data, pooled_width=pooled_width)
 
 
 def ordered_data(
-    config: TrainStudentConfig,
+    config: TrainingConfig,
     readers: Sequence[CacheReader],
     samples: Callable[..., CachedSamples],
+    *,
+    unlabeled_alpha: float,
 ) -> TrainingData:
     """Hold a share out, and lay down the order of all batches.
 
     Args:
-        config: the run's settings.
+        config: of the training.
         readers: of `open_splits`.
         samples: makes a split's, of the arguments of `CachedSamples`.
+        unlabeled_alpha: weight of the unlabelled samples; none take part at 0.
 
     Raises:
         UserError: if there is no sample to train on, no unlabelled one where they are asked for,
@@ -138,7 +147,7 @@ def ordered_data(
         )
     training = BothKinds(
         samples(labeled, np.flatnonzero(~is_held_out), labeled=True),
-        _unlabeled_samples(config, readers[1:], samples),
+        _unlabeled_samples(config, readers[1:], samples, unlabeled_alpha),
     )
     evaluation = samples(labeled, _by_length(labeled, is_held_out), labeled=True)
     if config.early_stopping is not None and not len(evaluation):
@@ -168,11 +177,11 @@ def ordered_data(
     )
 
 
-def _pooled_width(config: TrainStudentConfig, reader: CacheReader) -> int:
+def _pooled_width(weight: float, reader: CacheReader) -> int:
     width = width_of_pooled(reader.manifest.schema)
     if width is None:
         raise UserError(
-            f"--pooled-weight {config.pooled_weight:g} needs the teacher's pooled states, and "
+            f"--pooled-weight {weight:g} needs the teacher's pooled states, and "
             f"{reader.cache} holds none: make a cache with `pipe cache-teacher --hidden pooled`, "
             "or leave the option out"
         )
@@ -180,12 +189,13 @@ def _pooled_width(config: TrainStudentConfig, reader: CacheReader) -> int:
 
 
 def _unlabeled_samples(
-    config: TrainStudentConfig,
+    config: TrainingConfig,
     readers: Sequence[CacheReader],
     samples: Callable[..., CachedSamples],
+    unlabeled_alpha: float,
 ) -> SeveralSplits | None:
     """All but the views of labelled documents that are held out; None where none take part."""
-    if not config.unlabeled_alpha:
+    if not unlabeled_alpha:
         return None
     splits: list[CachedSamples] = []
     for reader in readers:
@@ -196,7 +206,7 @@ def _unlabeled_samples(
     if not any(len(split) for split in splits):
         raise UserError(
             f"{config.cache} holds no unlabelled text and no view of a document that is trained "
-            f"on, which --unlabeled-alpha {config.unlabeled_alpha:g} needs: cache more of the "
+            f"on, which --unlabeled-alpha {unlabeled_alpha:g} needs: cache more of the "
             "data, or leave the option out"
         )
     return SeveralSplits(splits)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.named import codec_from
@@ -26,6 +27,7 @@ from teacher_cache.stages.student.packed_language_model import PackedLanguageMod
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import (
     identity,
+    language_model_config,
     pretrained_language_model,
     refuse_too_long,
 )
@@ -38,7 +40,7 @@ from teacher_cache.stages.training.auxiliaries import (
     write_projection,
 )
 from teacher_cache.stages.training.cached_layers import CachedLayers
-from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
+from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.data import ordered_data
 from teacher_cache.stages.training.held_out import HeldOutTokens
 from teacher_cache.stages.training.layers import Schedule
@@ -46,42 +48,35 @@ from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import OBJECTIVE, Measure
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
 from teacher_cache.stages.training.targets import CachedTeacher, ProjectedTeacher
-from teacher_cache.stages.training.task import Course
+from teacher_cache.stages.training.task import Course, StudentTask
 from teacher_cache.stages.training.terms import Chunks, Term
 from teacher_cache.stages.training.views import TargetsOf, TokensView
 from teacher_cache.stages.training.vocabulary_projection import LearnedProjection
 
 logger = logging.getLogger(__name__)
 
-# Each with the value at which it does nothing; None where it always does something.
-CLASSIFIERS_OPTIONS: dict[str, Any] = {
-    "pooling": None,
-    "head": None,
-    "dropout": None,
-    "bidirectional": False,
-    "lm_weight": 0.0,
-    "pooled_weight": 0.0,
-    "unlabeled_from": "all",
-}
 ENDS = ("bos", "eos")  # what generation begins and stops with
-SHAPE = set(ArchitectureConfig.model_fields) - CLASSIFIERS_OPTIONS.keys()
 
 
-class LanguageModelStudents:
-    """A `StudentTask`.
+class LanguageModelStudents(StudentTask):
+    """Distributions at positions.
 
     Raises:
-        UserError: for a classifier's options, or a temperature or layers that the cache does not
-            serve.
+        UserError: for a temperature or layers that the cache does not serve.
     """
 
+    name = "lm"
+
     def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
-        _refuse_other_tasks_options(config)
-        self._config = config
-        self._readers = readers
+        super().__init__(config, readers)
         self._codec = codec_from(readers[0].manifest.settings["codec"])
-        require_temperature(self._codec, config.temperature)
-        self._layers = CachedLayers.of(config, readers[0])
+        require_temperature(self._codec, config.objective.temperature)
+        self._layers = CachedLayers.of(config.transfer, config.student, readers[0])
+
+    @classmethod
+    def described(cls, name: str) -> PreTrainedConfig:
+        """A causal language model's."""
+        return language_model_config(name)
 
     @property
     def measure(self) -> Measure:
@@ -94,18 +89,24 @@ class LanguageModelStudents:
         assert alignment is not None, "the join aligns a language model's cache"
         support = _support(self._readers[0], alignment)
         aligned = AlignedStudents(
-            alignment=alignment, support_size=support.size, config=self._config
+            alignment=alignment, support_size=support.size, config=self._config.projection
         )
         if self._layers is not None:
-            aligned.require_same_positions(self._config.cache)
+            aligned.require_same_positions(self._readers[0].cache)
         if alignment.kind == "truncate":
             require_known_ids(alignment, max(map(_largest_id, self._readers)))
         self._say_if_coarse(alignment)
-        data = ordered_data(self._config, self._readers, aligned.samples)
+        objective = self._config.objective
+        data = ordered_data(
+            self._config.training,
+            self._readers,
+            aligned.samples,
+            unlabeled_alpha=objective.unlabeled_alpha,
+        )
         codec = open_codec(self._readers[0], support=support)
         projection = aligned.projection(self._teacher_table(codec, support))
         student, runs = self._student(joined, projection)
-        chunks = Chunks(objective=self._config) if alignment.kind == "spans" else None
+        chunks = Chunks(objective=objective) if alignment.kind == "spans" else None
         taught = _Taught(
             aligned=aligned,
             support=support,
@@ -117,9 +118,9 @@ class LanguageModelStudents:
         def lesson(device: torch.device) -> Lesson:
             return Lesson(
                 view=taught.view(device, data.num_steps),
-                objective=self._config,
+                objective=objective,
                 terms=[*([] if chunks is None else [chunks]), *self._matched_layers()],
-                schedule=Schedule.of(self._config, data.num_steps),
+                schedule=Schedule.of(self._config.transfer, data.num_steps),
             )
 
         return Course(
@@ -128,8 +129,8 @@ class LanguageModelStudents:
             trained=with_auxiliaries(runs, *self._auxiliaries(student, projection)),
             lesson=lesson,
             held_out=HeldOutTokens(
-                self._config,
-                temperature=1.0 if serves(codec, 1.0) else self._config.temperature,
+                objective,
+                temperature=1.0 if serves(codec, 1.0) else objective.temperature,
                 has_bytes=alignment.rereads,
                 chunks=chunks,
             ),
@@ -143,7 +144,8 @@ class LanguageModelStudents:
         """Projections of the teacher's ids, and of layers where the teacher's are matched."""
         found: list[Auxiliary] = [] if projection is None else [projection]
         if self._layers is not None:
-            found += self._layers.projections(student.model.get_input_embeddings().embedding_dim)
+            table, seed = student.model.get_input_embeddings(), self._config.training.seed
+            found += self._layers.projections(table.embedding_dim, seed=seed)
         return found
 
     def _matched_layers(self) -> list[Term]:
@@ -154,7 +156,8 @@ class LanguageModelStudents:
 
     def _say_if_coarse(self, alignment: Alignment) -> None:
         sentence = room_of(self._codec).coarse_for(
-            divergence=self._config.divergence, is_projected=alignment.kind == "projection"
+            divergence=self._config.objective.divergence,
+            is_projected=alignment.kind == "projection",
         )
         if sentence is not None:
             logger.info("%s", sentence)
@@ -171,8 +174,9 @@ class LanguageModelStudents:
     ) -> tuple[StartingStudent, MambaStudentForCausalLM | PackedLanguageModel]:
         """What becomes the result, and what of it runs on packed rows."""
         recorded = {} if projection is None else {"projection_sha256": projection.sha256}
-        if self._config.pretrained is not None:
-            return self._pretrained(self._config.pretrained, joined, recorded)
+        name = self._config.student.pretrained
+        if name is not None:
+            return self._pretrained(name, joined, recorded)
         student = self._mamba(joined, recorded)
         assert isinstance(student.model, MambaStudentForCausalLM), "as it was built"
         return student, student.model
@@ -180,28 +184,27 @@ class LanguageModelStudents:
     def _mamba(self, joined: Joined, recorded: dict[str, Any]) -> StartingStudent:
         """One whose table has the ids of the tokenizer."""
         tokenizer = joined.tokenizer
-        shape = self._config.model_dump(include=SHAPE)
-        if self._config.arch == "mamba":
-            del shape["head_dim"]
+        shape = self._config.student.shape(self.name)
         pad_id = filler_id(tokenizer)
         student_config = MambaStudentConfig(
             vocab_size=max(tokenizer.get_vocab().values()) + 1,
             **(shape | {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ENDS}),
             pad_token_id=pad_id,
         )
-        model = build_language_model(student_config, seed=self._config.seed)
-        random = self._config.embeddings == "random"
+        config = self._config.training
+        model = build_language_model(student_config, seed=config.seed)
+        random = config.embeddings == "random"
         assert joined.alignment is not None, "the join aligns a language model's cache"
         if not random and joined.alignment.kind != "same":
             raise UserError(
-                f"--embeddings {self._config.embeddings} needs the teacher's ids, and the student "
+                f"--embeddings {config.embeddings} needs the teacher's ids, and the student "
                 "has others: leave the option out"
             )
-        taken = {} if random else take_embeddings(model, self._config, joined)
+        taken = {} if random else take_embeddings(model, config, joined)
         return StartingStudent(
             model=model,
             pad_id=pad_id,
-            settings={"task": "lm"} | shape | taken | recorded,
+            settings={"task": self.name} | shape | taken | recorded,
             about={},
         )
 
@@ -209,14 +212,16 @@ class LanguageModelStudents:
         self, name: str, joined: Joined, recorded: dict[str, Any]
     ) -> tuple[StartingStudent, PackedLanguageModel]:
         """Its own weights, and its own way of keeping packed documents apart."""
-        loaded = pretrained_language_model(name, tokenizer=joined.tokenizer, seed=self._config.seed)
+        loaded = pretrained_language_model(
+            name, tokenizer=joined.tokenizer, seed=self._config.training.seed
+        )
         longest = max(int(reader.lengths().max()) for reader in self._readers)
         refuse_too_long(name, loaded.model, longest_sample=longest, max_length=joined.max_length)
         student = StartingStudent(
             model=loaded.model,
             pad_id=filler_id(joined.tokenizer),
-            settings={"task": "lm", "arch": "hf", "start": identity(loaded.model)} | recorded,
-            about={"start": self._config.arch, "packs": loaded.packs},
+            settings={"task": self.name, "arch": "hf", "start": identity(loaded.model)} | recorded,
+            about={"start": self._config.student.arch, "packs": loaded.packs},
         )
         return student, PackedLanguageModel(loaded.model, packs=loaded.packs)
 
@@ -267,22 +272,6 @@ class _Taught:
         self.aligned.write_map(folder)
         if self.projection is not None:
             write_projection(folder, self.projection)
-
-
-def _refuse_other_tasks_options(config: TrainStudentConfig) -> None:
-    given = [
-        name
-        for name, off in CLASSIFIERS_OPTIONS.items()
-        if name in config.model_fields_set and getattr(config, name) not in (off, None)
-    ]
-    if config.embeddings == "teacher-states":  # pooled, which a language model's are not
-        given.append("embeddings teacher-states")
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(
-            f"{config.cache} is of a language model, and only a classifier's training takes "
-            f"{options}: leave that out"
-        )
 
 
 def _support(reader: CacheReader, alignment: Alignment) -> Support:

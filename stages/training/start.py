@@ -22,14 +22,13 @@ from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.position_map import choose
-from teacher_cache.stages.student.pretrained import language_model_config
 from teacher_cache.stages.teacher.tables import (
     STATES_FILE,
     TABLE_FILE,
     read_embedding_table,
     read_token_states,
 )
-from teacher_cache.stages.training.config import ArchitectureConfig, TrainStudentConfig
+from teacher_cache.stages.training.config import TrainingConfig, TrainStudentConfig
 
 logger = logging.getLogger(__name__)
 
@@ -52,43 +51,6 @@ class StartingStudent:
     about: dict[str, Any]
 
 
-def check_architecture(config: ArchitectureConfig, *, task: str) -> None:
-    """Refuse what needs no cache to be seen: sizes that do not fit, a model that is not there.
-
-    Args:
-        config: the student's.
-        task: of the cache: `classification` or `lm`.
-
-    Raises:
-        UserError: saying what to give instead.
-    """
-    if config.pretrained is None:
-        MambaStudentConfig(**_shape(config))
-    elif task == "lm":
-        language_model_config(config.pretrained)
-    else:
-        pretrained.classifier_config(config.pretrained)
-
-
-def with_own_tokenizer(config: TrainStudentConfig, *, task: str) -> TrainStudentConfig:
-    """The settings with a pre-trained student's own tokenizer, unless one is named or it has none.
-
-    Its embeddings mean that tokenizer's tokens, so that is the one to compare with the cache's.
-
-    Args:
-        config: the run's settings.
-        task: of the cache.
-
-    Raises:
-        UserError: if the student cannot be had: sizes that do not fit, a model that is not there.
-    """
-    check_architecture(config, task=task)
-    if config.pretrained is None or config.student_tokenizer is not None:
-        return config
-    own = pretrained.own_tokenizer(config.pretrained)
-    return config.model_copy(update={"student_tokenizer": own})
-
-
 def start_student(
     config: TrainStudentConfig,
     joined: Joined,
@@ -108,31 +70,34 @@ def start_student(
         UserError: if it cannot be built, or does not fit the tokenizer or the samples.
         CheckFailed: if its position map would lose tokens of some sample.
     """
-    if config.pretrained is None:
+    name = config.student.pretrained
+    if name is None:
         return _mamba(config, joined, id2label, lengths)
-    return _pretrained(config, config.pretrained, joined, id2label, lengths)
+    return _pretrained(config, name, joined, id2label, lengths)
 
 
 def _mamba(
     config: TrainStudentConfig, joined: Joined, id2label: Mapping[int, str], lengths: np.ndarray
 ) -> StartingStudent:
-    position_map = choose(joined.tokenizer, config.pooling)
+    shape = config.student.shape("classification")
+    position_map = choose(joined.tokenizer, config.student.pooling)
     check_position_map(position_map, np.unique(lengths).tolist())
     pad_id = filler_id(joined.tokenizer)
     student_config = MambaStudentConfig(
         vocab_size=max(joined.tokenizer.get_vocab().values()) + 1,
-        **_shape(config),
+        **shape,
         position_map=position_map.to_dict(),
         pad_token_id=pad_id,
         id2label=dict(id2label),
         label2id={name: class_id for class_id, name in id2label.items()},
     )
-    model = build_student(student_config, seed=config.seed)
-    taken = {} if config.embeddings == "random" else take_embeddings(model, config, joined)
+    model = build_student(student_config, seed=config.training.seed)
+    is_random = config.training.embeddings == "random"
+    taken = {} if is_random else take_embeddings(model, config.training, joined)
     return StartingStudent(
         model=model,
         pad_id=pad_id,
-        settings=_shape(config) | {"teacher_embeddings_sha256": None} | taken,
+        settings=shape | {"teacher_embeddings_sha256": None} | taken,
         about={},
     )
 
@@ -145,14 +110,14 @@ def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def take_embeddings(
     model: MambaStudentForSequenceClassification | MambaStudentForCausalLM,
-    config: TrainStudentConfig,
+    config: TrainingConfig,
     joined: Joined,
 ) -> dict[str, str]:
     """Start from the teacher's embeddings; returns the SHA-256 of the files that hold them.
 
     Args:
         model: a fresh student, whose table is changed.
-        config: the run's settings, whose `embeddings` are not random.
+        config: of the training, whose `embeddings` are not random.
         joined: the student's tokenizer.
 
     Raises:
@@ -178,7 +143,7 @@ def take_embeddings(
         weight.copy_(taken.rows)
     logger.info(
         "embeddings from the teacher's: width %d keeps %.1f %% of its table's energy",
-        config.d_model,
+        weight.shape[1],
         100 * taken.energy_kept,
     )
     return files
@@ -192,7 +157,7 @@ def _pretrained(
     lengths: np.ndarray,
 ) -> StartingStudent:
     model = pretrained.pretrained_classifier(
-        name, tokenizer=joined.tokenizer, id2label=id2label, seed=config.seed
+        name, tokenizer=joined.tokenizer, id2label=id2label, seed=config.training.seed
     )
     pretrained.refuse_too_long(
         name, model, longest_sample=int(lengths.max()), max_length=joined.max_length
@@ -203,13 +168,5 @@ def _pretrained(
         model=model,
         pad_id=pad_id,
         settings={"arch": "hf", "start": pretrained.identity(model)},
-        about={"start": config.arch},
+        about={"start": config.student.arch},
     )
-
-
-def _shape(config: ArchitectureConfig) -> dict[str, Any]:
-    """What of the settings applies to the Mamba that they ask for."""
-    shape = config.model_dump(include=set(ArchitectureConfig.model_fields))
-    if config.arch == "mamba":
-        del shape["head_dim"]
-    return shape

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 
+from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.data import TrainingData
 from teacher_cache.stages.training.held_out import HeldOut
 from teacher_cache.stages.training.lesson import Lesson
@@ -52,18 +55,35 @@ class Course:
     write_files: Callable[[Path], None]
 
 
-class StudentTask(Protocol):
+class StudentTask(ABC):
     """A cache of one kind, and how students learn from it.
 
-    Made of the run's settings and the splits that take part; making it refuses settings that are
-    another task's.
+    Args:
+        config: the run's settings.
+        readers: of the splits that take part.
     """
 
+    name: ClassVar[str]
+
+    def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
+        self._config = config
+        self._readers = readers
+
+    @classmethod
+    @abstractmethod
+    def described(cls, name: str) -> PreTrainedConfig:
+        """The configuration of a pre-trained student.
+
+        Raises:
+            UserError: if there is none of that name, or it is of another kind.
+        """
+
     @property
+    @abstractmethod
     def measure(self) -> Measure:
         """By which early stopping knows the better of two evaluations."""
-        ...
 
+    @abstractmethod
     def course(self, joined: Joined) -> Course:
         """Samples, student and losses, once the tokenizations were compared.
 
@@ -72,4 +92,3 @@ class StudentTask(Protocol):
                 not fit the tokenizer or the cache.
             CheckFailed: if it would lose tokens, or a file of the cache is damaged.
         """
-        ...

@@ -113,7 +113,7 @@ def train_student(config: str, die_at: str | None = None, dying_rank: int = 0) -
         SystemExit: with 2 where it is refused; the sentence is then in `<out>.<rank>.txt`.
     """
     resolved = TrainStudentConfig.model_validate_json(config)
-    out = Path(str(resolved.out))
+    out = Path(str(resolved.training.out))
     if rank() == dying_rank:
         Steps(out, Path(f"{out}.log"), die_at).install()
     said = Path(f"{out}.{rank()}.txt")

@@ -167,7 +167,8 @@ def test_interrupted_from_the_keyboard(
     run = tmp_path / "run"
     config = classifiers_config
     command = [
-        "train-student", "--cache", str(config.cache), "--out", str(run), "--device", "cpu",
+        "train-student", "--cache", str(config.training.cache), "--out", str(run),
+        "--device", "cpu",
         "--d-model", "8", "--num-layers", "1", "--expand", "2", "--d-state", "4",
         "--head-dim", "8", "--batch-size", "8", "--max-steps", "100000", "--checkpoint-steps", "5",
     ]  # fmt: skip

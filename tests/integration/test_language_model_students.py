@@ -60,7 +60,9 @@ def test_a_step_has_the_divergence_of_both_and_the_cross_entropy_of_one(
     )  # fmt: skip
     run = train_student.run(config).run
     (line,) = [one for one in result_log(run) if "loss" in one]
-    student = build_language_model(MambaStudentConfig.from_pretrained(run), seed=config.seed)
+    student = build_language_model(
+        MambaStudentConfig.from_pretrained(run), seed=config.training.seed
+    )
     labeled, unlabeled = (
         slow_means(cache, split, student.eval()) for split in ("labeled", "unlabeled")
     )

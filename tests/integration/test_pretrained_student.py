@@ -136,7 +136,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         for path in start.iterdir():
             if path.name not in ("config.json", "model.safetensors"):
                 path.unlink()
-    config = TrainStudentConfig(
+    config = TrainStudentConfig.of(
         cache=bert_cache,
         arch=f"hf:{start}",
         device="cpu",

@@ -94,7 +94,7 @@ def warm_up(config: str) -> None:
 def train_student(config: str, log: str | None = None, die_at: str | None = None) -> None:
     """Stage two, from a configuration in JSON with `out` given."""
     resolved = TrainStudentConfig.model_validate_json(config)
-    assert resolved.out is not None
+    assert resolved.training.out is not None
     if log is not None:
-        Steps(resolved.out, Path(log), die_at).install()
+        Steps(resolved.training.out, Path(log), die_at).install()
     stage_two.run(resolved)

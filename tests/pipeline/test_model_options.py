@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 import pytest
 import typer
-from pydantic import BaseModel, Field
+from pydantic import Field
 from typer.testing import CliRunner
 
 from teacher_cache.pipeline import options
 from teacher_cache.pipeline.cli import app
 from teacher_cache.pipeline.cli_options import argument, switch, value, with_options
 from teacher_cache.stages.codecs.config import ConvertOptions
+from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.training.config import TrainStudentConfig
 
-COMMANDS: dict[str, type[BaseModel] | None] = {
+COMMANDS: dict[str, type[StageConfig] | None] = {
     "finetune-teacher": options.FinetuneTeacherOptions,
     "cache-teacher": options.CacheTeacherOptions,
     "train-student": TrainStudentConfig,
@@ -32,7 +33,7 @@ COMMANDS: dict[str, type[BaseModel] | None] = {
     "run": None,
 }
 FIELDS = [
-    (command, name) for command, model in COMMANDS.items() if model for name in model.model_fields
+    (command, name) for command, model in COMMANDS.items() if model for name in model.options()
 ]
 
 
@@ -58,7 +59,7 @@ def test_every_setting_is_an_option_with_help_and_default(
 ) -> None:
     model = COMMANDS[command]
     assert model is not None
-    field = model.model_fields[name]
+    field = model.options()[name]
     flag = f"--{name.replace('_', '-')}"
     (line,) = re.findall(rf"^ (?:\* )?{flag} .*$", helps[command], re.MULTILINE)
     assert field.description and " ".join(field.description.split()) in line
@@ -74,7 +75,7 @@ def test_every_setting_is_an_option_with_help_and_default(
 def test_a_setting_without_a_default_says_what_happens(command: str, name: str) -> None:
     model = COMMANDS[command]
     assert model is not None
-    field = model.model_fields[name]
+    field = model.options()[name]
     if not field.is_required() and field.default is None:
         says = "efault|top after|replaces|t most|comma-separated|not given|Split of the|evaluate on"
         assert re.search(says, field.description or ""), field.description
@@ -83,7 +84,7 @@ def test_a_setting_without_a_default_says_what_happens(command: str, name: str) 
 def test_no_option_is_cut_short_on_a_narrow_terminal() -> None:
     for command, model in COMMANDS.items():
         result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
-        for name in model.model_fields if model else ():
+        for name in model.options() if model else ():
             assert f"--{name.replace('_', '-')} " in result.stdout, f"{command} --{name}"
 
 
@@ -101,7 +102,7 @@ def test_help_loads_nothing_slow() -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-class Given(BaseModel):
+class Given(StageConfig):
     """Settings of a made-up command, of every kind that there is."""
 
     text: str = Field(default="x", description="a text")

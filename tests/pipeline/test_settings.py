@@ -136,7 +136,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
         settings=["lr=1e-3"],
         flags={},
     )
-    assert config.lr == 1e-3
+    assert config.training.lr == 1e-3
 
 
 def test_a_missing_file_is_named() -> None:
@@ -196,7 +196,7 @@ def test_configurations_say_nothing_that_a_default_says() -> None:
     for name in config_names():
         for section, values in read_config_file(name).items():
             for key, value in (values if section in MODELS else {}).items():
-                default = MODELS[section].model_fields[key].default
+                default = MODELS[section].options()[key].default
                 assert value != default, f"{name}: {section}.{key}"
 
 

@@ -19,7 +19,7 @@ from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig, TransferConfig
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.training.arguments import checkpoint_to_resume
-from teacher_cache.stages.training.config import NOT_RESULTS, TrainStudentConfig
+from teacher_cache.stages.training.config import NOT_RESULTS, OptimizationConfig, TrainStudentConfig
 from tests.command_line import pipe, refused
 from tests.tiny_runs import student_config
 
@@ -60,7 +60,7 @@ def resolved(
     def stop(**parts: Any) -> None:
         raise Resolved(**parts)
 
-    def remember(config: TrainStudentConfig, folder: Path) -> Path | None:
+    def remember(config: OptimizationConfig, folder: Path) -> Path | None:
         resumed.append(str(config.resume))
         return checkpoint_to_resume(config, folder)
 
@@ -166,7 +166,7 @@ APART |= set(TransferConfig.model_fields)
 
 
 def test_every_switch_is_tested() -> None:
-    assert set(SWITCHES) | APART == set(TrainStudentConfig.model_fields)
+    assert set(SWITCHES) | APART == set(TrainStudentConfig.options())
     assert not set(SWITCHES) & APART
 
 

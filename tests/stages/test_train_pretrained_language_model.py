@@ -85,7 +85,7 @@ def start(
 
 
 def config(cache: Path, start: Path, out: Path, **changes: Any) -> TrainStudentConfig:
-    return TrainStudentConfig(cache=cache, out=out, arch=f"hf:{start}", **(QUICK | changes))
+    return TrainStudentConfig.of(cache=cache, out=out, arch=f"hf:{start}", **(QUICK | changes))
 
 
 @pytest.fixture(scope="module")

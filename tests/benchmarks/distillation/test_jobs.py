@@ -32,14 +32,15 @@ def held_out() -> HeldOut:
 def test_trains_asks_and_says_so(tiny_cache: Path, tmp_path: Path, held_out: HeldOut) -> None:
     configs = [student_config(tiny_cache, tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     jobs = [
-        Job(title=f"seed {config.seed}", config=config, held_out=held_out) for config in configs
+        Job(title=f"seed {config.training.seed}", config=config, held_out=held_out)
+        for config in configs
     ]
     said: list[str] = []
     run_jobs(jobs, num_workers=1, num_threads=1, say=said.append)
     assert said[0] == "started seed 0" and said[1].startswith("1 of 2: seed 0 trained in ")
     for config in configs:
-        assert config.out is not None
-        with np.load(config.out / "logits-abc.npz") as found:
+        assert config.training.out is not None
+        with np.load(config.training.out / "logits-abc.npz") as found:
             assert found["logits"].shape == (3, 2)
     run_jobs(jobs[1:], num_workers=1, num_threads=1, say=said.append)
     assert said[-1] == "1 of 1: seed 1 was trained before"
@@ -50,7 +51,9 @@ def test_an_error_ends_all_with_its_sentence(
     tmp_path: Path, held_out: HeldOut, num_workers: int
 ) -> None:
     configs = [student_config(tmp_path / "none", tmp_path / str(idx)) for idx in range(3)]
-    jobs = [Job(title=str(config.out), config=config, held_out=held_out) for config in configs]
+    jobs = [
+        Job(title=str(config.training.out), config=config, held_out=held_out) for config in configs
+    ]
     said: list[str] = []
     with pytest.raises(UserError, match="none"):
         run_jobs(jobs, num_workers=num_workers, num_threads=1, say=said.append)

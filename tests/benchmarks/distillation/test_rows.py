@@ -59,7 +59,7 @@ def test_a_run_is_called_by_its_settings(tmp_path: Path) -> None:
 
     def out(name: str, seed: int = 0, trial: int = 0, cache: Path = cache) -> Path | None:
         row = by_name[name]
-        return student_config(row, row.trials[trial], seed, cache, folders, FULL).out
+        return student_config(row, row.trials[trial], seed, cache, folders, FULL).training.out
 
     assert out("logits") == out("logits")
     several = [out("logits"), out("logits", seed=1), out("logits", trial=1), out("labels")]

@@ -117,7 +117,7 @@ def test_a_wide_mamba_1_has_as_many_channels_as_it_was_trained_with(
     shape: dict[str, Any] = {"arch": "mamba", "d_model": 400, "expand": 2, "num_layers": 1}
     matched: dict[str, Any] = {"attention_weight": 0.5, "attention_channels": 790}
     where: dict[str, Any] = {"cache": mapped, "out": tmp_path / "run", "device": "cpu"}
-    config = TrainStudentConfig(**where, **shape, **matched, **ONE_STEP, d_state=4, batch_size=8)
+    config = TrainStudentConfig.of(**where, **shape, **matched, **ONE_STEP, d_state=4, batch_size=8)
     inside = InsideOfRun.of(train_student.run(config).run, CacheReader(mapped))
     assert inside.layers.maps is not None and inside.layers.maps.num_channels == 790
 

@@ -105,7 +105,7 @@ def test_a_student_without_matrices_leaves_the_teachers_maps(mapped: Path, tmp_p
     page = tmp_path / "page.html"
     bert = tmp_path / "bert"
     shutil.copytree(CacheReader(mapped).manifest.about["teacher"], bert)
-    config = TrainStudentConfig(
+    config = TrainStudentConfig.of(
         cache=mapped, out=tmp_path / "run", arch=f"hf:{bert}", max_steps=1, device="cpu"
     )
     done("report", train_student.run(config).run, "--out", page)

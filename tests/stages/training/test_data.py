@@ -25,8 +25,8 @@ Restrict = Callable[[str, Sequence[int]], None]
 
 def prepared(cache: Path, **changes: Any) -> TrainingData:
     config = student_config(cache, cache, **changes)
-    readers = open_splits(cache, config.unlabeled_alpha, config.unlabeled_from)
-    return training_data(config, readers)
+    readers = open_splits(cache, config.objective.unlabeled_alpha, config.training.unlabeled_from)
+    return training_data(config.training, config.objective, readers)
 
 
 def test_samples_are_trained_on_or_held_out(tiny_cache: Path) -> None:
@@ -180,7 +180,7 @@ def test_nothing_unlabelled_to_train_on(viewed_cache: Path, only: Restrict) -> N
     readers = open_splits(viewed_cache, 0.3)[:1]
     config = student_config(viewed_cache, viewed_cache, unlabeled_alpha=0.3)
     with pytest.raises(UserError, match="no view of a document that is trained on"):
-        training_data(config, readers)
+        training_data(config.training, config.objective, readers)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.tiny_runs import MAX_LENGTH, cache_reviews, student_config
 @pytest.fixture(scope="module")
 def joined(tiny_cache: Path) -> Joined:
     config = student_config(tiny_cache, tiny_cache)
-    return join(tiny_cache, config, longest_sample=MAX_LENGTH)
+    return join(tiny_cache, config.join, longest_sample=MAX_LENGTH)
 
 
 def start(cache: Path, joined: Joined, **changes: Any) -> StartingStudent:
@@ -61,7 +61,7 @@ def test_embeddings_from_the_teachers_states_too(
 ) -> None:
     cache = cache_reviews(tmp_path / "cache", tiny_bert, acl_imdb, hidden="pooled")
     config = student_config(cache, cache)
-    joined = join(cache, config, longest_sample=MAX_LENGTH)
+    joined = join(cache, config.join, longest_sample=MAX_LENGTH)
     taken = start(cache, joined, embeddings="teacher-states")
     manifest = read_manifest(cache)
     table = side_by_side(read_embedding_table(cache, manifest), read_token_states(cache, manifest))

@@ -24,6 +24,7 @@ from teacher_cache.stages.training.arguments import training_arguments
 from teacher_cache.stages.training.auxiliaries import PooledProjection, WithAuxiliaries
 from teacher_cache.stages.training.batches import BothKinds, CachedSamples, SampleCollator
 from teacher_cache.stages.training.cached_layers import CachedLayers
+from teacher_cache.stages.training.classification import ClassificationStudents
 from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.layers import Schedule
@@ -64,7 +65,7 @@ def data(transfer_cache: Path) -> BothKinds:
 
 def layers_of(cache: Path, **changes: Any) -> CachedLayers:
     config = student_config(cache, cache, **(MATCHED | changes))
-    layers = CachedLayers.of(config, CacheReader(cache, "labeled"))
+    layers = CachedLayers.of(config.transfer, config.student, CacheReader(cache, "labeled"))
     assert layers is not None
     return layers
 
@@ -78,7 +79,7 @@ def make_module(layers: CachedLayers, **changes: Any) -> torch.nn.Module:
     student = make_student(**changes)
     width = student.config.d_model
     pooled = PooledProjection(width, teacher_width=WIDTH, seed=1)
-    return WithAuxiliaries(student, pooled, *layers.projections(width)).double()
+    return WithAuxiliaries(student, pooled, *layers.projections(width, seed=0)).double()
 
 
 def trained(
@@ -191,8 +192,8 @@ def layers_of_arch(cache: Path, options: dict[str, Any]) -> CachedLayers:
     settings = student_config(cache, cache).model_dump(exclude_unset=True) | MATCHED | options
     if options["arch"] == "mamba":
         del settings["head_dim"]
-    config = train_student.TrainStudentConfig(**settings)
-    layers = CachedLayers.of(config, CacheReader(cache, "labeled"))
+    config = train_student.TrainStudentConfig.of(**settings)
+    layers = CachedLayers.of(config.transfer, config.student, CacheReader(cache, "labeled"))
     assert layers is not None
     return layers
 
@@ -314,8 +315,8 @@ def train_student_start(cache: Path, out: Path, options: dict[str, Any]) -> Any:
     """What is trained, before its first step."""
     config = student_config(cache, out, **options)
     readers = train_student.open_splits(cache, 0.3)
-    task = train_student.ClassificationStudents(config, readers)
-    return task.course(train_student.join(cache, config, longest_sample=24)).trained
+    task = ClassificationStudents(config, readers)
+    return task.course(train_student.join(cache, config.join, longest_sample=24)).trained
 
 
 def test_last_states_are_matched_as_the_layer_that_they_are(
