@@ -53,7 +53,7 @@ console = Console()
 
 def cached(teacher: Path, work: Path) -> Path:
     """The cache, made if it is not there."""
-    config = CacheTeacherConfig(
+    config = CacheTeacherConfig.of(
         task="lm",
         name=AUSTEN,
         teacher=str(teacher),

@@ -34,7 +34,7 @@ from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.models.causal import packed_in_rows
 from teacher_cache.stages.models.pretrained import EAGER
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import LayersConfig
 from teacher_cache.stages.teacher.layers import LayerPlan, LayerTap
 from teacher_cache.stages.teacher.load import Teacher
 
@@ -138,7 +138,7 @@ def measure(folder: Path, source: str, samples: int, max_length: int) -> list[Ro
         device=torch.device("cpu"), dtype=torch.float32, weights_sha256="", config_sha256="",
         commit=None,
     )  # fmt: skip
-    config = ShardConfig(teacher=str(folder), attention="full", attention_layers="all")
+    config = LayersConfig(attention="full", attention_layers="all")
     plan = LayerPlan.prepared(config, teacher)
     full = plan.attention
     assert full is not None, "asked for"

@@ -39,7 +39,6 @@ from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
 from teacher_cache.stages.estimate import estimate
-from teacher_cache.stages.evaluation.config import EvaluateOptions
 from teacher_cache.stages.evaluation.runs import evaluation_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
@@ -90,7 +89,7 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     if dry_run:
         console.print(settings_table(config.model_dump(mode="json"), "cache-teacher would run"))
         has_codec = TASKS[config.task].has_codec
-        if has_codec or config.attention != "none" or config.hidden != "none":
+        if has_codec or config.layers.attention != "none" or config.layers.hidden != "none":
             console.print(estimate_table(estimate(config), of_codec=has_codec))
         return None
     with StageOneProgress(console) as progress:
@@ -103,7 +102,7 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
 
 def convert(options: ConvertOptions, cache: Path, out: Path) -> Path:
     """Write a cache again as another; return the new one's folder."""
-    config = ConvertConfig(cache=cache, out=out, **options.model_dump())
+    config = ConvertConfig.of(cache=cache, out=out, **options.given)
     with StageOneProgress(console, "convert") as progress:
         result = conversion.run(config, progress)
     done = f"{result.num_shards_run:,} shards written, {result.num_shards_kept:,} kept"
@@ -164,7 +163,7 @@ def evaluate(
         runs=tuple(runs),
         corpus=held_out_corpus(options, evaluation_task(runs).name),
         cache=options.cache,
-        **options.model_dump(include=set(EvaluateOptions.model_fields)),
+        **options.evaluation.given,
     )
     result = evaluation.run(config, on_step=lambda text: console.print(text, style="dim"))
     console.print(quality_table(result, names))
@@ -188,6 +187,6 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
     texts = [line.rstrip("\n") for line in sys.stdin] if is_stream else [text]
     task = evaluation_task([run])
     for answer in task.predict(
-        run, texts, device=options, generation=options, one_a_line=is_stream
+        run, texts, device=options.evaluation, generation=options.generation, one_a_line=is_stream
     ):
         print(answer)  # not through rich, which would make spaces of the tabs

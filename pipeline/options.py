@@ -10,16 +10,28 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from teacher_cache.stages.config import DeviceConfig, Of, StageConfig, comma_separated
-from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions, Length
+from teacher_cache.stages.codecs.config import CodecConfig
+from teacher_cache.stages.config import (
+    ComposedConfig,
+    DeviceConfig,
+    Of,
+    Part,
+    StageConfig,
+    comma_separated,
+)
+from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.tasks import TaskName
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import (
+    AlignmentConfig,
+    ForwardConfig,
+    LayersConfig,
+    ShardConfig,
+)
 from teacher_cache.stages.training.config import FinetuneOptions
 
 TxtUnit = Literal["line", "paragraph", "document", "article"]
 Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
-Lengths = Annotated[tuple[Length, ...], BeforeValidator(comma_separated)]
 
 
 OF_LABELS = Of(
@@ -58,10 +70,12 @@ class DataOptions(StageConfig):
     )
 
 
-class FinetuneTeacherOptions(DataOptions, FinetuneOptions):
+class FinetuneTeacherOptions(ComposedConfig):
     """`pipe finetune-teacher`."""
 
-    model: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+    corpus: Part[DataOptions]
+    training: Part[FinetuneOptions]
+    model: str | None = Field(
         default=None,
         description="Base model: hub id or folder of an encoder or decoder. Default: the preset's.",
     )
@@ -83,15 +97,22 @@ class TextOptions(StageConfig):
     )
 
 
-class CacheTeacherOptions(DataOptions, TextOptions, ShardConfig):
+class CacheTeacherOptions(ComposedConfig):
     """`pipe cache-teacher`."""
 
-    teacher: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+    corpus: Part[DataOptions]
+    text: Part[TextOptions]
+    layers: Part[LayersConfig]
+    shards: Part[ShardConfig]
+    forward: Part[ForwardConfig]
+    kept: Part[CodecConfig]
+    aligned: Part[AlignmentConfig]
+    teacher: str | None = Field(
         default=None,
         description="Teacher: hub id or folder of a fine-tuned classifier or, with --task lm, of "
         "a causal language model. Default: the preset's.",
     )
-    task: TaskName | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+    task: TaskName | None = Field(
         default=None,
         description="What the teacher does: classification of documents, or lm, the prediction of "
         "every next token, for which text needs no labels. Default: the preset's, else "
@@ -125,27 +146,37 @@ class CheckOptions(JoinConfig):
     )
 
 
-class EvaluateCommandOptions(DataOptions, TextOptions, EvaluateOptions):
-    """`pipe evaluate`."""
+class HeldOutOptions(DataOptions):
+    """How a person names data to evaluate on."""
 
     data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
         default=None,
         description="Data to evaluate on, labelled for classifiers: as for cache-teacher; a "
         "preset's held-out split.",
     )
+
+
+class EvaluateCommandOptions(ComposedConfig):
+    """`pipe evaluate`."""
+
+    corpus: Part[HeldOutOptions]
+    text: Part[TextOptions]
+    evaluation: Part[EvaluateOptions]
     cache: Annotated[Path | None, OF_CACHES] = Field(
         default=None,
         description="Of language models, in the place of --data: a cache, which needs no teacher; "
         "of the one that a run was trained on, what it held out. Default: none.",
     )
-    latency_lengths: Lengths = Field(
-        default=(32, 128, 512), description="Lengths in tokens at which one forward pass is timed."
-    )
 
 
-class PredictOptions(DeviceConfig, GenerationOptions):
+class PredictOptions(ComposedConfig):
     """`pipe predict`."""
 
+    where: Part[DeviceConfig]
+    generation: Part[GenerationOptions]
 
-class PredictSettings(EvaluateCommandOptions, GenerationOptions):
+
+class PredictSettings(EvaluateCommandOptions):
     """What `pipe predict` may find in the section `evaluate` of a file, and its own options."""
+
+    generation: Part[GenerationOptions]

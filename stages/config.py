@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,12 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.stores.named import STORES
+
+if TYPE_CHECKING:
+    StoreName = str
+else:
+    StoreName = Literal[*STORES]  # so that the command line lists them
 
 
 class StageConfig(BaseModel):

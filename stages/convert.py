@@ -147,7 +147,7 @@ def _codecs(config: ConvertConfig, reader: CacheReader) -> Codecs | None:
             )
         return None
     ours = codec_from(recorded)
-    target = target_codec(config, ours)
+    target = target_codec(config.kept, ours)
     if ours == target:
         return None
     device = resolve_device(DeviceConfig(device=config.device))

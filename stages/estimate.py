@@ -51,8 +51,10 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
     """
     of_teacher = TASKS[config.task].teacher
     corpora = [config.labeled, *([] if config.unlabeled is None else [config.unlabeled])]
-    if not Path(config.teacher).is_dir() or not all(_is_here(one.source) for one in corpora):
-        return Estimate(bytes_per_token=of_teacher.assumed_bytes_per_token(config))
+    if not Path(config.forward.teacher).is_dir() or not all(
+        _is_here(one.source) for one in corpora
+    ):
+        return Estimate(bytes_per_token=of_teacher.assumed_bytes_per_token(config.kept))
     task = of_teacher.prepared(config, load_corpora(config))
     num_bytes = num_layer_bytes = num_tokens = 0.0
     num_shards, per_shard = 0, None
@@ -62,7 +64,7 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
         if of_one is None:
             continue
         per_shard = per_shard or documents_per_shard(
-            of_one, shard_mb=config.shard_mb, max_documents=config.shard_documents
+            of_one, shard_mb=config.shards.shard_mb, max_documents=config.shards.shard_documents
         )
         num_bytes += of_one * len(corpus)
         num_layer_bytes += task.layer_bytes_per_document(documents) * len(corpus)

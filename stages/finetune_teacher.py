@@ -21,6 +21,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.config import ComposedConfig, Part
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.losses.distributions import widened
@@ -56,9 +57,11 @@ from teacher_cache.stages.training.run_folder import RunRecord, locked_run
 from teacher_cache.stages.training.task import TrainingObserver
 
 
-class FinetuneTeacherConfig(FinetuneOptions):
+class FinetuneTeacherConfig(ComposedConfig):
     """Everything fine-tuning needs, resolved: no preset."""
 
+    training: Part[FinetuneOptions]
+    model: str = Field(description="Base model: hub id or folder of an encoder or decoder.")
     name: str = Field(description="Short name of the data; begins the teacher's folder name.")
     labeled: CorpusConfig = Field(description="The labelled corpus to train on.")
     validation: CorpusConfig | None = Field(
@@ -108,20 +111,20 @@ def run(
     Raises:
         UserError: for anything the user can mend: data, model, settings, disk.
     """
-    observer = observer or TrainingObserver()
-    refuse_what_cannot_start(config)
+    observer, training = observer or TrainingObserver(), config.training
+    refuse_what_cannot_start(training)
     corpus = load_corpus(config.labeled)
     validation = load_corpus(config.validation) if config.validation else None
     tokenizer = load_tokenizer(config.model, option="--model")
-    set_seed(config.seed)  # the new head is drawn
+    set_seed(training.seed)  # the new head is drawn
     model = _load_base(config.model, corpus.class_names())
-    max_length = longest_sample(config.model, model, tokenizer, config.max_length)
+    max_length = longest_sample(config.model, model, tokenizer, training.max_length)
     config = config.model_copy(update={"max_length": max_length})
-    folder = config.out or Path("teachers") / f"{config.name}-{Path(config.model).name}"
+    folder = training.out or Path("teachers") / f"{config.name}-{Path(config.model).name}"
     record = _record(config, model, tokenizer, corpus, validation, max_length)
     with (
-        process_group(resolve_device(config)),
-        locked_run(folder, record, start_again=config.resume == "never") as record,
+        process_group(resolve_device(training)),
+        locked_run(folder, record, start_again=training.resume == "never") as record,
     ):
         if record.complete:
             return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
@@ -171,18 +174,18 @@ def _train(
     observer: TrainingObserver,
 ) -> RunRecord:
     """Train from the newest checkpoint on and commit the best model."""
-    training, evaluation = samples
-    per_epoch = batches_per_epoch(len(training), batch_size=config.batch_size, unlabeled_ratio=0.0)
-    steps_per_epoch = -(-per_epoch // config.gradient_accumulation)
-    num_steps = config.max_steps or max(1, round(config.epochs * steps_per_epoch))
-    checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config, folder))
+    (training, evaluation), own = samples, config.training
+    per_epoch = batches_per_epoch(len(training), batch_size=own.batch_size, unlabeled_ratio=0.0)
+    steps_per_epoch = -(-per_epoch // own.gradient_accumulation)
+    num_steps = own.max_steps or max(1, round(own.epochs * steps_per_epoch))
+    checkpoint = outcome_of_main(lambda: checkpoint_to_resume(own, folder))
     observer.on_start(folder, num_steps, checkpoint)
     pad_id = settle_pad_id(config.model, model.config, tokenizer)
     data = BothKinds(training)
     trainer = LabelTrainer(
         model=model,
         args=training_arguments(
-            config,
+            own,
             folder,
             num_steps=num_steps,
             steps_per_epoch=steps_per_epoch,
@@ -193,10 +196,10 @@ def _train(
         ),
         batches=AlternatingBatches(
             data,
-            batch_size=config.batch_size,
-            num_batches=num_steps * config.gradient_accumulation,
+            batch_size=own.batch_size,
+            num_batches=num_steps * own.gradient_accumulation,
             unlabeled_ratio=0.0,
-            seed=config.seed,
+            seed=own.seed,
         ),
         train_dataset=data,
         eval_dataset=evaluation,
@@ -256,9 +259,9 @@ def _record(
     validation: Corpus | None,
     max_length: int,
 ) -> RunRecord:
-    left_out = {"model", "labeled", "validation", "name", *NOT_RESULTS}
-    settings = config.model_dump(mode="json", exclude=left_out)
-    settings["dtype"] = dtype_name(resolve_dtype(config, resolve_device(config)))
+    training = config.training
+    settings = training.model_dump(mode="json", exclude=set(NOT_RESULTS))
+    settings["dtype"] = dtype_name(resolve_dtype(training, resolve_device(training)))
     settings["model_sha256"] = hash_weights(model)
     settings["tokenizer_sha256"] = describe(tokenizer, max_length=max_length).files_sha256
     settings["class_names"] = list(corpus.class_names())
@@ -284,7 +287,7 @@ def _split(
         names = dict(enumerate(corpus.class_names()))
         kept, held = samples, _tokenized(validation.with_class_names(names), tokenizer, max_length)
     else:
-        is_out = held_out((sample.sample_id for sample in samples), config.eval_fraction)
+        is_out = held_out((sample.sample_id for sample in samples), config.training.eval_fraction)
         kept = [sample for sample, out in zip(samples, is_out, strict=True) if not out]
         held = [sample for sample, out in zip(samples, is_out, strict=True) if out]
     classes = sorted({sample.label for sample in kept if sample.label is not None})

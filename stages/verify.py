@@ -15,7 +15,7 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.tasks import TASKS
-from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
+from teacher_cache.stages.teacher.config import LayersConfig, TeacherConfig
 from teacher_cache.stages.teacher.layers import STATE_TOLERANCE, LayerPlan, LayerTap, states_apart
 from teacher_cache.stages.teacher.load import Teacher
 
@@ -99,9 +99,7 @@ def recorded_plan(settings: Mapping[str, Any], teacher: Teacher, *, is_packed: b
         is_packed: its samples hold several documents.
     """
     maps = settings.get("attention", {"mode": "none", "layers": None})
-    config = ShardConfig(
-        teacher=teacher.name,
-        task=settings["task"],
+    config = LayersConfig(
         hidden=settings.get("hidden", "none"),
         attention=maps["mode"],
         attention_layers=maps["layers"],

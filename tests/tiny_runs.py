@@ -39,7 +39,7 @@ def reviews_config(
         "unlabeled": CorpusConfig(source=str(acl_imdb), split="unsupervised", labeled=False),
         "out": folder,
     }
-    return CacheTeacherConfig(**(settings | changes))
+    return CacheTeacherConfig.of(**(settings | changes))
 
 
 def cache_reviews(folder: Path, teacher: Path, acl_imdb: Path, **changes: Any) -> Path:
@@ -81,7 +81,7 @@ def language_config(
         ),
         "out": folder,
     }
-    return CacheTeacherConfig(**(settings | changes))
+    return CacheTeacherConfig.of(**(settings | changes))
 
 
 def cache_language(folder: Path, teacher: Path, acl_imdb: Path, **changes: Any) -> Path:

@@ -26,8 +26,8 @@ from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.topk import TAIL_M, TAIL_R
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.schema import bytes_per_position
-from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.codecs.capture import draws_of, reduce_positions
+from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.measure import kl_to_decoded
 from teacher_cache.stages.codecs.named import codec_of, room_of
 from teacher_cache.stages.data.corpus import load_corpus
@@ -170,13 +170,7 @@ class Comparison:
         return {row.name: self._kept(row, sums[row.name], dense, positions) for row in self._rows}
 
     def _codec(self, row: Row, head: LanguageModelHead) -> Codec:
-        config = CacheTeacherConfig(
-            task="lm",
-            name="codecs",
-            teacher=self._teacher.name,
-            labeled=novels("validation", None),
-            **dict(row.codec),
-        )
+        config = CodecConfig.model_validate(row.codec)
         width = head.weight.shape[1]
         codec = codec_of(config, support_size=self._support.size, width=width)
         return room_of(codec).with_head(codec, head.of_support(self._support))

@@ -24,6 +24,7 @@ class ArrowStore:
 
     suffix = ".arrow"
     format_version = 1
+    libraries = ()
 
     def write(self, path: Path, schema: Schema, fields: Fields) -> Stored:
         """Commit a shard's file.
@@ -44,6 +45,9 @@ class ArrowStore:
             BadShardError: if the file is missing or of another size.
         """
         return ArrowShard(path, schema, stored.batches, stored.num_bytes)
+
+
+STORE = ArrowStore()
 
 
 def encode(schema: Schema, fields: Fields) -> tuple[bytes, list[BatchRange]]:

@@ -108,10 +108,12 @@ class Store(Protocol):
     Attributes:
         suffix: of a shard's path.
         format_version: of the manifest, the oldest that knows this store.
+        libraries: whose versions the manifest of a cache of this store says besides.
     """
 
     suffix: str
     format_version: int
+    libraries: tuple[str, ...]
 
     def write(self, path: Path, schema: Schema, fields: Fields) -> Stored:
         """Commit a shard: when this returns it is whole and durable, and before that not there.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from teacher_cache.cache.errors import UserError, did_you_mean
-from teacher_cache.cache.stores.arrow import ArrowStore
-from teacher_cache.cache.stores.interface import Store
-from teacher_cache.cache.stores.zarr import ZarrStore
+
+if TYPE_CHECKING:  # a store loads the library that writes it
+    from teacher_cache.cache.stores.interface import Store
 
 DEFAULT_STORE = "arrow"
-STORES: dict[str, Store] = {DEFAULT_STORE: ArrowStore(), "zarr": ZarrStore()}
+STORES = (DEFAULT_STORE, "zarr")
+"""Each the name of a module beside this one."""
 
 
 def store_named(name: str) -> Store:
@@ -21,4 +25,4 @@ def store_named(name: str) -> Store:
         raise UserError(
             f"the format {name!r} is unknown to this release: {did_you_mean(name, STORES)}"
         )
-    return STORES[name]
+    return import_module(f"{__package__}.{name}").STORE

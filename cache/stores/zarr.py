@@ -41,6 +41,7 @@ class ZarrStore:
 
     suffix = ".zarr"
     format_version = 2
+    libraries = ("zarr",)
 
     def write(self, path: Path, schema: Schema, fields: Fields) -> Stored:
         """Commit a shard's group.
@@ -72,6 +73,9 @@ class ZarrStore:
             BadShardError: if one of its files is missing or of another size.
         """
         return ZarrShard(path, schema, stored, num_samples)
+
+
+STORE = ZarrStore()
 
 
 def encode(schema: Schema, fields: Fields) -> dict[str, bytes]:

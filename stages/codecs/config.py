@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from teacher_cache.cache.codecs.named import CODECS
-from teacher_cache.stages.config import Of, StageConfig, comma_separated
+from teacher_cache.stages.config import (
+    ComposedConfig,
+    Of,
+    Part,
+    StageConfig,
+    StoreName,
+    comma_separated,
+)
 
 DEFAULT_CODEC = "topk"
 FOR_A_CLASSIFIER = (
@@ -72,10 +79,11 @@ class CodecConfig(StageConfig):
     )
 
 
-class ConvertOptions(CodecConfig):
+class ConvertOptions(ComposedConfig):
     """What the new cache differs in; whatever is not given stays as it is."""
 
-    format: Literal["arrow", "zarr"] | None = Field(
+    kept: Part[CodecConfig]
+    format: StoreName | None = Field(
         default=None, description="Format of the new cache. Default: that of the old one."
     )
     overwrite: bool = Field(default=False, description="Start the new cache again if it exists.")

@@ -142,9 +142,9 @@ class Classification:
         Raises:
             UserError: for an empty text, or options of what writes.
         """
-        if generation.given:
+        if generation.flags:
             raise UserError(
-                f"{', '.join(generation.given)} is of language models, and {run} is a classifier: "
+                f"{', '.join(generation.flags)} is of language models, and {run} is a classifier: "
                 "leave that out"
             )
         classifier = Classifier.of_run(run, device)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from teacher_cache.stages.config import DeviceConfig, StageConfig
+from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated, flag_of
 
 Length = Annotated[int, Field(ge=1)]  # tokens
 
@@ -19,7 +19,7 @@ class EvaluateOptions(DeviceConfig):
         description="Teacher to compare with: folder or hub id, or none. Default: the cache's.",
     )
     batch_tokens: int = Field(default=8192, ge=1, description="Padded tokens in a forward batch.")
-    latency_lengths: tuple[Length, ...] = Field(
+    latency_lengths: Annotated[tuple[Length, ...], BeforeValidator(comma_separated)] = Field(
         default=(32, 128, 512),
         description="Lengths, in tokens, at which one forward pass is timed.",
     )
@@ -45,7 +45,7 @@ class GenerationOptions(StageConfig):
     )
 
     @property
-    def given(self) -> list[str]:
+    def flags(self) -> list[str]:
         """The options that were given, as they are typed."""
-        fields = GenerationOptions.model_fields
-        return [f"--{one.replace('_', '-')}" for one in fields if getattr(self, one) is not None]
+        fields = type(self).model_fields
+        return [flag_of(one) for one in fields if getattr(self, one) is not None]

@@ -43,7 +43,7 @@ def check_generation(options: GenerationOptions) -> None:
     Raises:
         UserError: if options of drawing are given, and nothing is drawn.
     """
-    idle = [one for one in options.given if one in ("--temperature", "--seed")]
+    idle = [one for one in options.flags if one in ("--temperature", "--seed")]
     if idle and not options.do_sample:
         raise UserError(
             f"{' and '.join(idle)} is of --do-sample, and the most probable token is taken: give "

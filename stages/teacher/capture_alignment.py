@@ -10,7 +10,7 @@ import numpy as np
 
 from teacher_cache.stages.codecs.config import DEFAULT_CODEC
 from teacher_cache.stages.codecs.named import chosen_room, given_attributes
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import CaptureConfig
 from teacher_cache.stages.teacher.load import LanguageModelTeacher
 from teacher_cache.stages.teacher.options import NO_ALIGNMENT
 from teacher_cache.stages.tokens.relation import VocabularyRelation, relate
@@ -41,7 +41,7 @@ class CaptureAlignment:
 
 
 def aligned(
-    config: ShardConfig, teacher: LanguageModelTeacher, support: Support
+    config: CaptureConfig, teacher: LanguageModelTeacher, support: Support
 ) -> CaptureAlignment:
     """Bring the teacher's support to the ids that the options ask for.
 
@@ -57,12 +57,13 @@ def aligned(
             would leave no outcome for what no student id means.
         CheckFailed: if `truncate` is asked for where equal ids mean different strings.
     """
-    if config.student_tokenizer is None:
+    name = config.aligned.student_tokenizer
+    if name is None:
         return CaptureAlignment(support=support, about={})
     student_tokenizer = load_tokenizer(
-        config.student_tokenizer,
+        name,
         option="--student-tokenizer",
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=config.forward.trust_remote_code,
     )
     student = token_bytes(student_tokenizer)
     own = token_bytes(teacher.tokenizer)
@@ -71,14 +72,14 @@ def aligned(
         student.keys,
         teacher_rows=max(teacher.num_logits, support.size),
     )
-    logger.info("student tokenizer %s: %s", config.student_tokenizer, relation.overlap)
+    logger.info("student tokenizer %s: %s", name, relation.overlap)
     for caveat in dict.fromkeys(one.caveat for one in (own, student) if one.caveat):
         logger.warning("%s", caveat)
     about: dict[str, Any] = {
-        "student_tokenizer": config.student_tokenizer,
+        "student_tokenizer": name,
         "vocabularies": _facts(relation),
     }
-    align = config.align or NO_ALIGNMENT
+    align = config.aligned.align or NO_ALIGNMENT
     if align == NO_ALIGNMENT:
         return CaptureAlignment(support=support, about=about)
     if align == "truncate":
@@ -97,8 +98,8 @@ def aligned(
         f"{num_teacher:,}",
         f"{mapped.num_reached:,}",
     )
-    chosen_room(config).check_mapped(
-        given_attributes(config, config.codec or DEFAULT_CODEC),
+    chosen_room(config.kept).check_mapped(
+        given_attributes(config.kept, config.kept.codec or DEFAULT_CODEC),
         num_reached=mapped.num_reached,
         num_student=relation.num_student,
     )

@@ -24,7 +24,7 @@ from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.inference import OnBatch
-from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
+from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import find_pooled_width, run_teacher
 from teacher_cache.stages.teacher.layers import (
     STATE_TOLERANCE,
@@ -64,23 +64,25 @@ class Classification(Task[ClassificationTeacher, Sample]):
     pooled_width: int | None
 
     @classmethod
-    def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> Classification:
+    def prepared(cls, config: CaptureConfig, corpora: Mapping[str, Corpus]) -> Classification:
         """Load the teacher and settle the labels.
 
         Raises:
             UserError: if the teacher cannot be loaded or lacks what is asked for, or the labels are
                 none of its classes or all of one class.
         """
-        teacher = cls.load(config, with_maps=config.attention != "none")
+        teacher = cls.load(config.forward, with_maps=config.layers.attention != "none")
         labeled = corpora["labeled"].with_class_names(teacher.id2label)
         _require_two_classes(labeled)
         return cls(
             teacher=teacher,
             corpora={**corpora, "labeled": labeled},
-            max_length=teacher.max_length(config.max_length),
-            batch_tokens=config.batch_tokens,
-            pooled_width=find_pooled_width(teacher) if hidden_options(config).pooled else None,
-            layers=LayerPlan.prepared(config, teacher, is_packed=cls.packs_documents),
+            max_length=teacher.max_length(config.forward.max_length),
+            batch_tokens=config.forward.batch_tokens,
+            pooled_width=find_pooled_width(teacher)
+            if hidden_options(config.layers).pooled
+            else None,
+            layers=LayerPlan.prepared(config.layers, teacher, is_packed=cls.packs_documents),
         )
 
     @classmethod

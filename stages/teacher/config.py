@@ -7,21 +7,26 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from teacher_cache.cache.stores.named import DEFAULT_STORE
 from teacher_cache.stages.codecs.config import FOR_A_CLASSIFIER, CodecConfig
-from teacher_cache.stages.config import DeviceConfig, Of, StageConfig, comma_joined
+from teacher_cache.stages.config import (
+    ComposedConfig,
+    DeviceConfig,
+    Of,
+    Part,
+    StageConfig,
+    StoreName,
+    comma_joined,
+)
 from teacher_cache.stages.tasks import DEFAULT_TASK, TaskName
 
 AttentionMode = Literal["none", "cls", "mean", "full"]
 OF_LANGUAGE_MODELS = Of(task="lm", elsewhere=FOR_A_CLASSIFIER)
 
 
-class TeacherConfig(DeviceConfig):
-    """A teacher and how to run it."""
+class ForwardConfig(DeviceConfig):
+    """How the teacher is run."""
 
-    teacher: str = Field(
-        description="Teacher: hub id or folder of a fine-tuned classifier or, with --task lm, of "
-        "a causal language model."
-    )
     max_length: int | None = Field(
         default=None,
         ge=2,
@@ -37,6 +42,12 @@ class TeacherConfig(DeviceConfig):
     trust_remote_code: bool = Field(
         default=False, description="Run the model code that a hub repository brings."
     )
+
+
+class TeacherConfig(ForwardConfig):
+    """A teacher and how it is run."""
+
+    teacher: str = Field(description="Hub id or folder.")
 
 
 class AlignmentConfig(StageConfig):
@@ -56,14 +67,9 @@ class AlignmentConfig(StageConfig):
     )
 
 
-class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
-    """What is cached, where the cache goes and how it is cut."""
+class LayersConfig(StageConfig):
+    """What is cached of the teacher's inside."""
 
-    task: TaskName = Field(
-        default=DEFAULT_TASK,
-        description="What the teacher does: classification of documents, or lm, the prediction of "
-        "every next token.",
-    )
     hidden: Annotated[
         str,
         BeforeValidator(comma_joined),
@@ -100,8 +106,13 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         description="Layers of which maps are cached: last, all, or numbers from 0, "
         "comma-separated. Default: last.",
     )
-    format: Literal["arrow", "zarr"] = Field(
-        default="arrow",
+
+
+class ShardConfig(StageConfig):
+    """Where the cache goes, how it is cut, and the views in it."""
+
+    format: StoreName = Field(
+        default=DEFAULT_STORE,
         description="How shards lie on disk: an Arrow file each, or a Zarr group each, for who "
         "reads them with zarr or xarray. The values are the same.",
     )
@@ -129,3 +140,13 @@ class ShardConfig(TeacherConfig, CodecConfig, AlignmentConfig):
         ge=1,
         description="At most this many documents in a shard: what a kill can lose of the work.",
     )
+
+
+class CaptureConfig(ComposedConfig):
+    """A teacher, and what is cached of it."""
+
+    task: TaskName = Field(default=DEFAULT_TASK, description="What the teacher does.")
+    layers: Part[LayersConfig]
+    forward: Part[TeacherConfig]
+    kept: Part[CodecConfig]
+    aligned: Part[AlignmentConfig]

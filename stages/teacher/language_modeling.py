@@ -22,6 +22,7 @@ from teacher_cache.cache.schema import (
     language_model_schema,
 )
 from teacher_cache.stages.codecs.capture import draws_of, packed_fields, reduce_positions
+from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.interface import Positions
 from teacher_cache.stages.codecs.measure import (
     Probe,
@@ -38,7 +39,7 @@ from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.capture_alignment import CaptureAlignment, aligned
-from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
+from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import Slice, listen_to_packed, run_positions
 from teacher_cache.stages.teacher.layers import LayerPlan, LayerTap
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
@@ -81,7 +82,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
     head: LanguageModelHead | None
 
     @classmethod
-    def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
+    def prepared(cls, config: CaptureConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
         """Load the teacher and settle its support and codec.
 
         Raises:
@@ -89,25 +90,25 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 cannot serve it.
             CheckFailed: if its ids cannot be aligned as asked.
         """
-        teacher = cls.load(config, with_maps=config.attention != "none")
+        teacher = cls.load(config.forward, with_maps=config.layers.attention != "none")
         alignment = aligned(
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
-        head = chosen_room(config).head_of(teacher.model)
+        head = chosen_room(config.kept).head_of(teacher.model)
         return cls(
             teacher=teacher,
             corpora=corpora,
-            max_length=teacher.max_length(config.max_length),
-            batch_tokens=config.batch_tokens,
+            max_length=teacher.max_length(config.forward.max_length),
+            batch_tokens=config.forward.batch_tokens,
             alignment=alignment,
             codec=codec_of(
-                config,
+                config.kept,
                 support_size=alignment.support.size,
                 width=0 if head is None else head.weight.shape[1],
                 has_unmatched=isinstance(alignment.support, MappedSupport),
             ),
             head=head,
-            layers=LayerPlan.prepared(config, teacher, is_packed=cls.packs_documents),
+            layers=LayerPlan.prepared(config.layers, teacher, is_packed=cls.packs_documents),
         )
 
     @classmethod
@@ -125,7 +126,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         )
 
     @classmethod
-    def assumed_bytes_per_token(cls, config: ShardConfig) -> float | None:
+    def assumed_bytes_per_token(cls, config: CodecConfig) -> float | None:
         """Of a usual vocabulary; what keeps all of a distribution takes the teacher to know."""
         if chosen_room(config).lacks is None:
             return None

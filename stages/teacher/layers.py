@@ -25,7 +25,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import Fields, FieldSpec, Ragged, Schema
 from teacher_cache.stages.models.causal import PlacedPiece
 from teacher_cache.stages.models.pretrained import EAGER
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import LayersConfig
 from teacher_cache.stages.teacher.load import Teacher
 from teacher_cache.stages.teacher.options import (
     HiddenOptions,
@@ -55,7 +55,7 @@ class LayerPlan:
 
     @classmethod
     def prepared(
-        cls, config: ShardConfig, teacher: Teacher, *, is_packed: bool = False
+        cls, config: LayersConfig, teacher: Teacher, *, is_packed: bool = False
     ) -> LayerPlan:
         """Look at the teacher and settle what the options mean for it.
 
@@ -158,7 +158,7 @@ def half(states: np.ndarray, *, what: str, option: str) -> np.ndarray:
 
 
 def _attention_codec(
-    config: ShardConfig, teacher: Teacher, source: MapSource, *, is_packed: bool
+    config: LayersConfig, teacher: Teacher, source: MapSource, *, is_packed: bool
 ) -> AttentionCodec:
     layers = chosen_layers(config.attention_layers, source.layers, teacher.name)
     heads = {h for layer, h in zip(source.layers, source.num_heads, strict=True) if layer in layers}

@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.codecs.config import DEFAULT_CODEC
+from teacher_cache.stages.codecs.config import DEFAULT_CODEC, CodecConfig
 from teacher_cache.stages.codecs.named import chosen_room, whole_codecs
 from teacher_cache.stages.config import refuse_foreign_options
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import AlignmentConfig, CaptureConfig, LayersConfig
 
 NO_ALIGNMENT = "none"
 
 
-def check_options(config: ShardConfig) -> None:
+def check_options(config: CaptureConfig) -> None:
     """Refuse what the task or the codec has no use for, before anything is loaded.
 
     Raises:
         UserError: naming the option and what it belongs to.
     """
-    refuse_foreign_options(config, task=config.task, codec=config.codec or DEFAULT_CODEC)
-    _check_alignment(config)
-    _check_layers(config)
+    refuse_foreign_options(config, task=config.task, codec=config.kept.codec or DEFAULT_CODEC)
+    _check_alignment(config.aligned, config.kept)
+    _check_layers(config.layers, config.kept)
 
 
-def _check_alignment(config: ShardConfig) -> None:
+def _check_alignment(config: AlignmentConfig, kept: CodecConfig) -> None:
     """Refuse an alignment to no ids, or of a distribution that is kept whole.
 
     Raises:
@@ -38,11 +38,11 @@ def _check_alignment(config: ShardConfig) -> None:
             f"--align {align} needs the ids that it aligns to: give --student-tokenizer, the "
             "student's tokenizer"
         )
-    if align == "map" and chosen_room(config).lacks is None:
+    if align == "map" and chosen_room(kept).lacks is None:
         partial = " and ".join(whole_codecs(are_whole=False))
         raise UserError(
             f"--align map is of --codec {partial}, which keep a part of what they map; "
-            f"--codec {config.codec} keeps the teacher's whole distribution, which loses nothing "
+            f"--codec {kept.codec} keeps the teacher's whole distribution, which loses nothing "
             "by being mapped later: leave --align out, or give the other codec"
         )
 
@@ -71,7 +71,7 @@ class HiddenOptions:
         return ",".join([*names, *map(str, self.layers)]) or None
 
 
-def hidden_options(config: ShardConfig) -> HiddenOptions:
+def hidden_options(config: LayersConfig) -> HiddenOptions:
     """What `--hidden` asks for.
 
     Raises:
@@ -93,7 +93,7 @@ def hidden_options(config: ShardConfig) -> HiddenOptions:
     )
 
 
-def _check_layers(config: ShardConfig) -> None:
+def _check_layers(config: LayersConfig, kept: CodecConfig) -> None:
     """Refuse maps and states that cannot be meant, before anything is loaded.
 
     Raises:
@@ -111,9 +111,9 @@ def _check_layers(config: ShardConfig) -> None:
             f"--attention-layers is {asked!r}, expected last, all or numbers of layers from 0, "
             "comma-separated, as in 0,5"
         )
-    if hidden.last and config.codec is not None and chosen_room(config).keeps_states:
+    if hidden.last and kept.codec is not None and chosen_room(kept).keeps_states:
         raise UserError(
-            f"--hidden {config.hidden} with --codec {config.codec} would cache the last states "
+            f"--hidden {config.hidden} with --codec {kept.codec} would cache the last states "
             "twice: leave last out"
         )
 

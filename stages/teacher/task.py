@@ -14,12 +14,13 @@ import numpy as np
 
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Fields, Schema, bytes_per_position, fixed_bytes
+from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.measure import Probe
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.models.device import dtype_name, environment
 from teacher_cache.stages.models.inference import OnBatch
-from teacher_cache.stages.teacher.config import ShardConfig, TeacherConfig
+from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig
 from teacher_cache.stages.teacher.layers import (
     AnySample,
     KeptLayers,
@@ -117,7 +118,7 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
 
     @classmethod
     @abstractmethod
-    def prepared(cls, config: ShardConfig, corpora: Mapping[str, Corpus]) -> Self:
+    def prepared(cls, config: CaptureConfig, corpora: Mapping[str, Corpus]) -> Self:
         """Load the teacher and settle what is cached of it.
 
         Args:
@@ -149,7 +150,7 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
         """
 
     @classmethod
-    def assumed_bytes_per_token(cls, config: ShardConfig) -> float | None:
+    def assumed_bytes_per_token(cls, config: CodecConfig) -> float | None:
         """`bytes_per_token` of most teachers; None where it takes the teacher to know."""
         return None
 

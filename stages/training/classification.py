@@ -83,8 +83,7 @@ class ClassificationStudents(StudentTask):
             width = student.model.config.d_model
             found.append(PooledProjection(width, teacher_width=data.pooled_width, seed=seed))
         if self._layers is not None:
-            table = student.model.get_input_embeddings()
-            found += self._layers.projections(table.embedding_dim, seed=seed)
+            found += self._layers.projections(student.model.config.d_model, seed=seed)
         return found
 
     def _lesson(self, student: StartingStudent, data: TrainingData) -> Lesson:

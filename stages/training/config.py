@@ -282,9 +282,8 @@ def _flags(options: Iterable[str]) -> str:
 
 
 class FinetuneOptions(OptimizationConfig):
-    """The base model and how it becomes a teacher."""
+    """How a base model becomes a teacher."""
 
-    model: str = Field(description="Base model: hub id or folder of an encoder or decoder.")
     out: Path | None = Field(
         default=None, description="Folder of the teacher. Default: ./teachers/<data>-<model>."
     )

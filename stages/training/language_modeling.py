@@ -144,8 +144,8 @@ class LanguageModelStudents(StudentTask):
         """Projections of the teacher's ids, and of layers where the teacher's are matched."""
         found: list[Auxiliary] = [] if projection is None else [projection]
         if self._layers is not None:
-            table, seed = student.model.get_input_embeddings(), self._config.training.seed
-            found += self._layers.projections(table.embedding_dim, seed=seed)
+            seed = self._config.training.seed
+            found += self._layers.projections(student.model.config.d_model, seed=seed)
         return found
 
     def _matched_layers(self) -> list[Term]:

@@ -114,10 +114,10 @@ def warm_up(config: str) -> None:
 
 def _loaded(config: CacheTeacherConfig) -> Teacher:
     load = load_teacher if config.task == "classification" else load_language_model
-    with_maps = config.attention != "none"
-    key = (config.teacher, with_maps)
+    with_maps = config.layers.attention != "none"
+    key = (config.forward.teacher, with_maps)
     if key not in teachers:
-        teachers[key] = load(config, with_maps=with_maps)
+        teachers[key] = load(config.forward, with_maps=with_maps)
     return teachers[key]
 
 
@@ -125,8 +125,9 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     """Stage one, from a configuration in JSON with `out` given."""
     set_shards_per_folder(setattr, shards_per_folder)
     resolved = CacheTeacherConfig.model_validate_json(config)
-    assert resolved.out is not None
-    steps = Steps(resolved.out, Path(log), die_at)
+    out = resolved.shards.out
+    assert out is not None
+    steps = Steps(out, Path(log), die_at)
     steps.install()
     loaded: Any = _loaded(resolved)
     classification.load_teacher = lambda config, *, with_maps: loaded

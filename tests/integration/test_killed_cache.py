@@ -108,7 +108,7 @@ def stage_one(
 ) -> StageOne:
     folder = tmp_path_factory.mktemp("caches")
     source = str(acl_imdb)
-    config = CacheTeacherConfig(
+    config = CacheTeacherConfig.of(
         name="films",
         teacher=str(small_teacher),
         max_length=32,
@@ -287,7 +287,7 @@ def test_a_conversion_killed_on_its_way(stage_one: StageOne) -> None:
     source = stage_one.folder / "whole"
 
     def run(out: Path, **more: object) -> int:
-        config = ConvertConfig(cache=source, out=out, format="zarr", device="cpu")
+        config = ConvertConfig.of(cache=source, out=out, format="zarr", device="cpu")
         Path(f"{out}.log").write_text("")
         return stage_one.server.run(
             "convert",

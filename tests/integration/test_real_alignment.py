@@ -47,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, austen_dir: P
         source=str(folder / "prose.txt"), labeled=False, txt_unit="paragraph", split=None
     )
     return cache_teacher.run(
-        CacheTeacherConfig(
+        CacheTeacherConfig.of(
             task="lm", name="prose", teacher=str(teacher), device="cpu", max_length=128,
             labeled=corpus, out=folder / "cache",
         )

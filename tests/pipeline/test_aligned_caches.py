@@ -151,22 +151,25 @@ def test_a_dry_run_says_bytes_kl_and_coverage(
 
 
 def test_the_preset_names_both_sides() -> None:
-    config = resolve_cache_teacher(CacheTeacherOptions(data="moe-to-mamba"))
+    config = resolve_cache_teacher(CacheTeacherOptions.of(data="moe-to-mamba"))
     assert config.task == "lm"
     assert config.labeled.source == "Salesforce/wikitext:wikitext-2-raw-v1"
     assert (config.labeled.split, config.labeled.text_column) == ("train", "text")
-    assert config.teacher == "huihui-ai/Huihui-MoE-1B-A0.6B"
-    assert (config.student_tokenizer, config.align) == ("HuggingFaceTB/SmolLM-135M", None)
-    options = CacheTeacherOptions(data="moe-to-mamba", teacher="t", student_tokenizer="s")
+    assert config.forward.teacher == "huihui-ai/Huihui-MoE-1B-A0.6B"
+    assert (config.aligned.student_tokenizer, config.aligned.align) == (
+        "HuggingFaceTB/SmolLM-135M",
+        None,
+    )
+    options = CacheTeacherOptions.of(data="moe-to-mamba", teacher="t", student_tokenizer="s")
     config = resolve_cache_teacher(options)
-    assert (config.teacher, config.student_tokenizer) == ("t", "s")
+    assert (config.forward.teacher, config.aligned.student_tokenizer) == ("t", "s")
 
 
 def test_the_configuration_maps_at_capture() -> None:
     content = read_config_file("moe-to-mamba")
-    config = resolve_cache_teacher(CacheTeacherOptions(**content["cache_teacher"]))
-    assert config.align == "map"
-    assert config.student_tokenizer == content["train_student"]["student_tokenizer"]
+    config = resolve_cache_teacher(CacheTeacherOptions.of(**content["cache_teacher"]))
+    assert config.aligned.align == "map"
+    assert config.aligned.student_tokenizer == content["train_student"]["student_tokenizer"]
 
 
 @pytest.mark.parametrize(

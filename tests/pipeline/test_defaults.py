@@ -53,19 +53,21 @@ def test_train_student() -> None:
         flags={},
     )
     wanted = STUDENT | OBJECTIVE | TRAINING
-    assert {name: getattr(config, name) for name in wanted} == wanted
+    found = config.model_dump()
+    assert {name: found[name] for name in wanted} == wanted
 
 
 def test_cache_teacher() -> None:
-    config = resolve_cache_teacher(CacheTeacherOptions(data="imdb"))
+    config = resolve_cache_teacher(CacheTeacherOptions.of(data="imdb"))
     assert config.unlabeled is not None and config.unlabeled.max_samples == 5000
     assert config.labeled.max_samples is None
-    assert (config.shard_mb, config.dtype, config.device) == (64, "auto", "auto")
-    assert (config.trust_remote_code, config.overwrite, config.fallback) == (False, False, ())
+    shards, forward = config.shards, config.forward
+    assert (shards.shard_mb, forward.dtype, forward.device) == (64, "auto", "auto")
+    assert (forward.trust_remote_code, shards.overwrite, config.fallback) == (False, False, ())
 
 
 def test_finetune_teacher() -> None:
-    options = FinetuneTeacherOptions(data="demo")
+    options = FinetuneTeacherOptions.of(data="demo").training
     assert (options.dtype, options.device, options.resume) == ("auto", "auto", "auto")
 
 

@@ -180,7 +180,7 @@ def test_a_classifier_has_no_codec(option: tuple[str, ...]) -> None:
 
 
 def test_the_presets_task() -> None:
-    options = CacheTeacherOptions(data="austen", teacher="t")
+    options = CacheTeacherOptions.of(data="austen", teacher="t")
     config = resolve_cache_teacher(options)
     assert (config.task, config.name, config.unlabeled) == ("lm", "austen", None)
     labeled = config.labeled
@@ -193,7 +193,7 @@ def test_the_presets_task() -> None:
 
 
 def test_a_classifiers_data_serves_as_text() -> None:
-    options = CacheTeacherOptions(
+    options = CacheTeacherOptions.of(
         data="imdb", task="lm", teacher="t", unlabeled="imdb", unlabeled_max_samples=7
     )
     config = resolve_cache_teacher(options)

@@ -21,7 +21,7 @@ from teacher_cache.pipeline.presets import (
 )
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.teacher.config import TaskName
+from teacher_cache.stages.tasks import TaskName
 from tests.command_line import done, pipe
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -38,7 +38,7 @@ def held_out_labeled(**options: Any) -> CorpusConfig:
 
 
 def resolve(data: str, **options: Any) -> CacheTeacherConfig:
-    return resolve_cache_teacher(CacheTeacherOptions(data=data, **options))
+    return resolve_cache_teacher(CacheTeacherOptions.of(data=data, **options))
 
 
 # Design, section 3: data set, text column, training split, held-out split, labels, unlabelled
@@ -73,7 +73,7 @@ def test_a_preset_names_data_teacher_and_splits(
     source, text_column, train, test, names, unlabeled, teacher = TABLE[name]
     config = resolve(name)
     assert config.name == name
-    assert config.teacher == teacher
+    assert config.forward.teacher == teacher
     labeled = config.labeled
     assert (labeled.source, labeled.split) == (source, train)
     assert (labeled.text_column, labeled.label_column) == (text_column, "label")
@@ -122,7 +122,7 @@ def test_options_win_over_the_preset() -> None:
         shard_mb=1,
         out="somewhere",
     )
-    assert config.teacher == "some/teacher"
+    assert config.forward.teacher == "some/teacher"
     assert config.labeled.model_dump() == {
         "source": "stanfordnlp/imdb",
         "split": "test",
@@ -138,7 +138,11 @@ def test_options_win_over_the_preset() -> None:
     assert config.unlabeled is not None
     assert (config.unlabeled.split, config.unlabeled.max_samples) == ("more", 7)
     assert config.unlabeled.seed == 3
-    assert (config.max_length, config.shard_mb, config.out) == (128, 1, Path("somewhere"))
+    assert (config.forward.max_length, config.shards.shard_mb, config.shards.out) == (
+        128,
+        1,
+        Path("somewhere"),
+    )
 
 
 def test_unlabeled_text_can_be_left_out_or_taken_from_elsewhere() -> None:
@@ -226,14 +230,14 @@ def test_a_misspelt_preset_suggests_the_nearest() -> None:
 
 
 def test_the_demo_is_fine_tuned_from_minilm_on_its_own_splits(minilm_dir: Path) -> None:
-    config = resolve_finetune_teacher(FinetuneTeacherOptions(data="demo"))
+    config = resolve_finetune_teacher(FinetuneTeacherOptions.of(data="demo"))
     assert Path(config.model) == minilm_dir
     assert (config.labeled.source, config.labeled.split) == ("reviews", "train")
     assert config.validation == config.labeled.model_copy(update={"split": "validation"})
 
 
 def test_a_limit_on_training_documents_does_not_shorten_the_validation() -> None:
-    config = resolve_finetune_teacher(FinetuneTeacherOptions(data="demo", max_samples=10))
+    config = resolve_finetune_teacher(FinetuneTeacherOptions.of(data="demo", max_samples=10))
     assert config.labeled.max_samples == 10
     assert config.validation is not None and config.validation.max_samples is None
 
@@ -241,7 +245,7 @@ def test_a_limit_on_training_documents_does_not_shorten_the_validation() -> None
 @pytest.mark.parametrize("data", ["imdb", "reviews.csv"])
 def test_other_data_needs_a_base_model(data: str) -> None:
     with pytest.raises(UserError, match="names no base model: give --model"):
-        resolve_finetune_teacher(FinetuneTeacherOptions(data=data))
+        resolve_finetune_teacher(FinetuneTeacherOptions.of(data=data))
 
 
 def test_evaluation_reads_a_folders_held_out_split(acl_imdb: Path) -> None:
@@ -285,7 +289,7 @@ def test_the_table_of_texts_is_whole() -> None:
 def test_a_text_names_data_teacher_and_splits(name: str) -> None:
     source, train, test, unit, teacher = TEXT_TABLE[name]
     config = resolve(name, **({} if teacher else {"teacher": "t"}))
-    assert (config.task, config.teacher, config.name) == ("lm", teacher or "t", name)
+    assert (config.task, config.forward.teacher, config.name) == ("lm", teacher or "t", name)
     labeled = config.labeled
     assert (labeled.source, labeled.split, labeled.text_column) == (source, train, "text")
     assert (labeled.txt_unit, labeled.labeled, config.unlabeled) == (unit, False, None)
@@ -319,7 +323,7 @@ def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> 
 
 
 def test_only_language_models_are_evaluated_on_their_own_cache() -> None:
-    cache, none = Path("c"), EvaluateCommandOptions()
+    cache, none = Path("c"), EvaluateCommandOptions.of()
     assert with_own_cache(none, "lm", cache).cache == cache
     assert with_own_cache(none, "classification", cache) == none
     for named in ({"data": "imdb"}, {"cache": "other"}):

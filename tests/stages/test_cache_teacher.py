@@ -229,7 +229,7 @@ def test_views_of_both_corpora_are_what_the_teacher_saw(tmp_path: Path, tiny_ber
     labeled = named(CorpusConfig(source="reviews", split="train", max_samples=20))
     config = config_of(tmp_path / "c", tiny_bert, labeled=labeled, unlabeled=unlabeled, views=2)
     result = cache_teacher.run(config)
-    teacher = load_teacher(config)
+    teacher = load_teacher(config.forward)
     assert list(result.manifest.splits) == [
         *("labeled", "unlabeled", "labeled_views_1", "labeled_views_2"),
         *("unlabeled_views_1", "unlabeled_views_2"),

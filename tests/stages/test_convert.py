@@ -120,7 +120,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, teacher: TinyTeacher) -> Ca
 
 
 def _run(cache: Path, out: Path, **options: Any) -> CacheTeacherResult:
-    result = convert.run(ConvertConfig(cache=cache, out=out, device="cpu", **options))
+    result = convert.run(ConvertConfig.of(cache=cache, out=out, device="cpu", **options))
     assert verify(out).problems == ()
     return result
 
@@ -405,7 +405,7 @@ class StopsAfter(StageOneObserver):
 def test_goes_on_where_it_stopped(tmp_path: Path, source: Callable[[str], Path]) -> None:
     options: dict[str, Any] = {"codec": "topk", "top_k": 8, "format": "zarr"}
     _run(source("dense"), tmp_path / "whole", **options)
-    config = ConvertConfig(cache=source("dense"), out=tmp_path / "out", device="cpu", **options)
+    config = ConvertConfig.of(cache=source("dense"), out=tmp_path / "out", device="cpu", **options)
     with pytest.raises(Interruption):
         convert.run(config, StopsAfter())
     assert not read_manifest(tmp_path / "out").complete

@@ -103,7 +103,7 @@ def config(base: Path, data: Path, out: Path, **changes: Any) -> FinetuneTeacher
         "lr": 0.01,
         "eval_fraction": 0.2,
     }
-    return FinetuneTeacherConfig(**(given | changes))
+    return FinetuneTeacherConfig.of(**(given | changes))
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -81,7 +81,7 @@ def language_model_config(folder: Path, teacher: Path, **changes: Any) -> CacheT
         "attention_layers": "all",
         "hidden": "last,0",
     }
-    return CacheTeacherConfig(**(settings | changes))
+    return CacheTeacherConfig.of(**(settings | changes))
 
 
 def test_a_classifiers_maps_and_states(mapped: Path, tiny_cache: Path, tiny_bert: Path) -> None:

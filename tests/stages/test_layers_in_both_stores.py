@@ -150,7 +150,7 @@ def test_another_format_keeps_them(caches: dict[str, Path], tmp_path: Path) -> N
     pairs: tuple[tuple[str, Literal["arrow", "zarr"]], ...] = (("arrow", "zarr"), ("zarr", "arrow"))
     for source, target in pairs:
         out = tmp_path / target
-        convert.run(ConvertConfig(cache=caches[source], out=out, format=target, device="cpu"))
+        convert.run(ConvertConfig.of(cache=caches[source], out=out, format=target, device="cpu"))
         assert_equal_fields(caches[source], out, LAYERS)
         old, new = read_manifest(caches[source]), read_manifest(out)
         assert new.fingerprint == old.fingerprint
@@ -172,7 +172,7 @@ def test_another_codec_keeps_them(
     cache = cache_language(tmp_path / "dense", teacher, acl_imdb, max_length=48, **asked)
     out = tmp_path / "topk"
     convert.run(
-        ConvertConfig(
+        ConvertConfig.of(
             cache=cache, out=out, codec="topk", top_k=4, temperatures=(1.0, 2.0), device="cpu"
         )
     )

@@ -417,7 +417,7 @@ def test_the_settings_are_recorded_without_paths(run: Path, tiny_cache: Path) ->
 def test_a_cache_that_grew_is_not_the_one_that_was_trained_on(
     tmp_path: Path, tiny_bert: Path, acl_imdb: Path
 ) -> None:
-    small = CacheTeacherConfig(
+    small = CacheTeacherConfig.of(
         name="tiny",
         teacher=str(tiny_bert),
         device="cpu",

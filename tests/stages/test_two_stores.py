@@ -77,7 +77,9 @@ def test_a_language_model_learns_the_same_bits(
     num_ids = len(gpt2_tokenizer)
     codec = TopKCodec(support_size=num_ids, top_k=4)
     cache = write_cache(tmp_path / "lm", codec, gpt2_tokenizer, TEXTS, tiny_teacher(num_ids))
-    convert.run(ConvertConfig(cache=cache, out=tmp_path / "lm-zarr", format="zarr", device="cpu"))
+    convert.run(
+        ConvertConfig.of(cache=cache, out=tmp_path / "lm-zarr", format="zarr", device="cpu")
+    )
     files = []
     for name in ("lm", "lm-zarr"):
         config = student_config(

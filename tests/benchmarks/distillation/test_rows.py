@@ -23,12 +23,15 @@ STUDENTS = [row for row in ROWS if row.kind == "student"]
 def test_the_product_takes_every_setting(scale: Scale, assets: Path) -> None:
     folders = Folders(Path("work"))
     teacher = teacher_config("full", folders, scale)
-    assert teacher.out is not None and teacher.eval_fraction == 0
-    cache = cache_config("full", teacher.out, folders, scale)
-    assert cache.out is not None and (cache.hidden, cache.views) == ("pooled", scale.views["main"])
+    out = teacher.training.out
+    assert out is not None and teacher.training.eval_fraction == 0
+    cache = cache_config("full", out, folders, scale)
+    shards = cache.shards
+    assert shards.out is not None
+    assert (cache.layers.hidden, shards.views) == ("pooled", scale.views["main"])
     for row in STUDENTS:
         for trial in row.trials:
-            student_config(row, trial, 0, cache.out, folders, scale)
+            student_config(row, trial, 0, shards.out, folders, scale)
 
 
 def test_students_differ_by_what_they_learn_from_alone() -> None:

@@ -157,4 +157,4 @@ def test_it_is_refused_what_it_cannot_serve(cache: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="temperature 2 is none of a first cache"):
         train_student.run(student_config(cache, tmp_path / "run", temperature=2.0))
     with pytest.raises(UserError, match="it holds the first id alone; run pipe cache-teacher"):
-        convert.run(ConvertConfig(cache=cache, out=tmp_path / "topk", codec="topk"))
+        convert.run(ConvertConfig.of(cache=cache, out=tmp_path / "topk", codec="topk"))

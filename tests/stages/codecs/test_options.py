@@ -9,12 +9,12 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.named import codec_of
 from teacher_cache.stages.config import owners
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import CaptureConfig
 from teacher_cache.stages.teacher.options import check_options
 
 
-def config_of(**given: Any) -> ShardConfig:
-    return ShardConfig(teacher="t", **given)
+def config_of(**given: Any) -> CaptureConfig:
+    return CaptureConfig.of(teacher="t", **given)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_every_option_belongs_to_a_codec() -> None:
 def test_the_codec_is_what_the_options_say(given: dict[str, Any], settings: dict[str, Any]) -> None:
     config = config_of(task="lm", **given)
     check_options(config)
-    found = codec_of(config, support_size=100, width=8).settings
+    found = codec_of(config.kept, support_size=100, width=8).settings
     assert settings.items() <= found.items()
 
 
 def test_a_value_that_cannot_be_is_a_sentence() -> None:
     with pytest.raises(UserError, match="--top-k 200 cannot be: the teacher uses 100 ids"):
-        codec_of(config_of(task="lm", top_k=200), support_size=100, width=8)
+        codec_of(config_of(task="lm", top_k=200).kept, support_size=100, width=8)

@@ -26,7 +26,7 @@ from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import CaptureConfig
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.tokens.token_bytes import token_bytes
 from teacher_cache.stages.tokens.vocabulary_map import MAP_FILE, exact_map, recorded_map
@@ -86,7 +86,7 @@ def config_of(folder: Path, teacher: Path, student: Path, **changes: Any) -> Cac
         "out": folder / "cache",
         "student_tokenizer": str(student),
     }
-    return CacheTeacherConfig(**(values | changes))
+    return CacheTeacherConfig.of(**(values | changes))
 
 
 def exact_logits(teacher: Path, sample: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +255,7 @@ def test_without_an_alignment_the_log_says_what_cutting_would_have_meant(
     ],
 )
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], saying: str) -> None:
-    config = ShardConfig.model_validate({"task": "lm", "teacher": "t"} | options)
+    config = CaptureConfig.model_validate({"task": "lm", "teacher": "t"} | options)
     with pytest.raises(UserError, match=saying):
         check_options(config)
 

@@ -92,7 +92,7 @@ def config_of(
         "labeled": CorpusConfig(source=str(texts), labeled=False),
         "out": folder,
     }
-    return CacheTeacherConfig(**(values | SETTINGS[name] | changes))
+    return CacheTeacherConfig.of(**(values | SETTINGS[name] | changes))
 
 
 def codec_of(cache: Path, manifest: Manifest) -> Codec:

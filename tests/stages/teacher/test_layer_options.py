@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import CaptureConfig
 from teacher_cache.stages.teacher.options import (
     HiddenOptions,
     check_options,
@@ -13,8 +13,8 @@ from teacher_cache.stages.teacher.options import (
 )
 
 
-def config_of(**changes: object) -> ShardConfig:
-    return ShardConfig.model_validate({"teacher": "t"} | changes)
+def config_of(**changes: object) -> CaptureConfig:
+    return CaptureConfig.model_validate({"teacher": "t"} | changes)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def config_of(**changes: object) -> ShardConfig:
 def test_states_that_are_asked_for(
     hidden: object, expected: HiddenOptions, named: str | None
 ) -> None:
-    found = hidden_options(config_of(hidden=hidden))
+    found = hidden_options(config_of(hidden=hidden).layers)
     assert found == expected and found.named() == named
 
 

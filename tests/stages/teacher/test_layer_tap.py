@@ -38,7 +38,7 @@ from teacher_cache.cache.codecs.attention import row_kl
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.models import inference
 from teacher_cache.stages.models.causal import final_states
-from teacher_cache.stages.teacher.config import ShardConfig
+from teacher_cache.stages.teacher.config import LayersConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.layers import KeptLayers, LayerPlan, LayerTap, find_maps, half
 from teacher_cache.stages.teacher.load import load_teacher
@@ -116,7 +116,7 @@ class _Tokenizer:
 
 
 def planned(teacher: Any, *, task: str = "classification", **asked: object) -> LayerPlan:
-    config = ShardConfig.model_validate({"teacher": "tiny", "task": task} | asked)
+    config = LayersConfig.model_validate(asked)
     return LayerPlan.prepared(config, teacher, is_packed=task == "lm")
 
 
@@ -290,7 +290,7 @@ def test_states_beyond_half_precision() -> None:
 
 
 def test_the_attention_that_forms_maps_is_loaded_only_for_them(tiny_bert: Path) -> None:
-    config = ShardConfig(teacher=str(tiny_bert), device="cpu")
+    config = TeacherConfig(teacher=str(tiny_bert), device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain, mapped = load_teacher(config), load_teacher(config, with_maps=True)
