@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -157,3 +158,19 @@ def _check(path: Path, value: dict[str, Any]) -> None:
             f"{path} differs from its own checksum: restore it, or run stage one again with "
             "--overwrite"
         )
+
+
+def read_teacher_file(cache: Path, manifest: Manifest, name: str) -> bytes:
+    """A file of the `teacher` folder that the manifest lists.
+
+    Raises:
+        CheckFailed: if it is damaged or missing.
+    """
+    path = cache / TEACHER_FOLDER / name
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != manifest.teacher_files[name]:
+        raise CheckFailed(
+            f"{path} is missing or differs from its SHA-256: run the same `pipe cache-teacher` "
+            "again, it writes the file anew and computes no shard again"
+        )
+    return data

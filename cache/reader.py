@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from teacher_cache.cache.errors import BadShardError, UserError, did_you_mean
-from teacher_cache.cache.index import read_segment
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.schema import Fields, Ragged, joined_fields
-from teacher_cache.cache.sidecar import Sidecar
+from teacher_cache.cache.sidecar import Sidecar, read_segment
 from teacher_cache.cache.stores.interface import Shard
 from teacher_cache.cache.stores.named import store_named
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from teacher_cache.cache.errors import BadShardError
 from teacher_cache.cache.fingerprint import file_sha256, fingerprint
-from teacher_cache.cache.index import read_segment
 from teacher_cache.cache.manifest import MANIFEST_NAME, TEACHER_FOLDER, Manifest, read_manifest
-from teacher_cache.cache.sidecar import Sidecar, read_sidecar
+from teacher_cache.cache.sidecar import Sidecar, read_segment, read_sidecar
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from teacher_cache.pipeline.cli_options import argument, switch, value, with_options
 from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     CheckOptions,
@@ -21,7 +20,7 @@ from teacher_cache.pipeline.options import (
     PredictSettings,
 )
 from teacher_cache.pipeline.reporting import console, quiet_libraries, reported
-from teacher_cache.pipeline.settings import Model, resolve
+from teacher_cache.pipeline.settings import Model, argument, resolve, switch, value, with_options
 from teacher_cache.stages.codecs.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 

@@ -37,8 +37,8 @@ from teacher_cache.stages import convert as conversion
 from teacher_cache.stages import evaluate as evaluation
 from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
+from teacher_cache.stages.cache_teacher import estimate
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
-from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.evaluation.runs import evaluation_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line

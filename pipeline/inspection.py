@@ -11,7 +11,7 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify as verify_cache
-from teacher_cache.pipeline.pictures.figures import write_figure
+from teacher_cache.pipeline.pictures import write_figure
 from teacher_cache.pipeline.reporting import console, working
 from teacher_cache.pipeline.sample_view import attention_panels, print_sample
 from teacher_cache.pipeline.tables import (

@@ -14,7 +14,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import NO_LABEL
-from teacher_cache.pipeline.pictures.attention_maps import (
+from teacher_cache.pipeline.pictures import (
     Panels,
     both_sides,
     readable_tokens,

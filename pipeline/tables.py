@@ -18,7 +18,7 @@ from teacher_cache.cache.schema import NEXT_LOG_PROB, Schema, bytes_per_position
 from teacher_cache.stages.join.report import JoinReport
 
 if TYPE_CHECKING:  # they import torch
-    from teacher_cache.stages.estimate import Estimate
+    from teacher_cache.stages.cache_teacher import Estimate
     from teacher_cache.stages.evaluate import EvaluateResult
 
 NONE = "–"

@@ -48,12 +48,11 @@ from teacher_cache.stages.training.batches import (
     batches_per_epoch,
     held_out,
 )
-from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.measures import classification_metrics
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
-from teacher_cache.stages.training.run_folder import RunRecord, locked_run
+from teacher_cache.stages.training.run_folder import RunRecord, locked_run, saved
 from teacher_cache.stages.training.task import TrainingObserver
 
 

@@ -26,7 +26,6 @@ from teacher_cache.stages.training.arguments import (
     refuse_what_cannot_start,
     training_arguments,
 )
-from teacher_cache.stages.training.checkpoints import saved
 from teacher_cache.stages.training.config import (
     NOT_RESULTS,
     ArchitectureConfig,
@@ -35,7 +34,7 @@ from teacher_cache.stages.training.config import (
 from teacher_cache.stages.training.data import open_splits
 from teacher_cache.stages.training.measures import EarlyStopping
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
-from teacher_cache.stages.training.run_folder import RunRecord, locked_run
+from teacher_cache.stages.training.run_folder import RunRecord, locked_run, saved
 from teacher_cache.stages.training.start import StartingStudent
 from teacher_cache.stages.training.task import Course, StudentTask, TrainingObserver
 from teacher_cache.stages.training.trainer import StudentTrainer

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.cache import resume, sidecar, writer
+from teacher_cache.cache import sidecar, writer
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import CHECKSUM, MANIFEST_NAME, Manifest, SplitSummary
@@ -148,7 +148,7 @@ def set_shards_per_folder(set_constant: Callable[[Any, str, Any], Any], number: 
         set_constant: `setattr`, or monkeypatch's.
         number: of shards in a sub-folder and an index segment.
     """
-    for module in (sidecar, writer, resume):
+    for module in (sidecar, writer):
         set_constant(module, "SHARDS_PER_FOLDER", number)
 
 

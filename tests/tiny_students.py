@@ -11,8 +11,7 @@ from teacher_cache.stages.student import (
     MambaStudentForSequenceClassification,
     build_student,
 )
-from teacher_cache.stages.student.mixers.mamba import Mamba
-from teacher_cache.stages.student.mixers.mamba2 import Mamba2
+from teacher_cache.stages.student.mixers import Mamba, Mamba2
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,

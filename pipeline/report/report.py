@@ -18,7 +18,7 @@ from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.pictures.figures import (
+from teacher_cache.pipeline.pictures import (
     HELD_OUT,
     curves_figure,
     curves_of,

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.manifest import Manifest
-from teacher_cache.cache.teacher_files import read_teacher_file
+from teacher_cache.cache.manifest import Manifest, read_teacher_file
 from teacher_cache.stages.tokens.support import Support
 
 

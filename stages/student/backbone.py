@@ -15,10 +15,14 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from teacher_cache.stages.student.config import MambaStudentConfig
-from teacher_cache.stages.student.layout import Layout, reversed_positions
-from teacher_cache.stages.student.mixers.layer_state import LayerState
-from teacher_cache.stages.student.mixers.mamba import Mamba, MambaDirection
-from teacher_cache.stages.student.mixers.mamba2 import Mamba2, Mamba2Direction
+from teacher_cache.stages.student.mixers import (
+    Direction,
+    LayerState,
+    Layout,
+    Mamba,
+    Mamba2,
+    reversed_positions,
+)
 from teacher_cache.stages.student.norms import RMSNorm
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
@@ -112,10 +116,7 @@ class MambaStudentPreTrainedModel(PreTrainedModel):
         """As mamba_ssm: embeddings from N(0, 0.02), linear maps as torch does, without bias."""
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
-        elif isinstance(
-            module,
-            nn.Linear | nn.Conv1d | nn.LayerNorm | RMSNorm | MambaDirection | Mamba2Direction,
-        ):
+        elif isinstance(module, nn.Linear | nn.Conv1d | nn.LayerNorm | RMSNorm | Direction):
             module.reset_parameters()
         if isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from teacher_cache.stages.student.scans.recorded import RecordedMixer, RecordedScan, step_sizes
-from teacher_cache.stages.student.scans.ssd_chunks import exp_, wide
+from teacher_cache.stages.student.scans.ssd import exp_, wide
 
 MAX_ENTRIES = 2**22
 """Numbers of a block's largest tensor; a few of that size exist at a time."""

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.manifest import Manifest
+from teacher_cache.cache.manifest import Manifest, read_teacher_file
 from teacher_cache.cache.schema import POOLED
-from teacher_cache.cache.teacher_files import read_teacher_file
 from teacher_cache.stages.models.device import dtype_name
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.load import ClassificationTeacher

@@ -13,10 +13,14 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import refuse_changed_settings
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.ranks import num_local_processes, num_processes
-from teacher_cache.stages.training.checkpoints import newest_checkpoint, require_committed
 from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.measures import ACCURACY, Measure
-from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
+from teacher_cache.stages.training.run_folder import (
+    CHECKPOINTS,
+    newest_checkpoint,
+    read_run,
+    require_committed,
+)
 
 logger = logging.getLogger(__name__)
 

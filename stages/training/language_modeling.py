@@ -23,9 +23,9 @@ from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import (
+    PackedLanguageModel,
     identity,
     language_model_config,
     pretrained_language_model,

@@ -18,14 +18,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.training.batches import AlternatingBatches
-from teacher_cache.stages.training.checkpoints import (
+from teacher_cache.stages.training.processes import outcome_of_main, share_of
+from teacher_cache.stages.training.run_folder import (
     commit_checkpoint,
     explained_save,
     make_durable,
     remove_checkpoint,
     remove_old_checkpoints,
 )
-from teacher_cache.stages.training.processes import outcome_of_main, share_of
 
 
 class OrderedTrainer(Trainer):

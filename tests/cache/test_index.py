@@ -8,8 +8,13 @@ import pyarrow as pa
 import pytest
 
 from teacher_cache.cache.errors import BadShardError
-from teacher_cache.cache.index import read_segment, segment_path, write_segment
-from teacher_cache.cache.sidecar import Sidecar, read_sidecar
+from teacher_cache.cache.sidecar import (
+    Sidecar,
+    read_segment,
+    read_sidecar,
+    segment_path,
+    write_segment,
+)
 from tests.small_caches import write_cache
 
 

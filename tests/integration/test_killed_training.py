@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.stages.training.checkpoints import MARKER_NAME
 from teacher_cache.stages.training.config import TrainStudentConfig
-from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
+from teacher_cache.stages.training.run_folder import MARKER_NAME, RUN_NAME, read_run
 from tests.integration.fork_server import ForkServer
 from tests.tiny_runs import cache_language, cache_reviews, result_files, student_config
 

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from teacher_cache.cache.lock import LOCK_NAME
-from teacher_cache.stages.training.checkpoints import MARKER_NAME
-from teacher_cache.stages.training.run_folder import read_run
+from teacher_cache.stages.training.run_folder import MARKER_NAME, read_run
 from tests.command_line import TINY_STUDENT, done
 from tests.tiny_models import write_start
 from tests.tiny_runs import cache_language, result_files, result_log

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from teacher_cache.pipeline import options
 from teacher_cache.pipeline.cli import app
-from teacher_cache.pipeline.cli_options import argument, switch, value, with_options
+from teacher_cache.pipeline.settings import argument, switch, value, with_options
 from teacher_cache.stages.codecs.config import ConvertOptions
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.training.config import TrainStudentConfig

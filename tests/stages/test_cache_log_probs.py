@@ -25,8 +25,7 @@ from teacher_cache.cache.manifest import Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_log_probs as stage
-from teacher_cache.stages.cache_log_probs import Engine, cache_log_probs
-from teacher_cache.stages.teacher.log_probs import LogProbFile
+from teacher_cache.stages.cache_log_probs import Engine, LogProbFile, cache_log_probs
 from tests.command_line import done, refused
 from tests.small_caches import contents
 from tests.tiny_models import tiny_language_model

@@ -24,9 +24,8 @@ from teacher_cache.cache.schema import Ragged, check_fields
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher, train_student
 from teacher_cache.stages import cache_teacher as cache_size
-from teacher_cache.stages.cache_teacher import CacheTeacherConfig
+from teacher_cache.stages.cache_teacher import CacheTeacherConfig, estimate
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.teacher import layers as layer_tap
 from teacher_cache.stages.verify import verify_deep
 from tests.small_caches import contents

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.student.scans import adapters, kernels
-from teacher_cache.stages.student.scans.convolution import causal_conv
+from teacher_cache.stages.student.scans import kernels
 from teacher_cache.stages.student.scans.kernels import Kernel
 from teacher_cache.stages.student.scans.recorded import Scanned, step_sizes
 from teacher_cache.stages.student.scans.selective import selective_scan
@@ -111,9 +110,9 @@ def ssd(
     """
     kernel = None
     if initial_state is None:
-        kernel = _choose("mamba2", kernels.SSD, x, adapters.ssd_limit(x, chunk_size))
+        kernel = _choose("mamba2", kernels.SSD, x, kernels.ssd_limit(x, chunk_size))
     if kernel is not None:
-        return adapters.ssd(
+        return kernels.ssd(
             kernel, x, dt, A, B, C, D=D, dt_bias=dt_bias, seq_idx=seq_idx, chunk_size=chunk_size
         )
     scanned = ssd_scan(
@@ -160,9 +159,9 @@ def selective(
     """
     kernel = None
     if initial_state is None:
-        kernel = _choose("mamba", kernels.SELECTIVE, x, adapters.selective_limit(A))
+        kernel = _choose("mamba", kernels.SELECTIVE, x, kernels.selective_limit(A))
     if kernel is not None:
-        return adapters.selective(kernel, x, dt, A, B, C, D=D, dt_bias=dt_bias, seq_idx=seq_idx)
+        return kernels.selective(kernel, x, dt, A, B, C, D=D, dt_bias=dt_bias, seq_idx=seq_idx)
     dt = step_sizes(dt, dt_bias)
     scanned = selective_scan(x, dt, A, B, C, D=D, seq_idx=seq_idx, initial_state=initial_state)
     return scanned._replace(y=scanned.y.to(x.dtype))
@@ -190,9 +189,9 @@ def convolve(
     """
     kernel = None
     if initial_state is None:
-        kernel = _choose("convolution", kernels.CONVOLUTION, x, adapters.convolution_limit(weight))
+        kernel = _choose("convolution", kernels.CONVOLUTION, x, kernels.convolution_limit(weight))
     if kernel is not None:
-        return adapters.convolve(kernel, x, weight, bias, seq_idx=seq_idx)
+        return kernels.convolve(kernel, x, weight, bias, seq_idx=seq_idx)
     y = causal_conv(x, weight, bias, seq_idx=seq_idx, initial_state=initial_state)
     return F.silu(y).to(x.dtype)
 
@@ -215,3 +214,42 @@ def _choose(
             _said.add(line)
             logger.info(line)
     return function
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> Tensor:
+    """Convolve each channel with the positions up to and including its own.
+
+    Args:
+        x: [B, S, D].
+        weight: [D, 1, W]; the last tap weighs the position itself.
+        bias: [D] or none.
+        seq_idx: [B, S] integers, or none; taps do not reach across a change of value.
+        initial_state: [B, W - 1, D] inputs before the first position; zeros if none.
+
+    Returns:
+        [B, S, D].
+    """
+    reach = weight.shape[-1] - 1
+    if initial_state is not None:
+        x = torch.cat([initial_state.to(x.dtype), x], dim=1)
+        if seq_idx is not None:  # what came before belongs to the first position's sample
+            seq_idx = torch.cat([seq_idx[:, :1].expand(-1, reach), seq_idx], dim=1)
+        return causal_conv(x, weight, bias, seq_idx=seq_idx)[:, reach:]
+    if seq_idx is None:
+        # [B, D, 1, S] with channels last in memory: as 1d it is several times slower on a CPU.
+        padded = F.pad(x, (0, 0, reach, 0)).transpose(1, 2).unsqueeze(2)
+        return F.conv2d(padded, weight.unsqueeze(2), bias, groups=len(weight)).squeeze(2).mT
+    segment = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)  # [B, S]
+    taps = weight[:, 0].unbind(-1)
+    y = x * taps[-1] if bias is None else x * taps[-1] + bias
+    for distance, tap in enumerate(reversed(taps[:-1]), start=1):
+        reached = F.pad(segment, (distance, 0), value=-1)[:, :-distance] == segment
+        y = y + F.pad(x, (0, 0, distance, 0))[:, :-distance] * reached[..., None] * tap
+    return y

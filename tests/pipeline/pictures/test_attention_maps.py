@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.pictures.attention_maps import (
+from teacher_cache.pipeline.pictures import (
     NamedMap,
     Panels,
+    new_figure,
     readable_tokens,
+    rendered,
     teacher_maps,
 )
-from teacher_cache.pipeline.pictures.figures import new_figure, rendered
 from tests.command_line import done, refused
 from tests.tiny_models import write_tiny_language_model
 from tests.tiny_runs import cache_reviews

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.pipeline.pictures.attention_maps import NamedMap, both_maps
+from teacher_cache.pipeline.pictures import NamedMap, both_maps
 from teacher_cache.stages import train_student
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from teacher_cache.pipeline.pictures.figures import curves_figure, curves_of, rendered
+from teacher_cache.pipeline.pictures import curves_figure, curves_of, rendered
 
 LOG = [
     {"step": 5, "epoch": 0.1, "kd": 0.9, "loss": 2.0, "learning_rate": 0.1},

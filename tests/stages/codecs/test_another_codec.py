@@ -22,12 +22,12 @@ from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import TOP1_LOG_PROB, FieldSpec, Schema, bytes_per_position
 from teacher_cache.stages import convert, train_student
+from teacher_cache.stages.cache_teacher import estimate
 from teacher_cache.stages.codecs import reductions
 from teacher_cache.stages.codecs.config import ConvertConfig
 from teacher_cache.stages.codecs.interface import Positions, Room, Unused
 from teacher_cache.stages.codecs.named import REGISTERED, register, serves
 from teacher_cache.stages.codecs.reductions import Chunk, in_chunks, on_host
-from teacher_cache.stages.estimate import estimate
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.verify import verify_deep
 from tests.tiny_models import write_tiny_language_model

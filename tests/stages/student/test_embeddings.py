@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
+from teacher_cache.stages.training.start import from_teacher, side_by_side
 
 
 def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.stages.student import mixing_matrices
-from teacher_cache.stages.student.layout import Layout, reversed_positions
-from teacher_cache.stages.student.mixers.mamba import Mamba
-from teacher_cache.stages.student.mixers.mamba2 import Mamba2
+from teacher_cache.stages.student.mixers import Layout, Mamba, Mamba2, reversed_positions
 from teacher_cache.stages.student.mixing_matrices import (
     chosen_units,
     mean_absolute_map,

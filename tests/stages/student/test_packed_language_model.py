@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from teacher_cache.stages.models.causal import check_language_model
-from teacher_cache.stages.student.packed_language_model import PackedLanguageModel, places
+from teacher_cache.stages.student.pretrained import PackedLanguageModel, places
 from tests.tiny_models import tiny_language_model
 
 NUM_IDS = 64

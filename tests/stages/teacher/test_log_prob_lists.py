@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.teacher.log_probs import ListedPositions, listed_positions
+from teacher_cache.stages.cache_log_probs import ListedPositions, listed_positions
 
 NUM_IDS, TOP_K = 30, 4
 USED = np.ones(NUM_IDS, bool)

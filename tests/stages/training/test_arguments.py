@@ -14,9 +14,8 @@ from teacher_cache.stages.training.arguments import (
     refuse_what_cannot_start,
     training_arguments,
 )
-from teacher_cache.stages.training.checkpoints import commit_checkpoint
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.run_folder import RunRecord
+from teacher_cache.stages.training.run_folder import RunRecord, commit_checkpoint
 
 
 def resolved(folder: Path, config: OptimizationConfig, **changes: Any) -> TrainingArguments:

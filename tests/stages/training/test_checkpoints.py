@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.training.checkpoints import (
+from teacher_cache.stages.training.run_folder import (
     MARKER_NAME,
     commit_checkpoint,
     is_committed,

@@ -19,7 +19,7 @@ from transformers import (
 
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.stages.models.causal import check_language_model
-from teacher_cache.stages.student.packed_language_model import PackedLanguageModel
+from teacher_cache.stages.student.pretrained import PackedLanguageModel
 from tests.stages.training.test_language_model_trainer import (
     CODECS,
     NUM_LABELED,

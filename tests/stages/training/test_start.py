@@ -15,9 +15,13 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.join.report import Difference, JoinReport
-from teacher_cache.stages.student.embeddings import from_teacher, side_by_side
 from teacher_cache.stages.teacher.tables import read_embedding_table, read_token_states
-from teacher_cache.stages.training.start import StartingStudent, start_student
+from teacher_cache.stages.training.start import (
+    StartingStudent,
+    from_teacher,
+    side_by_side,
+    start_student,
+)
 from tests.tiny_runs import MAX_LENGTH, cache_reviews, student_config
 
 

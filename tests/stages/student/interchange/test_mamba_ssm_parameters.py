@@ -17,8 +17,7 @@ from teacher_cache.stages.student import (
     MambaStudentModel,
 )
 from teacher_cache.stages.student.interchange.mamba_ssm import student_config
-from teacher_cache.stages.student.mixers.mamba import Mamba
-from teacher_cache.stages.student.mixers.mamba2 import Mamba2
+from teacher_cache.stages.student.mixers import Mamba, Mamba2
 
 # Written by scripts/mamba-ssm-parameters.
 TABLE: dict[str, Any] = json.loads(

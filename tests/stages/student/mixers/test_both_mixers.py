@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_cache.stages.student.layout import Layout, reversed_positions
+from teacher_cache.stages.student.mixers import Layout, reversed_positions
 from tests.tiny_students import small_mixer
 
 ARCHITECTURES = ("mamba", "mamba2")

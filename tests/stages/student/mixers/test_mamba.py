@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from teacher_cache.stages.student.layout import Layout
-from teacher_cache.stages.student.mixers.mamba import Mamba
+from teacher_cache.stages.student.mixers import Layout, Mamba
 from tests.tiny_students import small_mixer, started_mixer
 
 

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from teacher_cache.stages.student.layout import Layout
-from teacher_cache.stages.student.mixers.mamba2 import Mamba2
+from teacher_cache.stages.student.mixers import Layout, Mamba2
 from tests.reference import ssd_scan_loop
 from tests.tiny_students import small_mixer, started_mixer
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache.stages.student.scans import adapters, dispatch
+from teacher_cache.stages.student.scans import dispatch, kernels
 from tests import kernel_stand_ins as stand_ins
 from tests.scan_calls import assert_close, normal, scan_results, selective_inputs, ssd_inputs
 
@@ -34,7 +34,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_ssd(dtype: torch.dtype, seq_idx: Tensor | None) -> None:
     options: dict[str, Any] = {"seq_idx": seq_idx, "chunk_size": 16}
-    kernel = partial(adapters.ssd, stand_ins.mamba_chunk_scan_combined)
+    kernel = partial(kernels.ssd, stand_ins.mamba_chunk_scan_combined)
     got = scan_results(kernel, ssd_inputs(*SSD_SIZES, dtype), **options)
     assert_close(
         got, scan_results(dispatch.ssd, ssd_inputs(*SSD_SIZES, dtype), **options), TOLERANCES[dtype]
@@ -48,7 +48,7 @@ def test_ssd_kernel_would_mix_samples_whose_number_comes_back() -> None:
         return stand_ins.mamba_chunk_scan_combined(*args, **options | {"seq_idx": SEQ_IDX})
 
     options: dict[str, Any] = {"seq_idx": SEQ_IDX, "chunk_size": 16}
-    wrong = scan_results(partial(adapters.ssd, uncounted), ssd_inputs(*SSD_SIZES), **options)["y"]
+    wrong = scan_results(partial(kernels.ssd, uncounted), ssd_inputs(*SSD_SIZES), **options)["y"]
     right = scan_results(dispatch.ssd, ssd_inputs(*SSD_SIZES), **options)["y"]
     assert torch.allclose(wrong[1], right[1], atol=1e-5)
     assert not torch.allclose(wrong[0], right[0], atol=1e-2)
@@ -57,7 +57,7 @@ def test_ssd_kernel_would_mix_samples_whose_number_comes_back() -> None:
 @pytest.mark.parametrize("seq_idx", [None, SEQ_IDX, SEQ_IDX * 0], ids=["whole", "packed", "one"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_selective(dtype: torch.dtype, seq_idx: Tensor | None) -> None:
-    kernel = partial(adapters.selective, stand_ins.selective_scan_fn)
+    kernel = partial(kernels.selective, stand_ins.selective_scan_fn)
     got = scan_results(kernel, selective_inputs(*SELECTIVE_SIZES, dtype), seq_idx=seq_idx)
     expected = scan_results(
         dispatch.selective, selective_inputs(*SELECTIVE_SIZES, dtype), seq_idx=seq_idx
@@ -72,7 +72,7 @@ def test_selective_launches_a_few_padded_groups() -> None:
         shapes.append(tuple(args[0].shape))
         return stand_ins.selective_scan_fn(*args, **options)
 
-    kernel = partial(adapters.selective, counted)
+    kernel = partial(kernels.selective, counted)
     scan_results(kernel, selective_inputs(*SELECTIVE_SIZES), seq_idx=SEQ_IDX)
     # Samples of 23, 17, 12, 9, 5, 2 and 1 positions: 5 rows of 23 hold 66, a sixth 68.
     assert shapes == [(5, 6, 23), (2, 6, 2)]
@@ -80,7 +80,7 @@ def test_selective_launches_a_few_padded_groups() -> None:
 
 def test_padding_gets_no_step_in_any_dtype() -> None:
     for dtype in TOLERANCES:
-        raw = torch.tensor(adapters.NO_STEP, dtype=dtype).float()
+        raw = torch.tensor(kernels.NO_STEP, dtype=dtype).float()
         assert raw.isfinite() and F.softplus(raw + 100).item() == 0
 
 
@@ -93,7 +93,7 @@ def test_dtypes_are_settled_before_the_kernel() -> None:
         "dt": selective_inputs(*SELECTIVE_SIZES)["dt"],
         "B": selective_inputs(*SELECTIVE_SIZES)["B"],
     }
-    kernel = partial(adapters.selective, stand_ins.selective_scan_fn)
+    kernel = partial(kernels.selective, stand_ins.selective_scan_fn)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = scan_results(kernel, inputs, seq_idx=None)
     assert got["y"].dtype == torch.bfloat16
@@ -103,7 +103,7 @@ def test_dtypes_are_settled_before_the_kernel() -> None:
         "x": ssd_inputs(*SSD_SIZES)["x"].half(),
         "D": ssd_inputs(*SSD_SIZES)["D"].half(),
     }
-    kernel = partial(adapters.ssd, stand_ins.mamba_chunk_scan_combined)
+    kernel = partial(kernels.ssd, stand_ins.mamba_chunk_scan_combined)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = scan_results(kernel, inputs, seq_idx=SEQ_IDX, chunk_size=16)
     assert got["y"].dtype == torch.float16 and got["final_state"].dtype == torch.float32
@@ -139,7 +139,7 @@ def test_convolution_of_slices(
 ) -> None:
     x = normal(batch, length, total)
     layout = {"offset": offset, "channels": channels, "width": width, "beside": beside}
-    kernel = partial(adapters.convolve, stand_ins.causal_conv1d_fn)
+    kernel = partial(kernels.convolve, stand_ins.causal_conv1d_fn)
     for seq_idx in (None, SEQ_IDX[:batch, :length]):
         got = convolved(kernel, x, seq_idx, **layout)
         assert_close(got, convolved(dispatch.convolve, x, seq_idx, **layout), 1e-6)
@@ -154,7 +154,7 @@ def test_a_slice_that_fits_is_not_copied() -> None:
         return stand_ins.causal_conv1d_fn(x, *args, **options)
 
     x = projection[..., 16:32]
-    adapters.convolve(remember, x, normal(16, 1, 4), None, seq_idx=SEQ_IDX)
+    kernels.convolve(remember, x, normal(16, 1, 4), None, seq_idx=SEQ_IDX)
     assert seen == [x.data_ptr()]
 
 

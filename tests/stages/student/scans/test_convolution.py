@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teacher_cache.stages.student.scans.convolution import causal_conv
+from teacher_cache.stages.student.scans.dispatch import causal_conv
 
 
 def test_equals_conv1d_for_any_length() -> None:

@@ -27,7 +27,7 @@ import numpy
 import pytest
 import torch
 
-from teacher_cache.stages.student.scans import adapters, dispatch, kernels
+from teacher_cache.stages.student.scans import dispatch, kernels
 from tests.scan_calls import assert_close, scan_results, ssd_inputs
 
 pytestmark = [
@@ -87,7 +87,7 @@ def test_equals_our_scan(
     determinism.set_deterministic_mode(not atomics)
     inputs = ssd_inputs(2, SEQ_IDX.shape[1], 2, width, groups, 48, dtype)
     options: dict[str, Any] = {"seq_idx": SEQ_IDX if packed else None, "chunk_size": 16}
-    got = scan_results(partial(adapters.ssd, kernel), inputs, **options)
+    got = scan_results(partial(kernels.ssd, kernel), inputs, **options)
     exact = {name: tensor.double() for name, tensor in inputs.items()}
     assert_close(got, scan_results(dispatch.ssd, exact, **options), tolerance)
 
@@ -96,7 +96,7 @@ def test_equals_our_scan(
 def test_lengths_that_are_no_multiple_of_a_chunk(kernel: Callable[..., Any], length: int) -> None:
     inputs = ssd_inputs(2, length, 2, 16, 1, 48)
     options: dict[str, Any] = {"seq_idx": SEQ_IDX[:, :length], "chunk_size": 16}
-    got = scan_results(partial(adapters.ssd, kernel), inputs, **options)
+    got = scan_results(partial(kernels.ssd, kernel), inputs, **options)
     exact = {name: tensor.double() for name, tensor in inputs.items()}
     assert_close(got, scan_results(dispatch.ssd, exact, **options), 1e-5)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teacher_cache.stages.student.scans import selective_blocks
+from teacher_cache.stages.student.scans import selective as selective_module
 from teacher_cache.stages.student.scans.selective import selective_scan
 from tests.reference import selective_scan_loop
 
@@ -97,7 +97,7 @@ def check_against_the_loop(case: Any, strided: bool, dtype: torch.dtype, toleran
     inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
     weight = torch.randn_like(inputs["x"], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selective_blocks, "CPU_STEP", block_size)
+        patch.setattr(selective_module, "CPU_STEP", block_size)
         got = outputs_and_gradients(selective_scan, inputs, weight, strided=strided, **options)
     exact = {name: tensor.double() for name, tensor in inputs.items()}
     expected = outputs_and_gradients(selective_scan_loop, exact, weight, **options)
@@ -204,7 +204,7 @@ def test_keeps_memory_for_chunks_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         selective_scan(*leaves[:5], D=leaves[5])
     num_states = 2 * 160 * 64 * 32
-    assert max(tensor.numel() for tensor in kept) <= num_states / selective_blocks.CHUNK * 1.1
+    assert max(tensor.numel() for tensor in kept) <= num_states / selective_module.CHUNK * 1.1
 
 
 class Layer(nn.Module):
