@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.losses.distributions import widened
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
-from teacher_cache.stages.ranks import num_processes
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.tokenizers import (
     could_not_load,
@@ -206,20 +204,7 @@ def _train(
         compute_metrics=_metrics,
         callbacks=observer.callbacks(),
     )
-    started = time.monotonic()
-    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    record = replace(
-        record,
-        complete=True,
-        result={
-            "num_steps": output.global_step,
-            "num_processes": num_processes(),
-            "seconds": round(time.monotonic() - started, 1),
-            "evaluation": trainer.final_evaluation() if evaluation else None,
-            "best_step": trainer.state.best_global_step if evaluation else None,
-            "log": trainer.state.log_history,
-        },
-    )
+    record = replace(record, complete=True, result=trainer.train_to_end(checkpoint))
     return outcome_of_main(lambda: _saved(folder, model, tokenizer, record))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, join
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
-from teacher_cache.stages.ranks import num_processes
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.pretrained import own_tokenizer
 from teacher_cache.stages.tasks import task_named
@@ -149,20 +147,7 @@ def _train(
     checkpoint = outcome_of_main(lambda: checkpoint_to_resume(config.training, folder))
     observer.on_start(folder, course.data.num_steps, checkpoint)
     trainer = _trainer(config, folder, task, course, observer)
-    started = time.monotonic()
-    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    record = replace(
-        record,
-        complete=True,
-        result={
-            "num_steps": output.global_step,
-            "num_processes": num_processes(),
-            "seconds": round(time.monotonic() - started, 1),
-            "evaluation": trainer.final_evaluation() if course.data.evaluation else None,
-            "best_step": _best_step(trainer),
-            "log": trainer.state.log_history,
-        },
-    )
+    record = replace(record, complete=True, result=trainer.train_to_end(checkpoint))
     return outcome_of_main(lambda: _saved(folder, course, joined, record))
 
 
@@ -246,10 +231,6 @@ def _trainer(
         data_collator=course.collator,
         callbacks=callbacks,
     )
-
-
-def _best_step(trainer: StudentTrainer) -> int | None:
-    return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
 
 
 def _saved(folder: Path, course: Course, joined: Joined, record: RunRecord) -> RunRecord:

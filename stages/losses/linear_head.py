@@ -49,68 +49,20 @@ def linear_cross_entropy(
     Raises:
         ValueError: if the shapes disagree.
     """
-    num, width = hidden.shape
-    if weight.shape[1:] != (width,) or targets.shape != (num,):
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets "
-            f"{tuple(targets.shape)} are not [N, D], [V, D] and [N]"
-        )
-    chunk_size = max(1, max_logits // len(weight))
+    _check_head(hidden, weight, ids=targets)
+    gradients = _Gradients(hidden, weight, None, ())
+    loss = hidden.new_zeros((), dtype=_wide(hidden, weight))
     with torch.autocast(hidden.device.type, enabled=False):
-        # Without gradients (in evaluation) `apply` would compute them all the same.
-        if not torch.is_grad_enabled():
-            return _loss_and_gradients(hidden, weight, targets, chunk_size, (False, False))[0]
-        return _LinearCrossEntropy.apply(hidden, weight, targets, chunk_size)  # pyright: ignore[reportReturnType]  (a Tensor)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum, with gradients that are computed beside it."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
-        """Keep the gradients for `backward`."""
-        needed = ctx.needs_input_grad[:2]
-        loss, *gradients = _loss_and_gradients(hidden, weight, targets, size, needed)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale them by the gradient of the sum; rounded to the inputs' dtype only then."""
-        scaled = [
-            None if gradient is None else (grad_output * gradient).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None)
-
-
-def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, needed: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum over all positions, and its gradients of `hidden` and `weight` where needed."""
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    head = weight.to(dtype)
-    loss = hidden.new_zeros((), dtype=dtype)
-    hidden_gradient = torch.zeros_like(hidden, dtype=dtype) if needed[0] else None
-    weight_gradient = torch.zeros_like(head) if needed[1] else None
-    for start in range(0, len(hidden), chunk_size):
-        chunk = slice(start, start + chunk_size)
-        states, wanted = hidden[chunk].to(dtype), targets[chunk, None]
-        logits = states @ head.T  # [n, V]
-        log_z = logits.logsumexp(dim=1, keepdim=True)  # [n, 1]
-        loss += (log_z - logits.gather(1, wanted)).sum()
-        if not any(needed):
-            continue
-        # d loss / d logits is the softmax, less 1 at the target; in the place of the logits.
-        gradient = logits.sub_(log_z).exp_()
-        gradient.scatter_add_(1, wanted, gradient.new_full(wanted.shape, -1.0))
-        if hidden_gradient is not None:
-            hidden_gradient[chunk] = gradient @ head
-        if weight_gradient is not None:
-            weight_gradient.addmm_(gradient.T, states)
-    return loss, hidden_gradient, weight_gradient
+        for chunk in _chunks(len(hidden), len(weight), max_logits):
+            logits, wanted = gradients.logits(chunk).detach(), targets[chunk, None]  # [n, V]
+            log_z = logits.logsumexp(dim=1, keepdim=True)  # [n, 1]
+            loss += (log_z - logits.gather(1, wanted)).sum()
+            if gradients.are_needed:
+                # The gradient is the softmax, less 1 at the target; in the place of the logits.
+                gradient = logits.sub_(log_z).exp_()
+                gradient.scatter_add_(1, wanted, gradient.new_full(wanted.shape, -1.0))
+                gradients.add(chunk, gradient)
+    return gradients.attached_to(loss)
 
 
 def linear_objective(
@@ -155,15 +107,13 @@ def linear_objective(
         ValueError: if hidden and weight do not fit, or as `distillation_objective`.
         UserError: as `distillation_objective`.
     """
-    _check_head(hidden, weight, bias)
+    _check_head(hidden, weight, bias=bias)
     num_taught = len(hidden) if has_teacher is None else int(has_teacher.sum())
     totals.check_covers(num_taught, labeled=labels is not None)
-    size = max(1, max_logits // len(weight))
     gradients = _Gradients(hidden, weight, bias, learned)
     shares = []
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, max(1, len(hidden)), size):
-            chunk = slice(start, start + size)
+        for chunk in _chunks(max(1, len(hidden)), len(weight), max_logits):
             logits = gradients.logits(chunk)  # [n, V]
             share = distillation_objective(
                 logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap),
@@ -175,7 +125,7 @@ def linear_objective(
                 has_teacher=None if has_teacher is None else has_teacher[chunk],
                 support=support,
             )
-            gradients.add(chunk, logits, share.loss)
+            gradients.add_of(chunk, logits, share.loss)
             shares.append({one.name: getattr(share, one.name) for one in fields(share)})
             shares[-1]["loss"] = share.loss.detach()
     sums: dict[str, Any] = {
@@ -186,7 +136,9 @@ def linear_objective(
     return ObjectiveTerms(**sums)
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_head(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, ids: Tensor | None = None
+) -> None:
     if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not [N, D] and "
@@ -194,6 +146,18 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"a bias {tuple(bias.shape)} for {len(weight)} outcomes")
+    if ids is not None and ids.shape != hidden.shape[:1]:
+        raise ValueError(f"ids {tuple(ids.shape)} for {len(hidden)} positions")
+
+
+def _chunks(num: int, vocab_size: int, max_logits: int) -> list[slice]:
+    """Of the positions, each of at most so many logits; one position at least."""
+    size = max(1, max_logits // vocab_size)
+    return [slice(start, start + size) for start in range(0, num, size)]
+
+
+def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 class _Gradients:
@@ -209,7 +173,7 @@ class _Gradients:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, learned: Sequence[Tensor]
     ):
-        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        dtype = _wide(hidden, weight)
         self._inputs, self._learned = (hidden, weight, bias), learned
         self._head = weight.detach().to(dtype)
         has_gradient = torch.is_grad_enabled()
@@ -228,10 +192,14 @@ class _Gradients:
         logits = hidden[chunk].detach().to(self._head.dtype) @ self._head.T
         if bias is not None:
             logits += bias.detach()
-        needed = (self._hidden, self._weight, self._bias)
-        return logits.requires_grad_(any(one is not None for one in needed))
+        return logits.requires_grad_(self.are_needed)
 
-    def add(self, chunk: slice, logits: Tensor, loss: Tensor) -> None:
+    @property
+    def are_needed(self) -> bool:
+        """Whether anything before the logits needs a gradient."""
+        return any(one is not None for one in (self._hidden, self._weight, self._bias))
+
+    def add_of(self, chunk: slice, logits: Tensor, loss: Tensor) -> None:
         """What a chunk's loss adds."""
         if not logits.requires_grad:
             return
@@ -240,6 +208,10 @@ class _Gradients:
         for found, other in zip(self._of_learned, others, strict=True):
             if other is not None:
                 found += other
+        self.add(chunk, gradient)
+
+    def add(self, chunk: slice, gradient: Tensor) -> None:
+        """What the gradient [n, V] of a chunk's logits adds."""
         if self._hidden is not None:
             self._hidden[chunk] = gradient @ self._head
         if self._weight is not None:
@@ -302,29 +274,25 @@ def linear_next_log_probs(
     Raises:
         ValueError: if the shapes disagree.
     """
-    num, width = hidden.shape
-    if weight.shape[1:] != (width,) or next_ids.shape != (num,):
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and next ids "
-            f"{tuple(next_ids.shape)} are not [N, D], [V, D] and [N]"
-        )
-    size = max(1, max_logits // len(weight))
+    _check_head(hidden, weight, ids=next_ids)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _NextLogProbs.apply(hidden, weight, next_ids, size)  # pyright: ignore[reportReturnType]  (a Tensor)
+        return _NextLogProbs.apply(hidden, weight, next_ids, max_logits)  # pyright: ignore[reportReturnType]  (a Tensor)
 
 
 class _NextLogProbs(torch.autograd.Function):
     """A chunk of positions at a time, forwards and backwards."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, next_ids: Tensor, size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, next_ids: Tensor, max_logits: int
+    ) -> Tensor:
         """Keep the inputs alone."""
         ctx.save_for_backward(hidden, weight, next_ids)
-        ctx.size = size
+        ctx.max_logits = max_logits
         head = weight.to(_wide(hidden, weight))
         found = [
             _log_probs(hidden[at], head).gather(1, next_ids[at, None])[:, 0]
-            for at in _chunks(len(hidden), size)
+            for at in _chunks(len(hidden), len(weight), max_logits)
         ]
         return torch.cat(found) if found else head.new_zeros(0)
 
@@ -336,21 +304,13 @@ class _NextLogProbs(torch.autograd.Function):
         head = weight.to(_wide(hidden, weight))
         of_hidden = torch.zeros_like(hidden, dtype=head.dtype)
         of_weight = torch.zeros_like(head)
-        for at in _chunks(len(hidden), ctx.size):
+        for at in _chunks(len(hidden), len(weight), ctx.max_logits):
             gradient = _log_probs(hidden[at], head).exp_().neg_()
             gradient[torch.arange(len(gradient), device=gradient.device), next_ids[at]] += 1
             gradient *= grad_output[at, None]
             of_hidden[at] = gradient @ head
             of_weight.addmm_(gradient.T, hidden[at].to(head.dtype))
         return of_hidden.to(hidden.dtype), of_weight.to(weight.dtype), None, None
-
-
-def _chunks(num: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, num, size)]
-
-
-def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 def _log_probs(hidden: Tensor, head: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import ACCURACY, Measure
 from teacher_cache.stages.training.start import StartingStudent, start_student
 from teacher_cache.stages.training.task import Course, StudentTask
-from teacher_cache.stages.training.terms import NextTokens, PooledStates, Term
+from teacher_cache.stages.training.terms import weighed
 from teacher_cache.stages.training.views import SamplesView
 
 
@@ -89,11 +89,7 @@ class ClassificationStudents(StudentTask):
     def _lesson(self, student: StartingStudent, data: TrainingData) -> Lesson:
         """Logits and labels, and what else the settings weigh."""
         config = self._config.objective
-        terms: list[Term] = []
-        if config.lm_weight:
-            terms.append(NextTokens(weight=config.lm_weight))
-        if config.pooled_weight:
-            terms.append(PooledStates(weight=config.pooled_weight))
+        terms = weighed(config)
         if self._layers is not None:
             self._layers.say()
             terms += self._layers.terms(PositionMap.from_dict(student.model.config.position_map))

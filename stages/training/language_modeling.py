@@ -49,7 +49,7 @@ from teacher_cache.stages.training.measures import OBJECTIVE, Measure
 from teacher_cache.stages.training.start import StartingStudent, filler_id, take_embeddings
 from teacher_cache.stages.training.targets import CachedTeacher, ProjectedTeacher
 from teacher_cache.stages.training.task import Course, StudentTask
-from teacher_cache.stages.training.terms import Chunks, Term
+from teacher_cache.stages.training.terms import Chunks, Term, weighed
 from teacher_cache.stages.training.views import TargetsOf, TokensView
 from teacher_cache.stages.training.vocabulary_projection import LearnedProjection
 
@@ -119,7 +119,11 @@ class LanguageModelStudents(StudentTask):
             return Lesson(
                 view=taught.view(device, data.num_steps),
                 objective=objective,
-                terms=[*([] if chunks is None else [chunks]), *self._matched_layers()],
+                terms=[
+                    *([] if chunks is None else [chunks]),
+                    *weighed(objective),
+                    *self._matched_layers(),
+                ],
                 schedule=Schedule.of(self._config.transfer, data.num_steps),
             )
 

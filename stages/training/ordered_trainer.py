@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.ranks import num_processes
 from teacher_cache.stages.training.batches import AlternatingBatches
 from teacher_cache.stages.training.processes import outcome_of_main, share_of
 from teacher_cache.stages.training.run_folder import (
@@ -141,6 +143,20 @@ class OrderedTrainer(Trainer):
             for name, parameter in model.named_parameters()
             if parameter.ndim >= 2 and not name.endswith("A_log")  # Mamba-1's is a matrix
         ]
+
+    def train_to_end(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Train, from a checkpoint on if there is one; what the record of the run keeps of it."""
+        started = time.monotonic()
+        output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        best_step = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return {
+            "num_steps": output.global_step,
+            "num_processes": num_processes(),
+            "seconds": round(time.monotonic() - started, 1),
+            "evaluation": None if self.eval_dataset is None else self.final_evaluation(),
+            "best_step": best_step,
+            "log": self.state.log_history,
+        }
 
     def final_evaluation(self) -> dict[str, float]:
         """Metrics of the model as training leaves it: the best one's, or those of the last step."""

@@ -1,15 +1,16 @@
 """What a student is trained on beside its distillation objective: one class a term.
 
 A term says what it is called in the log, what it weighs, what it counts and what a micro-batch adds
-to it. Adding one is a class here and an entry where its task makes the list.
+to it. Adding one is a class here, and its weight among the settings of the objective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,6 @@ from teacher_cache.stages.training.layers import Stage, Transfer
 
 Kind = Literal["labeled", "unlabeled", "all"]
 """Which steps a term is a mean over in the log: those with samples of that kind, or all."""
-
-NOTHING: Mapping[str, bool] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class Share:
     value: Tensor
 
 
-class Term(Protocol):
+class Term(ABC):
     """One of the terms.
 
     Attributes:
@@ -78,14 +77,15 @@ class Term(Protocol):
         requests: what the student's forward is asked for.
     """
 
-    stage: ClassVar[Stage]
-    is_held_out: ClassVar[bool]
-    requests: ClassVar[Mapping[str, bool]]
+    stage: ClassVar[Stage] = "others"
+    is_held_out: ClassVar[bool] = True
+    requests: ClassVar[Mapping[str, bool]] = MappingProxyType({})
 
+    @abstractmethod
     def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
         """What a micro-batch holds of what the term is a mean over."""
-        ...
 
+    @abstractmethod
     def share(self, heard: Heard, totals: StepTotals) -> Share:
         """What a micro-batch adds.
 
@@ -93,11 +93,10 @@ class Term(Protocol):
             heard: the micro-batch; of a share without samples, one that is read all the same.
             totals: of the whole optimizer step.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextTokens:
+class NextTokens(Term):
     """A classifier's student also predicts each sample's next tokens, mean over all of them.
 
     Attributes:
@@ -105,9 +104,7 @@ class NextTokens:
     """
 
     weight: float
-    stage: ClassVar[Stage] = "others"
-    is_held_out: ClassVar[bool] = True
-    requests: ClassVar[Mapping[str, bool]] = MappingProxyType({"next_token_loss": True})
+    requests = MappingProxyType({"next_token_loss": True})
 
     def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
         """The tokens that are predicted."""
@@ -122,7 +119,7 @@ class NextTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PooledStates:
+class PooledStates(Term):
     """The student's pooled state, projected, against the teacher's: mean over all samples.
 
     Attributes:
@@ -130,9 +127,6 @@ class PooledStates:
     """
 
     weight: float
-    stage: ClassVar[Stage] = "others"
-    is_held_out: ClassVar[bool] = True
-    requests: ClassVar[Mapping[str, bool]] = NOTHING
 
     def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
         """Samples, which the objective counts."""
@@ -146,8 +140,20 @@ class PooledStates:
         return Share(name="pooled", kind="all", weight=self.weight, value=value)
 
 
+WEIGHED: Mapping[str, Callable[..., Term]] = MappingProxyType(
+    {"lm_weight": NextTokens, "pooled_weight": PooledStates}
+)
+"""By its weight among the settings, each term that needs no more, in the order of their sum."""
+
+
+def weighed(config: ObjectiveConfig) -> list[Term]:
+    """Those whose weight is not 0; of which task a weight is, its own field says."""
+    weights = {option: getattr(config, option) for option in WEIGHED}
+    return [WEIGHED[option](weight=weight) for option, weight in weights.items() if weight]
+
+
 @dataclass(frozen=True, kw_only=True)
-class AttentionMaps:
+class AttentionMaps(Term):
     """The student's mixing matrices against the teacher's maps: mean over rows and layers.
 
     Attributes:
@@ -155,9 +161,9 @@ class AttentionMaps:
     """
 
     transfer: Transfer
-    stage: ClassVar[Stage] = "attention"
-    is_held_out: ClassVar[bool] = False
-    requests: ClassVar[Mapping[str, bool]] = MappingProxyType({"output_mixers": True})
+    stage = "attention"
+    is_held_out = False
+    requests = MappingProxyType({"output_mixers": True})
 
     def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
         """Rows of maps."""
@@ -166,13 +172,13 @@ class AttentionMaps:
     def share(self, heard: Heard, totals: StepTotals) -> Share:
         """The distance that the settings chose."""
         total = self.transfer.map_distances(heard.outputs.mixers, heard.batch)
-        weight = self.transfer.config.attention_weight
         value = total / max(1, totals.num_map_rows)
-        return Share(name="attention", kind="all", weight=weight, value=value)
+        weight = self.transfer.config.attention_weight
+        return Share(name=self.stage, kind="all", weight=weight, value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenStates:
+class HiddenStates(Term):
     """The student's layers' outputs, projected, against the teacher's: mean over states.
 
     Attributes:
@@ -180,9 +186,8 @@ class HiddenStates:
     """
 
     transfer: Transfer
-    stage: ClassVar[Stage] = "hidden"
-    is_held_out: ClassVar[bool] = False
-    requests: ClassVar[Mapping[str, bool]] = NOTHING
+    stage = "hidden"
+    is_held_out = False
 
     def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
         """States of positions and layers."""
@@ -191,13 +196,13 @@ class HiddenStates:
     def share(self, heard: Heard, totals: StepTotals) -> Share:
         """The cosine distance."""
         total = self.transfer.hidden_distances(heard.outputs.projected_hidden, heard.batch)
-        weight = self.transfer.config.hidden_weight
         value = total / max(1, totals.num_hidden_states)
-        return Share(name="hidden", kind="all", weight=weight, value=value)
+        weight = self.transfer.config.hidden_weight
+        return Share(name=self.stage, kind="all", weight=weight, value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunks:
+class Chunks(Term):
     """Likelihoods of chunks of text against the teacher's, mean over the chunks of each kind.
 
     The weight is that of the distillation term. The loss is multiplied by `tau`, of which its
@@ -208,9 +213,6 @@ class Chunks:
     """
 
     objective: ObjectiveConfig
-    stage: ClassVar[Stage] = "others"
-    is_held_out: ClassVar[bool] = True
-    requests: ClassVar[Mapping[str, bool]] = NOTHING
 
     def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
         """The chunks."""

@@ -6,15 +6,17 @@ import pytest
 
 from teacher_cache.cache.codecs.named import CODECS
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.named import codec_of
 from teacher_cache.stages.config import owners
-from teacher_cache.stages.teacher.config import CaptureConfig
+from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.teacher.options import check_options
 
 
-def config_of(**given: Any) -> CaptureConfig:
-    return CaptureConfig.of(teacher="t", **given)
+def config_of(**given: Any) -> CacheTeacherConfig:
+    labeled = CorpusConfig(source="d")
+    return CacheTeacherConfig.of(teacher="t", name="n", labeled=labeled, **given)
 
 
 @pytest.mark.parametrize(
