@@ -39,7 +39,7 @@ from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.cache_teacher import estimate
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
-from teacher_cache.stages.evaluation.runs import evaluation_task
+from teacher_cache.stages.evaluation.runs import known_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
 from teacher_cache.stages.tasks import TASKS, task_named
@@ -161,7 +161,7 @@ def evaluate(
     """Evaluate students beside their teacher; print how well they predict, and what they write."""
     config = EvaluateConfig(
         runs=tuple(runs),
-        corpus=held_out_corpus(options, evaluation_task(runs).name),
+        corpus=held_out_corpus(options, known_task(runs)),
         cache=options.cache,
         **options.evaluation.given,
     )
@@ -185,7 +185,7 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
     """Print a label and its probability for each text, or what a language model makes of it."""
     is_stream = text == "-"
     texts = [line.rstrip("\n") for line in sys.stdin] if is_stream else [text]
-    task = evaluation_task([run])
+    task = known_task([run]).evaluation
     for answer in task.predict(
         run, texts, device=options.evaluation, generation=options.generation, one_a_line=is_stream
     ):

@@ -339,7 +339,7 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
 
 
 def with_own_cache(
-    options: EvaluateCommandOptions, task: TaskName, cache: Path
+    options: EvaluateCommandOptions, task: KnownTask, cache: Path
 ) -> EvaluateCommandOptions:
     """Where neither data nor a cache is named, the runs' own takes its place, if the task can.
 
@@ -348,17 +348,17 @@ def with_own_cache(
         task: of the runs.
         cache: that they are trained from.
     """
-    if TASKS[task].evaluates_own_cache and options.corpus.data is None and options.cache is None:
+    if task.evaluates_own_cache and options.corpus.data is None and options.cache is None:
         return options.model_copy(update={"cache": cache})
     return options
 
 
-def held_out_corpus(options: EvaluateCommandOptions, name: TaskName) -> CorpusConfig | None:
+def held_out_corpus(options: EvaluateCommandOptions, task: KnownTask) -> CorpusConfig | None:
     """The documents to evaluate on: the preset's or folder's held-out split.
 
     Args:
         options: of the evaluation.
-        name: of the runs' task.
+        task: of the runs.
 
     Returns:
         The corpus; None where a cache takes its place.
@@ -367,8 +367,8 @@ def held_out_corpus(options: EvaluateCommandOptions, name: TaskName) -> CorpusCo
         UserError: if neither data nor a cache is named, or both are; for an option of another
             task; or if there is no held-out split and none is named.
     """
-    task, corpus = TASKS[name], options.corpus
-    refuse_foreign_options(options, task=name)
+    corpus = options.corpus
+    refuse_foreign_options(options, task=task.name)
     if options.cache is not None:
         text = corpus.given | options.text.given
         given = [one for one in OF_TEXT if text.get(one) is not None]

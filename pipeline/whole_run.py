@@ -30,7 +30,7 @@ from teacher_cache.pipeline.settings import (
     validate,
 )
 from teacher_cache.stages.config import refuse_foreign_options
-from teacher_cache.stages.tasks import TASKS, TaskName
+from teacher_cache.stages.tasks import TASKS, KnownTask
 from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
@@ -121,7 +121,7 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
     return stages
 
 
-def _refuse_early(stages: Mapping[str, Any]) -> TaskName:
+def _refuse_early(stages: Mapping[str, Any]) -> KnownTask:
     """Refuse now what a stage would refuse when its turn comes, hours from now perhaps.
 
     Returns:
@@ -130,13 +130,13 @@ def _refuse_early(stages: Mapping[str, Any]) -> TaskName:
     options = stages["cache_teacher"]
     if "finetune_teacher" in stages:
         options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
-    task = resolve_cache_teacher(options).task
+    task = TASKS[resolve_cache_teacher(options).task]
     if "evaluate" in stages:
         to_come = Path("made by this run")
         held_out_corpus(with_own_cache(stages["evaluate"], task, to_come), task)
     for student in stages["students"].values():
-        refuse_foreign_options(student, task=task)
-        check_architecture(student.student, TASKS[task].student)
+        refuse_foreign_options(student, task=task.name)
+        check_architecture(student.student, task.student)
     return task
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.evaluation.models import EvaluatedModel
 from teacher_cache.stages.evaluation.runs import (
-    evaluation_task,
+    known_task,
     require_distinct_names,
     teacher_beside,
     tokenization_marks,
@@ -62,7 +63,11 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
         CheckFailed: if the cache's head is damaged or missing.
     """
     say = on_step or (lambda _: None)
-    task = evaluation_task(config.runs)
+    known = known_task(config.runs)
+    is_named = config.corpus is not None if config.cache is None else known.evaluates_own_cache
+    if not is_named:
+        raise UserError(known.needs_data)
+    task = known.evaluation
     require_distinct_names(config.runs, task.row_names)
     students = [task.student.of_run(folder, config) for folder in config.runs]
     # A cache has what its teacher said.

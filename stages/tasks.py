@@ -20,6 +20,7 @@ class KnownTask(ABC):
     """What a sample is.
 
     Attributes:
+        name: on the command line, in manifests and in records.
         kind: of model, as a sentence names it.
         labeled: whether a document needs a label.
         predicts_tokens: whether the teacher speaks of token ids, which are aligned with others.
@@ -32,6 +33,7 @@ class KnownTask(ABC):
         needs_data: of an evaluation.
     """
 
+    name: ClassVar[str]
     kind: ClassVar[str]
     labeled: ClassVar[bool]
     predicts_tokens: ClassVar[bool]
@@ -62,6 +64,7 @@ class KnownTask(ABC):
 class Classification(KnownTask):
     """A document is a sample, of one class."""
 
+    name = "classification"
     kind = "a classifier"
     labeled = True
     predicts_tokens = False
@@ -101,6 +104,7 @@ class Classification(KnownTask):
 class LanguageModeling(KnownTask):
     """Documents are packed into samples, and every next token is a label."""
 
+    name = "lm"
     kind = "a language model"
     labeled = False
     predicts_tokens = True
@@ -139,8 +143,8 @@ class LanguageModeling(KnownTask):
         return LanguageModeling()
 
 
-DEFAULT_TASK = "classification"
-TASKS: dict[str, KnownTask] = {DEFAULT_TASK: Classification(), "lm": LanguageModeling()}
+TASKS: dict[str, KnownTask] = {one.name: one for one in (Classification(), LanguageModeling())}
+DEFAULT_TASK = Classification.name
 
 if TYPE_CHECKING:
     TaskName = str

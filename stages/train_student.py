@@ -76,12 +76,11 @@ def run(config: TrainStudentConfig, observer: StageTwoObserver | None = None) ->
     if training.cache is None:
         raise UserError("no cache was named: give --cache DIR")
     readers = open_splits(training.cache, config.objective.unlabeled_alpha, training.unlabeled_from)
-    name = readers[0].manifest.settings["task"]
-    kind = task_named(name, training.cache).student
-    refuse_foreign_options(config, task=name)
-    task = kind(config, readers)
+    known = task_named(readers[0].manifest.settings["task"], training.cache)
+    refuse_foreign_options(config, task=known.name)
+    task = known.student(config, readers)
     longest_sample = max(int(reader.lengths().max()) for reader in readers)
-    own = with_own_tokenizer(config, kind)
+    own = with_own_tokenizer(config, known.student)
     joined = join(training.cache, own, longest_sample=longest_sample)
     observer.on_join(joined)
     # All that can be refused is refused before the folder of the run is made.

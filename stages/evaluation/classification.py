@@ -17,7 +17,6 @@ from teacher_cache.stages.data.labels import is_generic
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored
-from teacher_cache.stages.tasks import TaskName
 from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 
 MAJORITY = "majority"
@@ -105,7 +104,6 @@ class LabeledDocuments:
 class Classification:
     """Classifiers, on documents with labels."""
 
-    name: TaskName = "classification"
     row_names = (MAJORITY, TEACHER)
     student = teacher = Classifier
 
@@ -113,12 +111,9 @@ class Classification:
         """Read the documents, their labels by the names of the first student's classes.
 
         Raises:
-            UserError: if none are named, or all are empty.
+            UserError: if all are empty.
         """
-        if config.corpus is None or config.cache is not None:
-            raise UserError(
-                "evaluate needs --data: labelled documents that the student has not seen"
-            )
+        assert config.corpus is not None, "asked before"
         corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
         documents = corpus.documents_with_text()
         return LabeledDocuments(

@@ -29,7 +29,6 @@ from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.scores import Score, score
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
 from teacher_cache.stages.models.device import resolve_device
-from teacher_cache.stages.tasks import TaskName
 from teacher_cache.stages.tokens.token_bytes import token_bytes
 
 DEFAULT_NEW_TOKENS = 50  # of `pipe predict`
@@ -257,7 +256,6 @@ class ReadCache:
 class LanguageModeling:
     """Language models, on text or on a cache."""
 
-    name: TaskName = "lm"
     row_names = (TEACHER,)
     student = LanguageModel
     teacher = TeacherModel
@@ -268,13 +266,12 @@ class LanguageModeling:
         """Read the text, or the cache.
 
         Raises:
-            UserError: if neither is named, or it does not fit the students.
+            UserError: if it does not fit the students.
             CheckFailed: if the cache's head is damaged or missing.
         """
         if config.cache is not None:
             return _read_cache(config, config.cache, students)
-        if config.corpus is None:
-            raise UserError("evaluate needs --data: text that the student has not seen; or --cache")
+        assert config.corpus is not None, "asked before"
         documents = load_corpus(config.corpus).documents_with_text()
         packed = [
             packed_rows(documents, one.tokenizer, max_length=one.max_length) for one in students
@@ -335,7 +332,7 @@ def _read_cache(
 
 def _require_language_model(reader: CacheReader) -> None:
     task = reader.manifest.settings.get("task", "classification")
-    if task != LanguageModeling.name:
+    if task != LanguageModel.task:
         raise UserError(
             f"--cache {reader.cache} is of the task {task!r}: give a language model's cache, or "
             "text with --data"

@@ -15,7 +15,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.collation import pad_batch
-from teacher_cache.stages.evaluation.runs import evaluation_task, finished_student
+from teacher_cache.stages.evaluation.runs import finished_student, known_task
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import TokenizationMismatch, join
 from teacher_cache.stages.losses.layers import normalised_rows
@@ -94,13 +94,13 @@ class InsideOfRun:
                 cache holds other tokens than it reads, or lacks maps or states.
         """
         record = finished_student(run)
-        task = evaluation_task([run])
+        task = known_task([run])
         if reader.manifest.settings["task"] != task.name:
             raise UserError(
                 f"{run} is a student of the task {task.name} and {reader.cache} is of "
                 f"{reader.manifest.settings['task']}: give a run that this cache trained"
             )
-        model = task.student.of_run(run, DeviceConfig(device="cpu")).model
+        model = task.evaluation.student.of_run(run, DeviceConfig(device="cpu")).model
         if not isinstance(model.config, MambaStudentConfig):
             raise UserError(f"{run} is no Mamba student, and only these have mixing matrices")
         _require_same_tokens(run, record, reader)

@@ -20,7 +20,7 @@ from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
-from teacher_cache.stages.evaluation.runs import finished_student, task_of
+from teacher_cache.stages.evaluation.runs import finished_student, known_task
 from teacher_cache.stages.models.causal import check_language_model, final_states, head_logits
 from teacher_cache.stages.models.device import resolve_device, resolve_dtype
 from teacher_cache.stages.models.inference import class_logits
@@ -68,9 +68,9 @@ class EvaluatedModel(ABC):
                 of another kind.
         """
         record = finished_student(run)
-        found = task_of([run])
-        if found != cls.task:
-            raise UserError(f"{run} is {TASKS[found].kind}: give {TASKS[cls.task].kind}'s run")
+        found = known_task([run])
+        if found.name != cls.task:
+            raise UserError(f"{run} is {found.kind}: give {TASKS[cls.task].kind}'s run")
         device = resolve_device(config)
         model = _load_model(run, cls.auto)
         own = cls._of_student(model, str(run))

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.evaluation.config import EvaluateOptions
-from teacher_cache.stages.tasks import DEFAULT_TASK, TASKS, TaskName, task_named
+from teacher_cache.stages.tasks import DEFAULT_TASK, TASKS, KnownTask, task_named
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.batches import held_out
 from teacher_cache.stages.training.run_folder import RunRecord, read_run
-
-if TYPE_CHECKING:
-    from teacher_cache.stages.evaluation.task import EvaluationTask
 
 
 def finished_run(run: Path) -> RunRecord:
@@ -48,31 +44,21 @@ def finished_student(run: Path) -> RunRecord:
     return record
 
 
-def task_of(runs: Sequence[Path]) -> TaskName:
+def known_task(runs: Sequence[Path]) -> KnownTask:
     """What all these students do.
 
     Raises:
         UserError: if one is no run, or they are of several tasks.
     """
-    tasks: dict[TaskName, Path] = {}
+    tasks: dict[str, Path] = {}
     for folder in runs:
         # The record of a classifier does not say it.
         name = read_run(folder).settings.get("task", DEFAULT_TASK)
-        task_named(name, folder)
-        tasks.setdefault(name, folder)
+        tasks.setdefault(task_named(name, folder).name, folder)
     if len(tasks) > 1:
         named = [f"{tasks[name]} is {TASKS[name].kind}" for name in sorted(tasks, reverse=True)]
         raise UserError(f"{' and '.join(named)}: compare models of one task")
-    return next(iter(tasks))
-
-
-def evaluation_task(runs: Sequence[Path]) -> EvaluationTask[Any]:
-    """What evaluates these students.
-
-    Raises:
-        UserError: as `task_of`.
-    """
-    return TASKS[task_of(runs)].evaluation
+    return TASKS[next(iter(tasks))]
 
 
 def require_distinct_names(runs: Sequence[Path], reserved: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
 from teacher_cache.stages.evaluation.models import EvaluatedModel
-from teacher_cache.stages.tasks import TaskName
 
 Say = Callable[[str], None]
 ModelT = TypeVar("ModelT", bound=EvaluatedModel)
@@ -82,11 +81,6 @@ class EvaluationSet(Protocol[SetT]):
 
 class EvaluationTask(Protocol[ModelT]):
     """A kind of model, and how its figures come about."""
-
-    @property
-    def name(self) -> TaskName:
-        """As run and cache record it."""
-        ...
 
     @property
     def row_names(self) -> Sequence[str]:

@@ -21,14 +21,14 @@ from teacher_cache.pipeline.presets import (
 )
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.tasks import TaskName
+from teacher_cache.stages.tasks import TASKS, TaskName
 from tests.command_line import done, pipe
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def held_out(task: TaskName, **options: Any) -> CorpusConfig | None:
-    return held_out_corpus(EvaluateCommandOptions.model_validate(options), task)
+    return held_out_corpus(EvaluateCommandOptions.model_validate(options), TASKS[task])
 
 
 def held_out_labeled(**options: Any) -> CorpusConfig:
@@ -324,8 +324,8 @@ def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> 
 
 def test_only_language_models_are_evaluated_on_their_own_cache() -> None:
     cache, none = Path("c"), EvaluateCommandOptions.of()
-    assert with_own_cache(none, "lm", cache).cache == cache
-    assert with_own_cache(none, "classification", cache) == none
+    assert with_own_cache(none, TASKS["lm"], cache).cache == cache
+    assert with_own_cache(none, TASKS["classification"], cache) == none
     for named in ({"data": "imdb"}, {"cache": "other"}):
         options = EvaluateCommandOptions.model_validate(named)
-        assert with_own_cache(options, "lm", cache) == options
+        assert with_own_cache(options, TASKS["lm"], cache) == options
