@@ -16,7 +16,10 @@ FORMAT_VERSION = 2
 """The newest that this release reads; a cache's own is the oldest that knows all it uses."""
 
 SAMPLE_ID_BYTES = 16
-NO_LABEL = -1
+ABSENT_LABEL = -1
+"""Stands for a class that the cache does not have, where its reader gives one."""
+NO_LABEL = -100
+"""Stands for the class or the next token where there is none, as in torch and transformers."""
 POOLED = "pooled"
 TOP1_LOG_PROB = "top1_log_prob"
 NEXT_LOG_PROB = "next_log_prob"

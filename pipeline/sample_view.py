@@ -13,7 +13,7 @@ from teacher_cache.cache.codecs.interface import Decoded
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import NO_LABEL
+from teacher_cache.cache.schema import ABSENT_LABEL
 from teacher_cache.pipeline.pictures import (
     Panels,
     both_sides,
@@ -170,7 +170,7 @@ def _print_classes(console: Console, manifest: Manifest, sample: Mapping[str, np
     label = int(sample["label"])
     logits = sample["class_logits"].astype(np.float64)
     probabilities = np.exp(logits - np.logaddexp.reduce(logits))
-    console.print(f"label: {'none' if label == NO_LABEL else names[str(label)]}")
+    console.print(f"label: {'none' if label == ABSENT_LABEL else names[str(label)]}")
     for class_id, (logit, probability) in enumerate(zip(logits, probabilities, strict=True)):
         console.print(f"  {names[str(class_id)]:>12}  logit {logit:+.4f}  p {probability:.4f}")
 

@@ -14,7 +14,7 @@ from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import CHECKSUM, MANIFEST_NAME, Manifest, SplitSummary
 from teacher_cache.cache.plan import ShardPlan
-from teacher_cache.cache.schema import NO_LABEL, Fields, Ragged, classification_schema
+from teacher_cache.cache.schema import ABSENT_LABEL, Fields, Ragged, classification_schema
 from teacher_cache.cache.stores.named import DEFAULT_STORE
 from teacher_cache.cache.writer import CacheWriter
 
@@ -45,7 +45,9 @@ def make_fields(split: str, documents: range) -> Fields:
     samples = [document for document in documents if not is_empty(document)]
     rngs = [np.random.default_rng([len(split), document]) for document in samples]
     tokens = [rng.integers(2**32, size=rng.integers(1, 9), dtype=np.uint32) for rng in rngs]
-    labels = [document % NUM_CLASSES if split == "labeled" else NO_LABEL for document in samples]
+    labels = [
+        document % NUM_CLASSES if split == "labeled" else ABSENT_LABEL for document in samples
+    ]
     ids = b"".join(rng.bytes(15) + b"\0" for rng in rngs)  # numpy's own strings drop such zeros
     logits = [rng.standard_normal(NUM_CLASSES, np.float32) for rng in rngs]
     return {

@@ -32,7 +32,7 @@ from teacher_cache.stages.codecs.measure import kl_to_decoded
 from teacher_cache.stages.codecs.named import codec_of, room_of
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packing import PackedSample, pack
+from teacher_cache.stages.data.packing import PackedSample, next_ids, pack
 from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
@@ -40,7 +40,7 @@ from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.language_modeling import bytes_per_token
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, load_language_model
 from teacher_cache.stages.tokens.support import Support
-from teacher_cache.stages.training.batches import PackedCollator, next_ids
+from teacher_cache.stages.training.batches import PackedCollator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +236,7 @@ class Comparison:
                 "loss_mask": sample.loss_mask,
                 **one.encode(reduced[start:stop]),
             }
-            fields["next_ids"] = next_ids(fields)
+            fields["next_ids"] = next_ids(fields["input_ids"], fields["segment"])
             coded.append(without_tail(fields) if row.is_renormalised else fields)
             start = stop
         return coded

@@ -24,6 +24,7 @@ from transformers import (
 
 from benchmarks.codec_table.rows import MAX_LENGTH, Scale
 from teacher_cache.cache.commit import write_json_atomically
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.documents import Document
@@ -32,7 +33,6 @@ from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 
 END = "<|endoftext|>"
 RECORD_FILE = "trained.json"  # written last: the teacher is whole where it is there
-NO_TARGET = -100
 WARMUP, WEIGHT_DECAY, SEED = 0.05, 0.1, 0
 NUM_JUDGED = 256  # sequences, of the validation novel and of those that are learned from
 
@@ -156,5 +156,5 @@ def cross_entropy(model: LlamaForCausalLM, found: Sequence[np.ndarray], size: in
 def _loss(model: LlamaForCausalLM, batch: Sequence[np.ndarray]) -> torch.Tensor:
     padded, mask = pad_batch(batch, 0)
     ids, real = torch.from_numpy(padded), torch.from_numpy(mask)
-    labels = ids.masked_fill(~real, NO_TARGET)
+    labels = ids.masked_fill(~real, NO_LABEL)
     return model(input_ids=ids, attention_mask=real.long(), labels=labels).loss

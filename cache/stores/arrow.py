@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import BadShardError, UserError
-from teacher_cache.cache.schema import NO_LABEL, Fields, FieldSpec, Ragged, Schema, check_fields
+from teacher_cache.cache.schema import ABSENT_LABEL, Fields, FieldSpec, Ragged, Schema, check_fields
 from teacher_cache.cache.stores.interface import REMEDY, BatchRange, Stored, require_size
 
 SAMPLES_PER_BATCH = 64
@@ -117,7 +117,7 @@ def _to_arrow(spec: FieldSpec, column: np.ndarray | Ragged, start: int, stop: in
     if part.dtype.kind == "V":
         return pa.Array.from_buffers(arrow_type, len(part), [None, pa.py_buffer(part.tobytes())])
     if spec.nullable:
-        return pa.array(part, type=arrow_type, mask=part == NO_LABEL)
+        return pa.array(part, type=arrow_type, mask=part == ABSENT_LABEL)
     return _nested(spec, part)
 
 
@@ -226,7 +226,7 @@ def _from_arrow(spec: FieldSpec, array: pa.Array) -> np.ndarray | Ragged:
         data = np.frombuffer(array.buffers()[1], spec.dtype)
         return data[array.offset : array.offset + len(array)]
     if spec.nullable:
-        return array.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
+        return array.fill_null(ABSENT_LABEL).to_numpy(zero_copy_only=False)
     return _flat(spec, array)
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from teacher_cache.cache.commit import replace_folder
 from teacher_cache.cache.errors import BadShardError
-from teacher_cache.cache.schema import NO_LABEL, Fields, FieldSpec, Ragged, Schema, check_fields
+from teacher_cache.cache.schema import ABSENT_LABEL, Fields, FieldSpec, Ragged, Schema, check_fields
 from teacher_cache.cache.stores.interface import (
     REMEDY,
     Stored,
@@ -123,7 +123,7 @@ def _arrays(schema: Schema, fields: Fields) -> dict[str, tuple[np.ndarray, dict[
         else:
             axis = "sample"
         if spec.nullable:
-            attributes["missing"] = NO_LABEL
+            attributes["missing"] = ABSENT_LABEL
         values = _as_written(column.values if isinstance(column, Ragged) else column)
         names = [axis, *(f"{spec.name}_{number}" for number in range(1, values.ndim))]
         described = {"dimension_names": names, "attributes": attributes}
@@ -142,7 +142,7 @@ def _as_written(values: np.ndarray) -> np.ndarray:
 def _fill_value(spec: FieldSpec, values: np.ndarray) -> float:
     """What plain zarr reads where a chunk was lost: as unlike a value as the type allows."""
     if spec.nullable:
-        return NO_LABEL
+        return ABSENT_LABEL
     return math.nan if values.dtype.kind == "f" else 0
 
 

@@ -31,7 +31,7 @@ def reduce_positions(
         codec: decides what is kept.
         support: ids that count.
         logits: [N, R] float32, before temperature, of all rows of the teacher's head.
-        next_ids: [N] int64, the real next tokens; -1 where there is none.
+        next_ids: [N] int64, the real next tokens; `NO_LABEL` where there is none.
         states: [N, D], what the head read, for a codec that keeps it.
         drawn_at: [N, draws] of `draws_of`, for a codec that draws.
 

@@ -30,7 +30,7 @@ class Positions:
 
     Attributes:
         logits: [N, R] float32, before temperature, of all rows of the teacher's head.
-        next_ids: [N] int64, the real next tokens; -1 where there is none.
+        next_ids: [N] int64, the real next tokens; `NO_LABEL` where there is none.
         states: [N, D], what the head read; None where nothing reads it.
         drawn_at: [N, draws] of `Room.draws`; None where nothing is drawn.
     """

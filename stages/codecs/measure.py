@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.cache.codecs.interface import Codec, Decoded
-from teacher_cache.cache.schema import bytes_per_position
+from teacher_cache.cache.schema import NO_LABEL, bytes_per_position
 from teacher_cache.stages.codecs.capture import reduce_positions
 from teacher_cache.stages.codecs.interface import Positions
 from teacher_cache.stages.codecs.named import room_of
@@ -83,7 +83,7 @@ def reconstruction_error(
     Raises:
         UserError: if logits are not finite, or the codec does not serve the temperature.
     """
-    next_ids = torch.full((len(logits),), -1, device=logits.device)
+    next_ids = torch.full((len(logits),), NO_LABEL, device=logits.device)
     reduced, unused = reduce_positions(
         codec, support, logits, next_ids, states=states, drawn_at=drawn_at
     )

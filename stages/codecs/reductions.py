@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.cache.codecs.interface import Reduced
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.codecs.interface import Positions, Unused
 from teacher_cache.stages.tokens.support import Support
 
@@ -45,7 +46,7 @@ class Chunk:
         inside = (self.next_ids >= 0) & (self.next_ids < size)
         taken = self.next_ids.where(inside, torch.zeros_like(self.next_ids))
         found = self.below_max.gather(1, taken[:, None])[:, 0] - self.lse
-        outside = torch.where(self.next_ids < 0, 0.0, -torch.inf)
+        outside = torch.where(self.next_ids == NO_LABEL, 0.0, -torch.inf)
         return {
             "top1_log_prob": on_host(-self.lse),
             "next_log_prob": on_host(torch.where(inside, found, outside)),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.schema import SAMPLE_ID_BYTES
+from teacher_cache.cache.schema import NO_LABEL, SAMPLE_ID_BYTES
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import token_ids
 
@@ -90,6 +90,19 @@ class PackedSample:
         """Each token's place in its piece, from 0, int64 [S]."""
         lengths = [piece.stop - piece.start for piece in self.pieces]
         return np.concatenate([np.arange(length) for length in lengths])
+
+
+def next_ids(input_ids: np.ndarray, segment: np.ndarray) -> np.ndarray:
+    """Each position's next token, int64 [S]; `NO_LABEL` where it is of another piece, or none.
+
+    Args:
+        input_ids: [S].
+        segment: [S], which piece a token belongs to.
+    """
+    following = np.full(len(input_ids), NO_LABEL, np.int64)
+    same = segment[1:] == segment[:-1]
+    following[:-1] = np.where(same, input_ids[1:].astype(np.int64), NO_LABEL)
+    return following
 
 
 @dataclass(frozen=True, kw_only=True)

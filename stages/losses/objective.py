@@ -17,14 +17,12 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution, widened
 from teacher_cache.stages.losses.divergences import chosen_measure, divergence
 from teacher_cache.stages.losses.draws import Draws
 from teacher_cache.stages.losses.step_totals import StepTotals, confidence_weights
-
-NO_LABEL = -100
-"""Stands for the label where there is none, as in torch and transformers."""
 
 Targets = TeacherDistribution | Draws
 """A teacher at some positions: its distribution, or draws from it."""

@@ -12,6 +12,7 @@ from transformers import Cache, GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.student.backbone import (
     MambaStudentModel,
@@ -21,8 +22,6 @@ from teacher_cache.stages.student.backbone import (
 )
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
-
-NO_TARGET = -100  # transformers' mark of a position that counts for nothing
 
 
 @dataclass
@@ -160,5 +159,5 @@ def _next_token_loss(logits: Tensor, labels: Tensor, seq_idx: Tensor | None) -> 
     """Mean cross-entropy of each position's logits [B, S, V] to the next one's label."""
     targets = labels[:, 1:]
     if seq_idx is not None:
-        targets = targets.masked_fill(seq_idx[:, 1:] != seq_idx[:, :-1], NO_TARGET)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
+        targets = targets.masked_fill(seq_idx[:, 1:] != seq_idx[:, :-1], NO_LABEL)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=NO_LABEL)

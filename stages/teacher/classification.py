@@ -12,7 +12,7 @@ import numpy as np
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import (
-    NO_LABEL,
+    ABSENT_LABEL,
     POOLED,
     SAMPLE_ID_BYTES,
     Ragged,
@@ -159,7 +159,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
         logits = outputs.vectors["class_logits"]
         _refuse_not_finite(logits, samples)
         ids = b"".join(sample.sample_id for sample in samples)
-        labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+        labels = [ABSENT_LABEL if sample.label is None else sample.label for sample in samples]
         pooled = {} if self.pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}
         return Said(
             fields={

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import POOLED
-from teacher_cache.stages.data.packing import PackedSample
+from teacher_cache.stages.data.packing import PackedSample, next_ids
 from teacher_cache.stages.models.causal import final_states, head_logits, packed_in_rows
 from teacher_cache.stages.models.inference import (
     OnBatch,
@@ -169,9 +169,8 @@ class Slice:
 
     Attributes:
         logits: [n, V] float32.
-        next_ids: [n] int64, each position's next token; 0 where it is of another document or there
-            is none.
-        counts: [n] bool, whether there is a next token of the same document.
+        next_ids: [n] int64, each position's next token; `NO_LABEL` where it is of another document
+            or there is none.
         places: [n] int64, each position's index among those of all samples end to end: the same in
             any batch, so that a draw can be seeded with it.
         states: [n, D], what the head made the logits of, in the teacher's number format.
@@ -179,7 +178,6 @@ class Slice:
 
     logits: Tensor
     next_ids: Tensor
-    counts: Tensor
     places: Tensor
     states: Tensor
 
@@ -282,12 +280,6 @@ def listen_to_packed(
         )
 
 
-def next_ids(sample: PackedSample) -> np.ndarray:
-    """Each position's next token, int64 [S]; 0 where the loss mask is False."""
-    following = np.append(sample.input_ids[1:], 0).astype(np.int64)
-    return np.where(sample.loss_mask, following, 0)
-
-
 def _slices(
     teacher: LanguageModelTeacher,
     batch: Mapping[int, PackedSample],
@@ -309,8 +301,8 @@ def _slices(
         tap=tap,
         sample_idxs=list(batch),
     )
-    following = _on(teacher, np.concatenate([next_ids(sample) for sample in samples]))
-    counts = _on(teacher, np.concatenate([sample.loss_mask for sample in samples]))
+    nexts = [next_ids(sample.input_ids, sample.segment) for sample in samples]
+    following = _on(teacher, np.concatenate(nexts))
     where = _on(teacher, places)
     num = max(1, slice_logits // teacher.num_logits)
     for start in range(0, len(places), num):
@@ -325,7 +317,6 @@ def _slices(
         yield Slice(
             logits=logits,
             next_ids=following[part],
-            counts=counts[part],
             places=where[part],
             states=states[part],
         )

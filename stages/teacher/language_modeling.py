@@ -17,6 +17,7 @@ from teacher_cache.cache.errors import CheckFailed
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import (
     NEXT_LOG_PROB,
+    NO_LABEL,
     Schema,
     bytes_per_position,
     language_model_schema,
@@ -208,7 +209,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 self.codec,
                 self.support,
                 part.logits,
-                part.next_ids.where(part.counts, -1),
+                part.next_ids,
                 states=part.states,
                 drawn_at=None if drawn_at is None else drawn_at[part.places.cpu().numpy()],
             )
@@ -263,7 +264,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             self.support,
             Positions(
                 logits=logits,
-                next_ids=torch.full((len(logits),), -1, device=logits.device),
+                next_ids=torch.full((len(logits),), NO_LABEL, device=logits.device),
                 states=states,
                 drawn_at=None if drawn_at is None else drawn_at[places],
             ),
@@ -342,7 +343,9 @@ class PositionsApart:
         exact, unmatched = self._support.log_probs(part.logits, self._temperature)
         kl, _ = kl_to_decoded(exact, unmatched, self._codec.decode(stored, self._temperature))
         log_probs, _ = self._support.teacher.log_probs(part.logits, 1.0)
-        again = log_probs.gather(1, part.next_ids[:, None])[:, 0].where(part.counts, 0.0)
+        has_next = part.next_ids != NO_LABEL
+        taken = part.next_ids.where(has_next, 0)
+        again = log_probs.gather(1, taken[:, None])[:, 0].where(has_next, 0.0)
         cached = sample[NEXT_LOG_PROB].astype(np.float64)[where]
         off = np.abs(again.cpu().numpy() - cached) - HALF_STEP * np.abs(cached)
         return np.stack([kl, np.maximum(off, 0.0)], axis=1)

@@ -18,8 +18,8 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.documents import PLACE_BYTES
+from teacher_cache.stages.data.packing import next_ids
 from teacher_cache.stages.join.aligned_sample import NO_POSITION, AlignedSample, SampleAligner
-from teacher_cache.stages.losses.objective import NO_LABEL
 
 Batch = dict[str, torch.Tensor]
 
@@ -271,19 +271,9 @@ class PackedSamples(CachedSamples):
         """A sample's fields, `segment` among them even where each is one document."""
         sample = dict(super().__getitem__(position))
         sample.setdefault("segment", np.zeros(len(sample["input_ids"]), np.uint16))
-        return sample | {"next_ids": next_ids(sample)} if self.labeled else sample
-
-
-def next_ids(sample: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Each position's next token, int64 [S]; `NO_LABEL` where it is of another document, or none.
-
-    Args:
-        sample: with `input_ids` and `segment`, [S] each.
-    """
-    following = np.full(len(sample["input_ids"]), NO_LABEL, np.int64)
-    same = sample["segment"][1:] == sample["segment"][:-1]
-    following[:-1] = np.where(same, sample["input_ids"][1:].astype(np.int64), NO_LABEL)
-    return following
+        if not self.labeled:
+            return sample
+        return sample | {"next_ids": next_ids(sample["input_ids"], sample["segment"])}
 
 
 class PackedCollator(Collator):
@@ -371,7 +361,9 @@ class AlignedSamples(PackedSamples):
             "aligned": aligned,
             "teacher_positions": np.where(counts, kept, NO_POSITION),
         }
-        return found | {"next_ids": next_ids(vars(aligned))} if self.labeled else found
+        if not self.labeled:
+            return found
+        return found | {"next_ids": next_ids(aligned.input_ids, aligned.segment)}
 
 
 class AlignedCollator(Collator):
@@ -399,7 +391,7 @@ class AlignedCollator(Collator):
     def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """A row a position of the student's, and a row a chunk."""
         aligned = self._aligned(samples)
-        following = [next_ids(vars(one)) for one in aligned]
+        following = [next_ids(one.input_ids, one.segment) for one in aligned]
         positions = [
             one["teacher_positions"] if len(one["teacher_positions"]) else np.full(1, NO_POSITION)
             for one in samples

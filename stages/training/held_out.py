@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from teacher_cache.cache.schema import NEXT_LOG_PROB
+from teacher_cache.cache.schema import NEXT_LOG_PROB, NO_LABEL
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import NO_LABEL, ObjectiveTerms
+from teacher_cache.stages.losses.objective import ObjectiveTerms
 from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.training.batches import Batch
 from teacher_cache.stages.training.lesson import Lesson

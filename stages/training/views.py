@@ -14,12 +14,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from teacher_cache.cache.codecs.interface import Codec
-from teacher_cache.cache.schema import TOP1_LOG_PROB
+from teacher_cache.cache.schema import NO_LABEL, TOP1_LOG_PROB
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.linear_head import linear_objective
 from teacher_cache.stages.losses.objective import (
-    NO_LABEL,
     ObjectiveTerms,
     TargetsByPosition,
     distillation_objective,

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.cache.errors import BadShardError, UserError
-from teacher_cache.cache.schema import NO_LABEL, Fields, FieldSpec, Ragged, classification_schema
+from teacher_cache.cache.schema import (
+    ABSENT_LABEL,
+    Fields,
+    FieldSpec,
+    Ragged,
+    classification_schema,
+)
 from teacher_cache.cache.stores.arrow import SAMPLES_PER_BATCH, ArrowShard, BatchRange, encode
 from tests.small_caches import SCHEMA, make_fields
 
@@ -46,7 +52,7 @@ def _columns(draw: st.DrawFn) -> tuple[Fields, int]:
             st.tuples(
                 st.binary(min_size=16, max_size=16) | st.just(b"\0" * 16),
                 st.lists(st.integers(0, 2**32 - 1), max_size=9),
-                st.integers(NO_LABEL, 2**31 - 1),
+                st.integers(ABSENT_LABEL, 2**31 - 1),
                 st.lists(_ANY_FLOAT, min_size=num_classes, max_size=num_classes),
             ),
             min_size=1,

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.codec_table.gradients import GradientSums, angle, step_gradient
 from teacher_cache.cache.codecs.dense import DenseCodec
-from teacher_cache.stages.data.packing import pack_tokens
+from teacher_cache.stages.data.packing import next_ids, pack_tokens
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
-from teacher_cache.stages.training.batches import PackedCollator, next_ids
+from teacher_cache.stages.training.batches import PackedCollator
 from tests.tiny_language_models import cached, tiny_teacher
 from tests.tiny_students import small_config
 
@@ -56,7 +56,9 @@ def test_step_gradient_is_that_of_sums_over_all_positions(alpha: float) -> None:
     teacher, codec = tiny_teacher(NUM_IDS), DenseCodec(support_size=NUM_IDS)
     documents = [(bytes([k]) * 16, np.arange(k, k + 7, dtype=np.uint32)) for k in range(3)]
     samples = [cached(teacher, codec, one) for one in pack_tokens(documents, max_length=14)]
-    batch = PackedCollator(0, codec)([one | {"next_ids": next_ids(one)} for one in samples])
+    batch = PackedCollator(0, codec)(
+        [one | {"next_ids": next_ids(one["input_ids"], one["segment"])} for one in samples]
+    )
     student = build_language_model(small_config(vocab_size=NUM_IDS), seed=0).eval()
     found = step_gradient(student, batch, codec, alpha=alpha)
     assert all(one.grad is None for one in student.parameters())

@@ -14,6 +14,7 @@ from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
 from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.codecs import reductions
 from teacher_cache.stages.codecs import sampled as draws
 from teacher_cache.stages.codecs.capture import reduce_positions
@@ -60,7 +61,7 @@ def many_to_one(seed: int = 0) -> MappedSupport:
 def reduced(
     codec: TopKCodec, support: MappedSupport, logits: np.ndarray, next_ids: np.ndarray | None = None
 ) -> ReducedTopK:
-    given_ids = np.full(len(logits), -1) if next_ids is None else next_ids
+    given_ids = np.full(len(logits), NO_LABEL) if next_ids is None else next_ids
     found, unused = reduce_positions(
         codec, support, torch.from_numpy(logits), torch.from_numpy(given_ids)
     )
@@ -163,7 +164,7 @@ def test_the_most_probable_token_may_have_no_student_id() -> None:
 @pytest.mark.parametrize("changes", [{}, {"is_exact": True}, {"top_p": 0.4}])
 def test_the_first_and_the_next_token_stay_the_teachers(changes: dict[str, object]) -> None:
     logits = realistic_logits(5, NUM_TEACHER)
-    next_ids = np.array([-1, 0, 59, 7, 30])
+    next_ids = np.array([NO_LABEL, 0, 59, 7, 30])
     codec = TopKCodec(support_size=NUM_STUDENT, top_k=6, temperatures=GRID)
     codec = replace(codec, **changes)  # pyright: ignore[reportArgumentType]
     support = one_to_one()

@@ -16,6 +16,7 @@ from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.sampled import ReducedSampled, SampledCodec
 from teacher_cache.cache.codecs.topk import ReducedTopK, TopKCodec
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.codecs import reductions
 from teacher_cache.stages.codecs import sampled as draws
 from teacher_cache.stages.codecs.capture import reduce_positions
@@ -55,7 +56,7 @@ def test_topk_equals_the_reference(top_k: int, top_p: float | None) -> None:
     logits[3, 250:] = -np.inf
     logits[4, 2:] = -np.inf
     logits[5] = 1.5
-    next_ids = np.array([-1, 0, 299, 299, 1, 300, 5, 6, 7, 8, 9, -1])
+    next_ids = np.array([NO_LABEL, 0, 299, 299, 1, 300, 5, 6, 7, 8, 9, NO_LABEL])
     codec = TopKCodec(support_size=300, top_k=top_k, top_p=top_p, temperatures=GRID)
     given_logits = torch.from_numpy(logits)
     before = given_logits.clone()

@@ -129,9 +129,9 @@ def test_no_tensor_is_larger_than_an_input_or_a_chunk() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     hidden, weight, targets = make_inputs(9, 4, 7)
-    with pytest.raises(ValueError, match=r"are not \[N, D\], \[V, D\] and \[N\]"):
+    with pytest.raises(ValueError, match=r"are not \[N, D\]|ids .* for"):
         linear_cross_entropy(hidden, weight[:, :3], targets)
-    with pytest.raises(ValueError, match=r"are not \[N, D\]"):
+    with pytest.raises(ValueError, match=r"ids \(8,\) for 9 positions"):
         linear_cross_entropy(hidden, weight, targets[:8])
 
 

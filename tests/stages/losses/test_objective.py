@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.losses.config import DivergenceName, ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.divergences import chosen_measure, divergence
 from teacher_cache.stages.losses.draws import SampledTargets, sampled_kl
 from teacher_cache.stages.losses.objective import (
-    NO_LABEL,
     ObjectiveTerms,
     Targets,
     distillation_objective,

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packing import PackedSample, pack, pack_tokens
+from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import (
     PositionOutputs,
     Slice,
-    next_ids,
     run_positions,
 )
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, load_language_model
@@ -64,11 +64,10 @@ def reduced(part: Slice) -> Named:
     """The next token's log-probability, the largest logits, and what else a slice holds."""
     log_probs = part.logits.log_softmax(dim=1)
     found = {
-        "next_log_prob": log_probs.gather(1, part.next_ids[:, None])[:, 0],
+        "next_log_prob": log_probs.gather(1, part.next_ids.clamp(min=0)[:, None])[:, 0],
         "top_values": part.logits.topk(4).values,
         "top_ids": part.logits.topk(4).indices.to(torch.int32),
         "next_ids": part.next_ids,
-        "counts": part.counts,
         "places": part.places,
         "states": part.states.half(),
     }
@@ -85,11 +84,10 @@ def expected_of(
         for ids in torch.from_numpy(sample.input_ids.astype(np.int64)).split(pieces):
             with torch.no_grad():
                 output: Any = teacher.model(ids[None], use_cache=False, output_hidden_states=True)
-            following = torch.cat([ids[1:], ids.new_zeros(1)])
+            following = torch.cat([ids[1:], ids.new_full((1,), NO_LABEL)])
             part = Slice(
                 logits=output.logits[0],
                 next_ids=following,
-                counts=torch.arange(len(ids)) < len(ids) - 1,
                 places=torch.zeros_like(ids),
                 states=output.hidden_states[-1][0],
             )
@@ -238,12 +236,6 @@ def test_logits_that_are_no_numbers(
             assert np.isfinite(found["top_values"]).all()
     finally:
         hook.remove()
-
-
-def test_the_next_tokens() -> None:
-    documents = [(bytes(16), np.array([5, 6, 7], np.uint32)), (b"x" * 16, np.array([8], np.uint32))]
-    (sample,) = pack_tokens(documents, max_length=9)
-    assert next_ids(sample).tolist() == [6, 7, 0, 0]
 
 
 def test_no_samples(teacher: LanguageModelTeacher) -> None:

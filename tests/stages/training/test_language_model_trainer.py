@@ -20,9 +20,9 @@ from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
+from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.packing import pack_tokens
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import NO_LABEL
 from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
