@@ -25,12 +25,8 @@ from teacher_cache.stages.cache_teacher import StageOneObserver
 from teacher_cache.stages.join.join import Joined, joined_line
 from teacher_cache.stages.train_student import StageTwoObserver
 
-# Terms of the log line, in order; those that are off are not there.
-TERMS = (
-    *("loss", "ce", "kd", "kd_unlabeled", "chunks", "chunks_unlabeled", "lm", "pooled"),
-    *("attention", "hidden"),
-    *("conf_w", "agreement", "effective_draws"),
-)
+# What stands in a line of the log besides the loss and its terms.
+NO_TERMS = ("grad_norm", "learning_rate", "epoch", "step")
 EVALUATED = (
     *("eval_accuracy", "eval_f1", "eval_perplexity", "eval_teacher_perplexity"),
     *("eval_bits_per_byte", "eval_teacher_bits_per_byte", "eval_chunks"),
@@ -159,8 +155,9 @@ class TrainingBar(TrainerCallback):
     ) -> None:
         """Show the terms, or print an evaluation."""
         logs = logs or {}
-        terms = "  ".join(f"{name} {logs[name]:.3f}" for name in TERMS if name in logs)
-        if terms:
+        if "loss" in logs:
+            shown = {name: value for name, value in logs.items() if name not in NO_TERMS}
+            terms = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             self._progress.update(self._task, status=terms)
             if not self._console.is_terminal and state.global_step % (10 * args.logging_steps) == 0:
                 self._console.print(f"step {state.global_step:,}: {terms}")
