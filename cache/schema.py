@@ -23,6 +23,8 @@ NO_LABEL = -100
 POOLED = "pooled"
 TOP1_LOG_PROB = "top1_log_prob"
 NEXT_LOG_PROB = "next_log_prob"
+CONTINUES = "continues"
+"""Whether a sample's first piece goes on with a document that began in the sample before."""
 
 SQUARE = "S*S"
 TRIANGLE = "S*(S+1)/2"
@@ -121,6 +123,7 @@ def language_model_schema(
     codec_fields: Schema,
     *,
     is_packed: bool = False,
+    has_continues: bool = False,
     has_offsets: bool = False,
     layer_fields: Schema = (),
 ) -> Schema:
@@ -129,15 +132,18 @@ def language_model_schema(
     Args:
         codec_fields: of `Codec.fields`.
         is_packed: samples hold several documents, numbered by `segment`.
+        has_continues: samples say whether they go on with a document (`CONTINUES`).
         has_offsets: each token's borders in the bytes of its text are kept, for span alignment.
         layer_fields: maps and states of the teacher's layers.
     """
     segment = FieldSpec(name="segment", dtype="uint16", shape=("S",))
+    continues = FieldSpec(name=CONTINUES, dtype="bool")
     offsets = FieldSpec(name="offsets", dtype="uint32", shape=("S+1",))
     return (
         FieldSpec(name="sample_id", dtype=f"V{SAMPLE_ID_BYTES}"),
         FieldSpec(name="input_ids", dtype="uint32", shape=("S",)),
         *((segment,) if is_packed else ()),
+        *((continues,) if has_continues else ()),
         FieldSpec(name="loss_mask", dtype="bool", shape=("S",)),
         *((offsets,) if has_offsets else ()),
         *codec_fields,

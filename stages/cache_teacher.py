@@ -162,10 +162,9 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     observer = observer or StageOneObserver()
     check_options(config)
     task: AnyTask = TASKS[config.task].teacher.prepared(config, load_corpora(config))
-    settings = {
-        **task.settings(),
-        "data": {split: corpus.identity for split, corpus in task.corpora.items()},
-    }
+    settings = _settings(task)
+    if task.former is not None and _is_begun(config, former := _settings(task.former)):
+        task, settings = task.former, former
     cache = config.shards.out or _default_folder(config, settings)
     splits = with_views(task.corpora, config.shards.views, _reading(task))
     plans = _plan(config, cache, splits, task)
@@ -203,6 +202,20 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
             num_shards_run=len(todo),
             num_shards_kept=len(kept),
         )
+
+
+def _settings(task: AnyTask) -> dict[str, Any]:
+    """All that changes the cached values."""
+    data = {split: corpus.identity for split, corpus in task.corpora.items()}
+    return {**task.settings(), "data": data}
+
+
+def _is_begun(config: CacheTeacherConfig, settings: dict[str, Any]) -> bool:
+    """Whether a cache of just these settings is there, to be gone on with."""
+    cache = config.shards.out or _default_folder(config, settings)
+    if config.shards.overwrite or not (cache / MANIFEST_NAME).exists():
+        return False
+    return read_manifest(cache).fingerprint == fingerprint(settings)
 
 
 def load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:

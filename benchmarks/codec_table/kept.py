@@ -180,7 +180,7 @@ class Comparison:
             states = final_states(
                 self._teacher.model,
                 [one.input_ids for one in samples],
-                [[piece.stop - piece.start for piece in one.pieces] for one in samples],
+                [[piece.num_tokens for piece in one.pieces] for one in samples],
                 packs=self._teacher.packs,
             )
             logits = head_logits(self._teacher.model, states)

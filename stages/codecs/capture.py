@@ -8,7 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from teacher_cache.cache.codecs.interface import Codec, Reduced
-from teacher_cache.cache.schema import SAMPLE_ID_BYTES, Fields, Ragged, language_model_schema
+from teacher_cache.cache.schema import (
+    CONTINUES,
+    SAMPLE_ID_BYTES,
+    Fields,
+    Ragged,
+    language_model_schema,
+)
 from teacher_cache.stages.codecs.interface import Positions, Unused
 from teacher_cache.stages.codecs.named import room_of
 from teacher_cache.stages.codecs.reductions import joined
@@ -61,7 +67,11 @@ def draws_of(codec: Codec, samples: Sequence[PackedSample]) -> np.ndarray | None
 
 
 def packed_fields(
-    codec: Codec, samples: Sequence[PackedSample], pieces: Sequence[Sequence[Reduced]]
+    codec: Codec,
+    samples: Sequence[PackedSample],
+    pieces: Sequence[Sequence[Reduced]],
+    *,
+    has_continues: bool = False,
 ) -> Fields:
     """Each sample's positions in the codec's code, beside its tokens.
 
@@ -69,6 +79,7 @@ def packed_fields(
         codec: of the cache.
         samples: of a shard.
         pieces: of each sample, reductions of its positions in their order.
+        has_continues: as of the schema.
 
     Raises:
         UserError: if a value cannot be stored.
@@ -83,7 +94,10 @@ def packed_fields(
         for sample, reduced in zip(samples, pieces, strict=True)
     ]
     ids = b"".join(sample.sample_id for sample in samples)
-    return {"sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}")} | {
+    fields: Fields = {"sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}")}
+    if has_continues:
+        fields[CONTINUES] = np.array([sample.continues for sample in samples], dtype=bool)
+    return fields | {
         spec.name: Ragged.from_arrays(
             [row[spec.name] for row in rows], spec.dtype, spec.inner_shape
         )

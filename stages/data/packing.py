@@ -8,7 +8,8 @@ the index of its document, and the last token before a border predicts nothing.
 Documents stay in order and whole where they fit: the open sequence takes the next document if it
 has room for all of it, else a new one begins (next fit). A document longer than a sequence begins a
 new one and is cut into pieces of the full length, and the rest of it stays open for the documents
-behind; each piece is read without those before it. No token is dropped or repeated. Cutting only
+behind. Each piece is read without those before it, as a text that stands alone: what the tokenizer
+puts before a text stands before every piece. No other token is dropped or repeated. Cutting only
 what must be cut leaves sequences of differing lengths, which cost nothing in a cache, where cutting
 at every sequence's end would take context from many documents (Ding et al. 2024, *Fewer Truncations
 Improve Language Modeling*, arXiv:2404.10830).
@@ -29,6 +30,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL, SAMPLE_ID_BYTES
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import token_ids
+from teacher_cache.stages.tokens.frame import reads_letters_alone, surroundings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,11 +50,18 @@ class Piece:
         document_id: 16 bytes.
         start: the first of its document's tokens, special ones included.
         stop: one past the last.
+        num_begin: tokens before these, of the begin that stands before each piece.
     """
 
     document_id: bytes
     start: int
     stop: int
+    num_begin: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """In the sequence."""
+        return self.num_begin + self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +88,11 @@ class PackedSample:
         return digest.digest()[:SAMPLE_ID_BYTES]
 
     @property
+    def continues(self) -> bool:
+        """Whether the first piece goes on with a document that began in the sequence before."""
+        return self.pieces[0].start > 0
+
+    @property
     def loss_mask(self) -> np.ndarray:
         """Which positions count, bool [S]: those whose next token is of the same piece."""
         counts = np.zeros(len(self.segment), bool)
@@ -88,7 +102,7 @@ class PackedSample:
     @property
     def position_ids(self) -> np.ndarray:
         """Each token's place in its piece, from 0, int64 [S]."""
-        lengths = [piece.stop - piece.start for piece in self.pieces]
+        lengths = [piece.num_tokens for piece in self.pieces]
         return np.concatenate([np.arange(length) for length in lengths])
 
 
@@ -114,12 +128,14 @@ class Packed:
         num_documents: in them.
         num_empty: documents left out: whitespace only, or the tokenizer leaves nothing of them.
         num_continued: documents in more than one sequence.
+        num_begun: documents whose text spells the begin that the tokenizer puts before it, too.
     """
 
     samples: list[PackedSample]
     num_documents: int
     num_empty: int
     num_continued: int
+    num_begun: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -127,18 +143,33 @@ class Packed:
         return sum(len(sample.input_ids) for sample in self.samples)
 
 
+def packing_version(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of the code of this module, as far as it makes a difference to a tokenizer.
+
+    Up to 1 a piece that goes on had no begin, and did not say that it goes on. That is all the same
+    where a letter becomes one token of its own and nothing else.
+    """
+    return 1 if reads_letters_alone(tokenizer) else 2
+
+
 def packing_settings(
-    tokenizer: PreTrainedTokenizerBase, *, max_length: int, document_end: DocumentEnd
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    document_end: DocumentEnd,
+    version: int = 1,
 ) -> dict[str, Any]:
     """What decides how documents become sequences, for the fingerprint.
 
     `version` stands for the code of this module and changes with what it makes.
     """
+    begin = {} if version == 1 else {"begin_ids": list(surroundings(tokenizer).before)}
     return {
-        "version": 1,
+        "version": version,
         "max_length": max_length,
         "document_end": document_end,
         "end_id": _end_id(tokenizer, document_end),
+        **begin,
     }
 
 
@@ -148,6 +179,7 @@ def pack(
     *,
     max_length: int,
     document_end: DocumentEnd = "eos",
+    version: int | None = None,
 ) -> Packed:
     """Tokenise documents and pack them into sequences.
 
@@ -157,49 +189,68 @@ def pack(
         max_length: the most tokens of a sequence.
         document_end: `eos` puts the tokenizer's end-of-text token behind a document that does not
             end with it already, where the tokenizer has one; `none` puts nothing there.
+        version: `packing_version` of the tokenizer, or an older one.
 
     Raises:
         UserError: if `max_length` leaves no room for a token and its next.
     """
-    if max_length < SHORTEST_SEQUENCE:
+    version = packing_version(tokenizer) if version is None else version
+    around = surroundings(tokenizer) if version > 1 else None
+    begin = () if around is None else around.before
+    shortest = max(SHORTEST_SEQUENCE, len(begin) + 1)
+    if max_length < shortest:
         raise UserError(
             f"--max-length {max_length} leaves no room for a token and its next: give at least "
-            f"{SHORTEST_SEQUENCE}"
+            f"{shortest}"
         )
     end_id = _end_id(tokenizer, document_end)
-    read = [
-        (document.sample_id, ids)
-        for document, ids in _tokenized(documents, tokenizer, end_id)
-        if len(ids)
-    ]
+    read: list[tuple[bytes, np.ndarray]] = []
+    num_begun = 0
+    for document, found in _tokenized(documents, tokenizer, end_id):
+        ids = found if around is None else around.with_one_begin(found)
+        num_begun += len(ids) < len(found)
+        if ids:
+            read.append((document.sample_id, np.asarray(ids, np.uint32)))
     return Packed(
-        samples=pack_tokens(read, max_length=max_length),
+        samples=pack_tokens(read, max_length=max_length, begin=begin),
         num_documents=len(read),
         num_empty=len(documents) - len(read),
         num_continued=sum(len(ids) > max_length for _, ids in read),
+        num_begun=num_begun,
     )
 
 
 def pack_tokens(
-    documents: Sequence[tuple[bytes, np.ndarray]], *, max_length: int
+    documents: Sequence[tuple[bytes, np.ndarray]],
+    *,
+    max_length: int,
+    begin: Sequence[int] = (),
 ) -> list[PackedSample]:
     """Pack token ids by next fit, as this module's head says.
 
     Args:
         documents: the id (16 bytes) and the token ids, uint32 [T] with T > 0, of each.
         max_length: the most tokens of a sequence.
+        begin: less than so many ids, which stand before each piece that goes on; a document has
+            its own.
     """
+    again = np.asarray(begin, np.uint32)
     samples: list[PackedSample] = []
     pieces: list[Piece] = []
     tokens: list[np.ndarray] = []
     num_tokens = 0
     for document_id, ids in documents:
-        for start in range(0, len(ids), max_length):
-            part = ids[start : start + max_length]
+        stop = 0
+        while stop < len(ids):
+            start, num_begin = stop, len(again) if stop else 0
+            stop = min(len(ids), start + max_length - num_begin)
+            part = np.concatenate([again[:num_begin], ids[start:stop]])
             if num_tokens + len(part) > max_length or len(pieces) == MOST_SEGMENTS:
                 samples.append(_sample(pieces, tokens))
                 pieces, tokens, num_tokens = [], [], 0
-            pieces.append(Piece(document_id=document_id, start=start, stop=start + len(part)))
+            pieces.append(
+                Piece(document_id=document_id, start=start, stop=stop, num_begin=num_begin)
+            )
             tokens.append(part)
             num_tokens += len(part)
     if pieces:
@@ -223,8 +274,8 @@ def _end_id(tokenizer: PreTrainedTokenizerBase, document_end: DocumentEnd) -> in
 
 def _tokenized(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, end_id: int | None
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents that are not whitespace only, with their tokens, uint32 [T]."""
+) -> Iterator[tuple[Document, list[int]]]:
+    """Documents that are not whitespace only, with their tokens."""
     texts = [document for document in documents if document.text.strip()]
     for start in range(0, len(texts), _BATCH_DOCUMENTS):
         batch = texts[start : start + _BATCH_DOCUMENTS]
@@ -232,7 +283,7 @@ def _tokenized(
         for document, ids in zip(batch, found, strict=True):
             if ids and end_id is not None and ids[-1] != end_id:
                 ids = [*ids, end_id]
-            yield document, np.asarray(ids, np.uint32)
+            yield document, ids
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -244,11 +295,13 @@ class PackedRow:
         segment: [S] the document of each token, ascending.
         loss_mask: bool [S], the positions that count, as in training: those whose next token is of
             the same document.
+        continues: whether the first document began in a row before; None where that is not known.
     """
 
     input_ids: np.ndarray
     segment: np.ndarray
     loss_mask: np.ndarray
+    continues: bool | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -271,6 +324,11 @@ def packed_rows(
         UserError: if `max_length` leaves no room for a token and its next.
     """
     return [
-        PackedRow(input_ids=one.input_ids, segment=one.segment, loss_mask=one.loss_mask)
+        PackedRow(
+            input_ids=one.input_ids,
+            segment=one.segment,
+            loss_mask=one.loss_mask,
+            continues=one.continues,
+        )
         for one in pack(documents, tokenizer, max_length=max_length).samples
     ]

@@ -9,12 +9,12 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
@@ -24,12 +24,13 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedRow, packed_rows
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, LanguageModel, TeacherModel
+from teacher_cache.stages.evaluation.packed_text import num_predicted_bytes
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.scores import Score, score
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
 from teacher_cache.stages.models.device import resolve_device
-from teacher_cache.stages.tokens.token_bytes import token_bytes
+from teacher_cache.stages.tokens.frame import surroundings
 
 DEFAULT_NEW_TOKENS = 50  # of `pipe predict`
 PROMPT_TOKENS = 16
@@ -76,6 +77,8 @@ def continuation(model: LanguageModel, prompt: list[int], options: GenerationOpt
         drawing = {"do_sample": True, "top_k": 0, "top_p": 1.0}
         drawing["temperature"] = float(options.temperature or 1)
     generator: Any = model.model
+    around = surroundings(model.tokenizer)
+    stops = {*around.stop_ids, *_listed_ids(generator.generation_config.eos_token_id)}
     is_on = model.autocast is not torch.float32
     devices = [ids.device] if ids.device.type == "cuda" else []
     with (
@@ -88,22 +91,37 @@ def continuation(model: LanguageModel, prompt: list[int], options: GenerationOpt
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=num_new,
+            eos_token_id=sorted(stops) or None,
             pad_token_id=generator.config.pad_token_id or generator.config.eos_token_id or 0,
             **drawing,
         )
-    written = found[0, len(prompt) :].tolist()
-    return str(model.tokenizer.decode(written, skip_special_tokens=True))
+    written = list(takewhile(lambda one: one not in stops, found[0, len(prompt) :].tolist()))
+    return _text_behind(model.tokenizer, prompt, written)
+
+
+def _listed_ids(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
+
+
+def _text_behind(tokenizer: Any, prompt: list[int], written: list[int]) -> str:
+    """What ids write behind a prompt's, with the space between them where there is one."""
+    head, whole, alone = (
+        str(tokenizer.decode(ids, skip_special_tokens=True))
+        for ids in (prompt, [*prompt, *written], written)
+    )
+    # A decoder that mends spaces may change what stands before, too.
+    return whole[len(head) :] if whole.startswith(head) else alone
 
 
 def prompt_ids(model: LanguageModel, text: str) -> list[int]:
-    """The tokens of a text to go on with: without an end that the tokenizer puts behind it.
+    """The tokens of a text to go on with: without what the tokenizer puts behind it.
 
     Raises:
         UserError: if there are none.
     """
-    ids = list(model.tokenizer(text, verbose=False)["input_ids"])
-    if len(ids) > 1 and ids[-1] == model.tokenizer.eos_token_id:
-        ids.pop()
+    around = surroundings(model.tokenizer)
+    found = list(model.tokenizer(text, verbose=False)["input_ids"])
+    ids = around.without_end(around.with_one_begin(found))
     if not ids:
         raise UserError("there is no text to go on with: give one")
     return ids
@@ -345,13 +363,10 @@ def _row(
     """A row of the table; `marks` is told what is not exact about it."""
     num = _num_positions(rows)
     try:
-        sizes, caveat = _num_bytes_by_id(model.tokenizer)
+        num_bytes, caveat = num_predicted_bytes(rows, model.tokenizer)
     except UserError:
-        sizes, caveat = None, "its tokenizer does not tell the bytes of a token"
-    bits = None
-    if sizes is not None:
-        num_bytes = sum(int(sizes[row.next_ids].sum()) for row in rows)
-        bits = its_score.nll * num / math.log(2) / num_bytes if num_bytes else None
+        num_bytes, caveat = 0, "its tokenizer does not tell the bytes of a token"
+    bits = its_score.nll * num / math.log(2) / num_bytes if num_bytes else None
     if caveat is not None:
         marks[model.name] = f"bits a byte: {caveat}"
     return LanguageModelEvaluation(
@@ -363,24 +378,6 @@ def _row(
         agreement=its_score.agreement,
         kl=its_score.kl,
     )
-
-
-def _num_bytes_by_id(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, str | None]:
-    """Bytes of text that each id stands for, int64 [V]; 0 of special tokens, which are no text.
-
-    Returns:
-        The numbers, and what is not exact about them; None where all are.
-
-    Raises:
-        UserError: for a tokenizer that does not tell.
-    """
-    table = token_bytes(tokenizer)
-    special = set(tokenizer.all_special_ids)
-    sizes = [
-        0 if content is None or token_id in special else len(content)
-        for token_id, content in enumerate(table.content)
-    ]
-    return np.array(sizes, np.int64), table.caveat
 
 
 def _require_positions(name: str, rows: Sequence[PackedRow]) -> None:

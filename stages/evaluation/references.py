@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import NEXT_LOG_PROB
+from teacher_cache.cache.schema import CONTINUES, NEXT_LOG_PROB
 from teacher_cache.stages.codecs.named import open_codec, serves
 from teacher_cache.stages.data.packing import PackedRow
 from teacher_cache.stages.evaluation.models import TeacherModel
@@ -173,7 +173,11 @@ class _CachedBatch:
 
 def _row(sample: Mapping[str, np.ndarray]) -> PackedRow:
     names = ("input_ids", "segment", "loss_mask")
-    return PackedRow(**{name: np.asarray(sample[name]) for name in names})
+    continues = sample.get(CONTINUES)
+    return PackedRow(
+        **{name: np.asarray(sample[name]) for name in names},
+        continues=None if continues is None else bool(continues),
+    )
 
 
 def _support(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> Support:

@@ -4,7 +4,8 @@ The student reads the same pieces of documents, in tokens of its own. At a posit
 both have read the same bytes, the two predict the same text, so the teacher's distribution there,
 with its ids mapped, can teach it. That they *mean* the same needs one thing more: a token's bytes
 must be what it stands for at this place, which a begin of text, a normaliser or an unknown token
-can break. So both sides' next tokens must spell the text exactly, or both be the end of it.
+can break. So both sides' next tokens must spell the text exactly, or both be the end of it. A chunk
+is compared where on either side its tokens spell its bytes; others are left out, and counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from teacher_cache.cache.codecs.interface import Codec
-from teacher_cache.cache.schema import NEXT_LOG_PROB
+from teacher_cache.cache.schema import CONTINUES, NEXT_LOG_PROB
 from teacher_cache.stages.join.rereading import Piece, Reader
 from teacher_cache.stages.tokens.byte_bounds import TokenSpans
 
@@ -128,6 +129,8 @@ class AlignedSample:
         num_bytes: of text that the student predicts.
         num_teacher_bytes: the same of the teacher.
         teacher_nll: nats, of all that the teacher predicts.
+        num_unequal_chunks: left out, since the tokens of one side spell something else.
+        num_unknown: the teacher's tokens for what it does not know, which are no text.
     """
 
     input_ids: np.ndarray
@@ -139,6 +142,8 @@ class AlignedSample:
     num_bytes: int
     num_teacher_bytes: int
     teacher_nll: float
+    num_unequal_chunks: int = 0
+    num_unknown: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,18 +158,20 @@ class SampleAligner:
 
         Args:
             sample: of a language model's cache, with `input_ids`, `segment`, `loss_mask` and
-                `next_log_prob`, [S_t] each.
+                `next_log_prob`, [S_t] each, and where it is known `continues`.
         """
         segments = np.unique(sample["segment"])
         starts = np.searchsorted(sample["segment"], segments)
         stops = np.append(starts[1:], len(sample["segment"]))
         next_log_prob = sample[NEXT_LOG_PROB].astype(np.float64)
+        continues = sample.get(CONTINUES)
         parts: list[AlignedSample] = []
         num_chunks = 0
         for segment, start, stop in zip(segments, starts, stops, strict=True):
             # Only a sample's first piece may go on with a document.
+            begins = True if segment > 0 else None if continues is None else not continues
             ours = self.teacher.piece_of_ids(
-                sample["input_ids"][start:stop].astype(np.int64), begins=bool(segment > 0)
+                sample["input_ids"][start:stop].astype(np.int64), begins=begins
             )
             theirs = self.student.piece_of_bytes(ours.data, has_end=ours.has_end)
             part = _aligned_piece(ours, theirs, next_log_prob[start:stop], segment)
@@ -189,7 +196,8 @@ def _aligned_piece(
         [pair in pairs for pair in zip(ours.tolist(), theirs.tolist(), strict=True)], dtype=bool
     )
 
-    predicted = np.flatnonzero(chunks.is_predicted)
+    is_equal = _is_spelt(teacher, chunks.teacher) & _is_spelt(student, chunks.student)
+    predicted = np.flatnonzero(chunks.is_predicted & is_equal)
     renumbered = np.full(len(chunks) + 1, -1, dtype=np.int64)  # the last for -1 itself
     renumbered[predicted] = np.arange(len(predicted))
     teacher_chunks = np.array(
@@ -203,10 +211,18 @@ def _aligned_piece(
         is_one_to_one=one_to_one,
         chunk_index=renumbered[chunks.index_of_positions(chunks.student, num)],
         teacher_chunks=teacher_chunks,
-        num_bytes=_predicted_bytes(student),
-        num_teacher_bytes=_predicted_bytes(teacher),
+        num_bytes=student.num_predicted_bytes,
+        num_teacher_bytes=teacher.num_predicted_bytes,
         teacher_nll=float(-next_log_prob[:-1].sum()),
+        num_unequal_chunks=int((chunks.is_predicted & ~is_equal).sum()),
+        num_unknown=teacher.num_unknown,
     )
+
+
+def _is_spelt(piece: Piece, ranges: np.ndarray) -> np.ndarray:
+    """Whether all tokens of each chunk spell its bytes."""
+    wrong = np.append(0, np.cumsum(~piece.is_spelt))
+    return wrong[ranges[:, 1]] == wrong[ranges[:, 0]]
 
 
 def _same_prefix(teacher: Piece, student: Piece) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +237,7 @@ def _same_prefix(teacher: Piece, student: Piece) -> tuple[np.ndarray, np.ndarray
     ours, theirs = ours[our_idx], theirs[their_idx]
     goes_on = _is_exact_next(teacher, ours) & _is_exact_next(student, theirs)
     both_end = (ours == teacher.stop - 1) & (theirs == student.stop - 1)
-    both_end &= teacher.has_end and student.has_end
+    both_end &= teacher.has_end_token and student.has_end_token
     kept = goes_on | both_end
     return theirs[kept], ours[kept]
 
@@ -239,12 +255,6 @@ def _is_exact_next(piece: Piece, positions: np.ndarray) -> np.ndarray:
     return np.append(piece.is_exact, False)[positions + 1]
 
 
-def _predicted_bytes(piece: Piece) -> int:
-    """Bytes of the tokens of text that some position predicts: all but a piece's first token's."""
-    first = 0 if piece.first else piece.spans.bounds[min(1, len(piece))]
-    return int(piece.spans.bounds[-1] - first)
-
-
 def _moved(part: AlignedSample, *, by_tokens: int, by_chunks: int) -> AlignedSample:
     """A piece's part as one of a sample: the teacher's positions and the chunks go on counting."""
     positions, chunk_index = part.teacher_positions, part.chunk_index
@@ -260,11 +270,9 @@ def _joined(parts: list[AlignedSample]) -> AlignedSample:
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in names
     }
+    sums = [name for name in vars(parts[0]) if name not in arrays]
     return AlignedSample(
-        **arrays,
-        num_bytes=sum(part.num_bytes for part in parts),
-        num_teacher_bytes=sum(part.num_teacher_bytes for part in parts),
-        teacher_nll=sum(part.teacher_nll for part in parts),
+        **arrays, **{name: sum(getattr(part, name) for part in parts) for name in sums}
     )
 
 
@@ -282,6 +290,9 @@ class Coverage:
         mass: mean of the teacher's mass that maps to the student's ids where it is known. Of a
             head without its tail it is a bound from below.
         num_tokens: of the student's next tokens, that this was measured on.
+        unequal_chunks: share of the chunks that are left out, since the tokens of one side spell
+            something else.
+        unknown: the teacher's tokens for what it does not know, for each of the student's tokens.
     """
 
     positions: float
@@ -289,19 +300,36 @@ class Coverage:
     chunks_a_token: float
     mass: float
     num_tokens: int
+    unequal_chunks: float = 0.0
+    unknown: float = 0.0
 
     @property
     def words(self) -> str:
         """In words, for a message."""
-        return (
+        words = (
             f"on the first {self.num_tokens:,} tokens of its text, {self.positions:.1%} of the "
             f"student's positions have the teacher's distribution, of whose mass {self.mass:.1%} "
             "maps"
         )
+        if self.unequal_chunks:
+            words += (
+                f"; {self.unequal_chunks:.1%} of the chunks are left out, whose tokens spell other "
+                "bytes on one side"
+            )
+        if self.unknown:
+            words += (
+                f"; the text lacks what {round(self.unknown * self.num_tokens):,} of the teacher's "
+                "tokens stood for, which are unknown"
+            )
+        return words
 
     def to_json(self) -> dict[str, Any]:
         """As a run records it."""
-        return {name: round(value, 4) for name, value in vars(self).items()}
+        rounded = {name: round(value, 4) for name, value in vars(self).items()}
+        return {name: rounded[name] for name in rounded if name not in _IF_ANY or rounded[name]}
+
+
+_IF_ANY = ("unequal_chunks", "unknown")  # recorded where there are any
 
 
 def measure(
@@ -321,7 +349,7 @@ def measure(
         head_ids: `Alignment.head_ids`.
         temperature: one that the cache serves; 1 where it serves that.
     """
-    num_tokens = num_positions = num_one_to_one = num_chunks = 0
+    num_tokens = num_positions = num_one_to_one = num_chunks = num_unequal = num_unknown = 0
     masses: list[float] = []
     for sample in samples:
         aligned = aligner(sample)
@@ -332,6 +360,8 @@ def measure(
         num_positions += len(known)
         num_one_to_one += int(aligned.is_one_to_one.sum())
         num_chunks += len(aligned.teacher_chunks)
+        num_unequal += aligned.num_unequal_chunks
+        num_unknown += aligned.num_unknown
         masses += _mapped_mass(sample, codec, head_ids, known, temperature)
     return Coverage(
         positions=num_positions / max(1, num_tokens),
@@ -339,6 +369,8 @@ def measure(
         chunks_a_token=num_chunks / max(1, num_tokens),
         mass=float(np.mean(masses)) if masses else 0.0,
         num_tokens=num_tokens,
+        unequal_chunks=num_unequal / max(1, num_unequal + num_chunks),
+        unknown=num_unknown / max(1, num_tokens),
     )
 
 

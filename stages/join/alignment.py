@@ -17,7 +17,7 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.stages.join.aligned_sample import SampleAligner
 from teacher_cache.stages.join.config import AlignMode
 from teacher_cache.stages.join.report import ID_TABLE, JoinReport
-from teacher_cache.stages.join.rereading import Frame, Reader
+from teacher_cache.stages.join.rereading import Reader
 from teacher_cache.stages.tokens.record import id_to_string
 from teacher_cache.stages.tokens.relation import VocabularyRelation, relate
 from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
@@ -41,7 +41,7 @@ class Alignment:
         kind: how. `same`, `pad` and `truncate` keep ids and positions.
         teacher: the tokenizer that made the cached ids.
         student: the student's.
-        relation: of the two tables; None where the cached distributions are the student's already.
+        relation: of the two tables; None where the student reads the text again.
         captured: the map that the cache's distributions went through at capture; None for most.
     """
 
@@ -63,7 +63,22 @@ class Alignment:
         Raises:
             UserError: for a tokenizer whose tokens' bytes are not known.
         """
-        return token_bytes(self.teacher), token_bytes(self.student)
+        return self.aligner.teacher.table, self.aligner.student.table
+
+    @cached_property
+    def relation_of_bytes(self) -> VocabularyRelation:
+        """Of the two tables, by the bytes that their ids write.
+
+        Raises:
+            UserError: for a tokenizer whose tokens' bytes are not known.
+        """
+        return relate(*(table.keys for table in self.tables))
+
+    @property
+    def caveats(self) -> list[str]:
+        """What either side's tokens do not keep of a text."""
+        sides = {"teacher": self.aligner.teacher, "student": self.aligner.student}
+        return [f"{side}: {one.caveat}" for side, one in sides.items() if one.caveat]
 
     @cached_property
     def vocabulary_map(self) -> VocabularyMap:
@@ -92,11 +107,7 @@ class Alignment:
     @cached_property
     def aligner(self) -> SampleAligner:
         """What reads a sample's text again."""
-        sides = zip((self.teacher, self.student), self.tables, strict=True)
-        ours, theirs = (
-            Reader(tokenizer=one, table=table, frame=Frame.of(one, table)) for one, table in sides
-        )
-        return SampleAligner(teacher=ours, student=theirs)
+        return SampleAligner(teacher=Reader.of(self.teacher), student=Reader.of(self.student))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,16 +143,16 @@ def align(
     if captured is not None:
         return _of_an_aligned_cache(captured, mode, sides)
     if mode in REREAD:
-        alignment = Alignment(kind=mode, relation=relate(table, id_to_string(student)), **sides)
-        return alignment, JoinReport(compared=(), differences=())
+        return Alignment(kind=mode, **sides), JoinReport(compared=(), differences=())
     relation = relate(table, id_to_string(student))
     kind: AlignmentKind = "same"
     if relation.kind == "padded":
         kind = "pad"
-    elif relation.kind == "different" and mode == "truncate" and _is_prefix(relation):
+    elif relation.kind == "different" and mode == "truncate" and relation.is_cut:
         kind = "truncate"
     elif mode != "auto":
-        relation.require_same_ids(f"--align {mode}")
+        counted = Alignment(kind="map", **sides).relation_of_bytes
+        relation.require_same_ids(f"--align {mode}", counted=counted)
     if kind != "same":
         report = _without(report, _OF_THE_TABLE)
     return Alignment(kind=kind, relation=relation, **sides), report
@@ -160,15 +171,6 @@ def _of_an_aligned_cache(
     return (
         Alignment(kind="map", captured=captured, **sides),
         JoinReport(compared=(), differences=()),
-    )
-
-
-def _is_prefix(relation: VocabularyRelation) -> bool:
-    """Whether the student's table is the beginning of the teacher's."""
-    return (
-        not relation.num_differing_below_cut
-        and relation.num_below_cut == relation.student_rows
-        and relation.num_same_id > 0
     )
 
 

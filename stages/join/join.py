@@ -63,10 +63,12 @@ def joined_line(joined: Joined) -> str | None:
     alignment = joined.alignment
     if alignment is None or alignment.kind == "same":
         return verified_line(joined.report)
-    relation = alignment.relation
-    overlap = "" if relation is None else f": {relation.overlap}"
-    measured = "" if joined.coverage is None else f"; {joined.coverage.words}"
-    return f"✓ aligned by {alignment.kind}{overlap}{measured}"
+    if not alignment.rereads:
+        assert alignment.relation is not None, "it was compared"
+        return f"✓ aligned by {alignment.kind}: {alignment.relation.overlap}"
+    found = [] if alignment.captured is not None else [alignment.relation_of_bytes.overlap]
+    found += [] if joined.coverage is None else [joined.coverage.words]
+    return f"✓ aligned by {alignment.kind}: {'; '.join([*found, *alignment.caveats])}"
 
 
 def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
@@ -119,15 +121,12 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
 
 def _aligned_ways(cache: Path, alignment: Alignment) -> list[str]:
     """What else a language model's cache can do for this student, with what it would come to."""
-    assert alignment.relation is not None, "it was compared"
+    mapped = replace(alignment, kind="map")
     try:
-        found = _measured(cache, replace(alignment, kind="map")).words
+        found = f"{mapped.relation_of_bytes.overlap}; {_measured(cache, mapped).words}"
     except UserError as error:  # a tokenizer whose bytes are not known
         return [f"(--align cannot help: {error})"]
-    return [
-        f"train on the text read again, with --align map, spans or projection "
-        f"({alignment.relation.overlap}; {found})"
-    ]
+    return [f"train on the text read again, with --align map, spans or projection ({found})"]
 
 
 def _measured(cache: Path, alignment: Alignment) -> Coverage:

@@ -5,9 +5,9 @@ byte for byte (`token_bytes`), so that nothing has to be cached or fetched besid
 in a sample is a *piece* of a document (`stages.data.packing`): all of it, or a part that begins and
 ends with a token of the teacher's, which need not be a whole character.
 
-A *frame* is what a tokenizer puts around a text: a begin of sequence before it, a separator or the
-end of text behind it. Frames are no text, on either side: they are taken off the teacher's piece,
-and the student's own are put around what is left.
+Frames are no text, on either side (`stages.tokens.frame`): they are taken off the teacher's piece,
+and the student's own are put around what is left, the one behind it where the document ends. Nor is
+a token for what is unknown: what it stood for is lost, so the text goes on without it.
 """
 
 from __future__ import annotations
@@ -15,54 +15,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from teacher_cache.stages.tokens.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
-from teacher_cache.stages.tokens.token_bytes import TokenBytes
+from teacher_cache.stages.tokens.frame import Frame
+from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """What a tokenizer puts around a text.
-
-    Attributes:
-        before: ids before it.
-        after: ids behind it.
-        end_id: of the end of text; None where the tokenizer has none.
-        adds_space: whether a text's first token has a space that the text has not.
-    """
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    end_id: int | None
-    adds_space: bool
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, table: TokenBytes) -> Frame:
-        """A tokenizer's, as one letter shows it."""
-        encoded: Any = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
-        ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-        first = added.index(0)
-        stop = len(added) - added[::-1].index(0)
-        end_id = tokenizer.eos_token_id
-        return cls(
-            before=tuple(ids[:first]),
-            after=tuple(ids[stop:]),
-            end_id=end_id if isinstance(end_id, int) else None,
-            adds_space=(table.content[ids[first]] or b"").startswith(b" "),
-        )
-
-    @property
-    def ends(self) -> tuple[tuple[int, ...], ...]:
-        """What may stand behind a text, the longest first; the end of text is in the first ones."""
-        end = () if self.end_id is None else (self.end_id,)
-        several = ((*self.after, *end), end, self.after)
-        return tuple(dict.fromkeys(one for one in several if one))
+# What some tokenizers change, each with a text that shows it.
+_CHANGES = {
+    "capital letters": "aBa",
+    "accents": "aéa",
+    "runs of spaces": "a   a",
+    "line breaks": "a\na",
+    "tabs": "a\ta",
+    "combining marks": "ae\u0301a",
+    "wide and joined letters": "a\uff21\ufb01a",
+    "some characters": "a{~<}日🚀߷a",
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,21 +47,35 @@ class Piece:
         data: its bytes, which need not be whole characters.
         spans: its tokens, frames included, and where they lie in `data`.
         is_exact: bool [S], for a token of text whether its bytes are those that it stands for.
+        is_spelt: bool [S], the same, but for the space that a tokenizer puts before a text.
         first: index of the first token of text.
         stop: one past the last.
-        has_end: whether the token behind the text is the end of text.
+        has_end: whether its document ends with it.
+        has_end_token: whether the token behind the text is the end of text.
+        num_added: bytes that the tokens spell beyond `data`: the space put before a text, or none.
+        num_unknown: tokens for what the tokenizer does not know.
     """
 
     data: bytes
     spans: TokenSpans
     is_exact: np.ndarray
+    is_spelt: np.ndarray
     first: int
     stop: int
     has_end: bool
+    has_end_token: bool
+    num_added: int
+    num_unknown: int
 
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.spans.ids)
+
+    @property
+    def num_predicted_bytes(self) -> int:
+        """Bytes of the tokens of text that some position predicts: of all but a piece's first."""
+        first = 0 if self.first else self.spans.bounds[min(1, len(self))]
+        return int(self.spans.bounds[-1] - first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,32 +86,57 @@ class Reader:
     table: TokenBytes
     frame: Frame
 
-    def piece_of_ids(self, ids: np.ndarray, *, begins: bool) -> Piece:
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Reader:
+        """A tokenizer's.
+
+        Raises:
+            UserError: where the bytes of its tokens are not known.
+        """
+        table = token_bytes(tokenizer)
+        return cls(tokenizer=tokenizer, table=table, frame=Frame.of(tokenizer, table))
+
+    @cached_property
+    def caveat(self) -> str | None:
+        """What the tokens do not keep of a text; None where it comes back byte for byte."""
+        kept = {
+            name: self.piece_of_ids(self._text(text).ids, begins=True).data == text.encode()
+            for name, text in _CHANGES.items()
+        }
+        lost = [name for name, is_kept in kept.items() if not is_kept]
+        loss = f"the tokens do not keep {', '.join(lost)} as they are" if lost else None
+        return "; ".join(filter(None, (self.table.caveat, loss))) or None
+
+    def piece_of_ids(self, ids: np.ndarray, *, begins: bool | None) -> Piece:
         """What the ids of a piece spell.
 
         Args:
             ids: [S] of one piece, frames included.
-            begins: whether it is known to begin its document; a frame before the text says so too.
+            begins: whether it begins its document; None where that is not known, and a frame before
+                the text is taken to say so.
         """
         before = self.frame.before
         first = len(before) if before and tuple(ids[: len(before)]) == before else 0
-        stop, has_end = len(ids), False
-        for ending in self.frame.ends:
-            start = len(ids) - len(ending)
-            if start >= first and tuple(ids[start:]) == ending:
-                stop, has_end = start, ending[-1] == self.frame.end_id
+        stop, ending = len(ids), ()
+        for one in self.frame.ends:
+            start = len(ids) - len(one)
+            if start >= first and tuple(ids[start:]) == one:
+                stop, ending = start, one
                 break
         contents = [self.table.content[int(one)] or b"" for one in ids[first:stop]]
-        drops = self.frame.adds_space and (begins or first > 0) and bool(contents)
-        if drops and contents[0].startswith(b" "):
-            contents[0] = contents[0][1:]
+        data = b"".join(contents)
+        bounds = np.cumsum([0, *map(len, contents)], dtype=np.int64)
+        may_add = first > 0 if begins is None else begins
+        num_added = int(may_add and self.frame.has_added_space(data))
         return self._framed(
             ids[:first],
             ids[first:stop],
-            np.cumsum([0, *map(len, contents)], dtype=np.int64),
+            np.maximum(bounds - num_added, 0),
             ids[stop:],
-            data=b"".join(contents),
-            has_end=has_end,
+            data=data[num_added:],
+            num_added=num_added,
+            has_end=bool(ending),
+            has_end_token=ending[-1:] == (self.frame.end_id,),
         )
 
     def piece_of_bytes(self, data: bytes, *, has_end: bool) -> Piece:
@@ -134,7 +147,8 @@ class Reader:
 
         Args:
             data: of the piece.
-            has_end: whether to put the end of text behind it.
+            has_end: whether its document ends with it, so that what the tokenizer puts behind a
+                text and the end of text stand there.
         """
         ids: list[int] = []
         bounds, start = [0], 0
@@ -144,17 +158,28 @@ class Reader:
             ids += spans.ids[inner].tolist()
             bounds += (start + spans.bounds[1:][inner]).tolist()
             start += len(run if isinstance(run, bytes) else run.encode())
+        before = self.frame.before
+        if before and tuple(ids[: len(before)]) == before:
+            before = ()  # the text spells it itself
         end = () if self.frame.end_id is None or not has_end else (self.frame.end_id,)
-        after = self.frame.after if self.frame.after[-1:] == end else (*self.frame.after, *end)
+        after = self.frame.after if has_end else ()
+        if after[-1:] != end:
+            after = (*after, *end)
         return self._framed(
-            self.frame.before, ids, np.array(bounds), after, data=data, has_end=bool(end)
+            before,
+            ids,
+            np.array(bounds, dtype=np.int64),
+            after,
+            data=data,
+            has_end=has_end,
+            has_end_token=bool(end),
         )
 
     def _text(self, text: str) -> TokenSpans:
         return tokenize_with_spans([text], self.tokenizer, self.table)[0]
 
     def _bytes(self, data: bytes) -> TokenSpans:
-        found = [self._byte_ids.get(byte, self._unknown_id) for byte in data]
+        found = [self.table.text_ids.get(bytes([byte]), self._unknown_id) for byte in data]
         known = [(idx, one) for idx, one in enumerate(found) if one is not None]
         if not known:
             return spans_of_bytes([], self.table)
@@ -170,15 +195,6 @@ class Reader:
         unknown = self.tokenizer.unk_token_id
         return unknown if isinstance(unknown, int) else None
 
-    @cached_property
-    def _byte_ids(self) -> dict[int, int]:
-        """Ids of single bytes."""
-        return {
-            content[0]: token_id
-            for token_id, content in enumerate(self.table.content)
-            if content is not None and len(content) == 1 and token_id not in self.table.added
-        }
-
     def _framed(
         self,
         before: Sequence[int] | np.ndarray,
@@ -188,23 +204,39 @@ class Reader:
         *,
         data: bytes,
         has_end: bool,
+        has_end_token: bool,
+        num_added: int = 0,
     ) -> Piece:
         first, stop = len(before), len(before) + len(ids)
         whole = np.concatenate([before, ids, after]).astype(np.int64)
         is_text = np.zeros(len(whole), dtype=bool)
         is_text[first:stop] = True
         is_exact = np.zeros(len(whole), dtype=bool)
+        contents = [self.table.content[int(one)] for one in ids]
         is_exact[first:stop] = [
-            self.table.content[int(one)] == data[start:end]
-            for one, start, end in zip(ids, bounds[:-1], bounds[1:], strict=True)
+            content == data[start:end]
+            for content, start, end in zip(contents, bounds[:-1], bounds[1:], strict=True)
+        ]
+        is_spelt = is_exact.copy()
+        if self.frame.adds_space and stop > first and not is_exact[first]:
+            is_spelt[first] = contents[0] == b" " + data[bounds[0] : bounds[1]]
+        around = [
+            np.full(len(one), bound) for one, bound in ((before, bounds[0]), (after, bounds[-1]))
         ]
         spans = TokenSpans(
-            ids=whole,
-            bounds=np.concatenate([[bounds[0]] * first, bounds, [bounds[-1]] * len(after)]),
-            is_text=is_text,
+            ids=whole, bounds=np.concatenate([around[0], bounds, around[1]]), is_text=is_text
         )
         return Piece(
-            data=data, spans=spans, is_exact=is_exact, first=first, stop=stop, has_end=has_end
+            data=data,
+            spans=spans,
+            is_exact=is_exact,
+            is_spelt=is_spelt,
+            first=first,
+            stop=stop,
+            has_end=has_end,
+            has_end_token=has_end_token,
+            num_added=num_added,
+            num_unknown=sum(one == self.table.unknown for one in ids),
         )
 
 

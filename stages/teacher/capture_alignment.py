@@ -10,12 +10,14 @@ import numpy as np
 
 from teacher_cache.stages.codecs.config import DEFAULT_CODEC
 from teacher_cache.stages.codecs.named import chosen_room, given_attributes
+from teacher_cache.stages.join.rereading import Reader
 from teacher_cache.stages.teacher.config import CaptureConfig
 from teacher_cache.stages.teacher.load import LanguageModelTeacher
 from teacher_cache.stages.teacher.options import NO_ALIGNMENT
+from teacher_cache.stages.tokens.record import id_to_string
 from teacher_cache.stages.tokens.relation import VocabularyRelation, relate
 from teacher_cache.stages.tokens.support import AnySupport, CutSupport, MappedSupport, Support
-from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
+from teacher_cache.stages.tokens.token_bytes import TokenBytes
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap, exact_map
 
@@ -65,16 +67,17 @@ def aligned(
         option="--student-tokenizer",
         trust_remote_code=config.forward.trust_remote_code,
     )
-    student = token_bytes(student_tokenizer)
-    own = token_bytes(teacher.tokenizer)
+    readers = Reader.of(teacher.tokenizer), Reader.of(student_tokenizer)
+    own, student = (one.table for one in readers)
     relation = relate(
         _of_support(own, support),
         student.keys,
         teacher_rows=max(teacher.num_logits, support.size),
     )
     logger.info("student tokenizer %s: %s", name, relation.overlap)
-    for caveat in dict.fromkeys(one.caveat for one in (own, student) if one.caveat):
-        logger.warning("%s", caveat)
+    for side, one in zip(("teacher", "student"), readers, strict=True):
+        if one.caveat:
+            logger.warning("%s's tokenizer: %s", side, one.caveat)
     about: dict[str, Any] = {
         "student_tokenizer": name,
         "vocabularies": _facts(relation),
@@ -83,7 +86,11 @@ def aligned(
     if align == NO_ALIGNMENT:
         return CaptureAlignment(support=support, about=about)
     if align == "truncate":
-        relation.require_same_ids("--align truncate", ways_out=WAYS_OUT)
+        strings = relate(
+            id_to_string(teacher.tokenizer)[: support.size], id_to_string(student_tokenizer)
+        )
+        if not strings.is_cut:
+            strings.require_same_ids("--align truncate", counted=relation, ways_out=WAYS_OUT)
         return CaptureAlignment(
             support=CutSupport.by(_same_ids(own, student, support)), about=about
         )

@@ -296,7 +296,7 @@ def _slices(
     states = final_states(
         teacher.model,
         [sample.input_ids for sample in samples],
-        [[piece.stop - piece.start for piece in sample.pieces] for sample in samples],
+        [[piece.num_tokens for piece in sample.pieces] for sample in samples],
         packs=teacher.packs,
         tap=tap,
         sample_idxs=list(batch),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.codecs.interface import Codec, Reduced
 from teacher_cache.cache.errors import CheckFailed
@@ -35,7 +36,14 @@ from teacher_cache.stages.codecs.measure import (
 from teacher_cache.stages.codecs.named import chosen_room, codec_of, open_codec, room_of
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.packing import Packed, PackedSample, Piece, pack, packing_settings
+from teacher_cache.stages.data.packing import (
+    Packed,
+    PackedSample,
+    Piece,
+    pack,
+    packing_settings,
+    packing_version,
+)
 from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.models.inference import OnBatch
@@ -46,6 +54,7 @@ from teacher_cache.stages.teacher.layers import LayerPlan, LayerTap
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
 from teacher_cache.stages.teacher.tables import TABLE, TABLE_FILE
 from teacher_cache.stages.teacher.task import Said, StoredSample, TapOf, Task
+from teacher_cache.stages.tokens.frame import surroundings
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.support import (
     AnySupport,
@@ -74,6 +83,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         alignment: over whose ids the distributions are cached.
         codec: what is kept of a position.
         head: of the teacher, where states are cached; None for other codecs.
+        packing: `packing_version`.
     """
 
     packs_documents = True
@@ -81,6 +91,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
     alignment: CaptureAlignment
     codec: Codec
     head: LanguageModelHead | None
+    packing: int
 
     @classmethod
     def prepared(cls, config: CaptureConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
@@ -96,6 +107,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
         head = chosen_room(config.kept).head_of(teacher.model)
+        _log_frame(teacher.tokenizer)
         return cls(
             teacher=teacher,
             corpora=corpora,
@@ -109,8 +121,14 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 has_unmatched=isinstance(alignment.support, MappedSupport),
             ),
             head=head,
+            packing=packing_version(teacher.tokenizer),
             layers=LayerPlan.prepared(config.layers, teacher, is_packed=cls.packs_documents),
         )
+
+    @property
+    def former(self) -> LanguageModeling | None:
+        """Packed as before what is put around a text was put around each piece."""
+        return None if self.packing == 1 else replace(self, packing=1)
 
     @classmethod
     def load(cls, config: TeacherConfig, *, with_maps: bool) -> LanguageModelTeacher:
@@ -142,7 +160,10 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
     def schema(self) -> Schema:
         """The fields of a sample."""
         return language_model_schema(
-            self.codec.fields, is_packed=True, layer_fields=self.layers.fields
+            self.codec.fields,
+            is_packed=True,
+            has_continues=self.packing > 1,
+            layer_fields=self.layers.fields,
         )
 
     @property
@@ -164,7 +185,10 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             "support": self.support.settings,
             "teacher": identity(self.teacher, record.files_sha256),
             "packing": packing_settings(
-                self.teacher.tokenizer, max_length=self.max_length, document_end="eos"
+                self.teacher.tokenizer,
+                max_length=self.max_length,
+                document_end="eos",
+                version=self.packing,
             ),
             "max_length": self.max_length,
             **room_of(self.codec).settings(self.codec),
@@ -191,6 +215,13 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 "%s of %s documents of this shard are longer than a sample: each goes on in the "
                 "next one, without what stands before",
                 f"{packed.num_continued:,}",
+                f"{len(documents):,}",
+            )
+        if packed.num_begun:
+            logger.warning(
+                "%s of %s documents of this shard begin with the begin-of-text token themselves, "
+                "as a chat template's text does: it is put before them once, not twice",
+                f"{packed.num_begun:,}",
                 f"{len(documents):,}",
             )
         return packed.samples
@@ -224,7 +255,9 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             on_batch=on_batch,
         )
         return Said(
-            fields=packed_fields(self.codec, samples, outputs.pieces),
+            fields=packed_fields(
+                self.codec, samples, outputs.pieces, has_continues=self.packing > 1
+            ),
             num_halvings=outputs.num_halvings,
         )
 
@@ -234,7 +267,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
 
     def lengths(self, sample: PackedSample) -> list[int]:
         """Of the pieces of its documents."""
-        return [piece.stop - piece.start for piece in sample.pieces]
+        return [piece.num_tokens for piece in sample.pieces]
 
     def num_sharing(self, documents: Sequence[Document], samples: Sequence[PackedSample]) -> int:
         """All of them: samples hold several."""
@@ -282,7 +315,44 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         return self.support.size
 
     def _pack(self, documents: Sequence[Document]) -> Packed:
-        return pack(documents, self.teacher.tokenizer, max_length=self.max_length)
+        packed = pack(
+            documents,
+            self.teacher.tokenizer,
+            max_length=self.max_length,
+            version=self.packing,
+        )
+        known = self.support.teacher.size
+        largest = max((int(one.input_ids.max()) for one in packed.samples), default=0)
+        if largest >= known:
+            raise CheckFailed(
+                f"the text holds id {largest:,}, and the ids that are cached end at {known:,}: use "
+                "--align map or none, which keep all of the teacher's"
+            )
+        return packed
+
+
+def _log_frame(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say what stands around a text, and which begin of the tokenizer's does not."""
+    around = surroundings(tokenizer)
+    before, after = (
+        tokenizer.convert_ids_to_tokens(list(ids))
+        for ids in (around.before, around.ends[0] if around.ends else ())
+    )
+    logger.info(
+        "put before each piece of a document: %s; behind its end: %s",
+        " ".join(before) or "nothing",
+        " ".join(after) or "nothing",
+    )
+    begin = tokenizer.bos_token
+    if begin is not None and begin not in before:
+        asked = tokenizer.init_kwargs.get("add_bos_token")
+        logger.log(
+            logging.WARNING if asked else logging.INFO,
+            "the tokenizer has the begin token %s and puts it nowhere%s: no document begins with "
+            "it",
+            begin,
+            ", though its files ask for it (add_bos_token)" if asked else "",
+        )
 
 
 class PositionsApart:

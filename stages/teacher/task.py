@@ -157,6 +157,11 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
     # What is cached of it.
 
     @property
+    def former(self) -> Self | None:
+        """As earlier releases cached it, to go on with their caches; None where it is the same."""
+        return None
+
+    @property
     @abstractmethod
     def schema(self) -> Schema:
         """The fields of a sample."""

@@ -7,11 +7,13 @@ give the exact borders; elsewhere the characters do, and tokens of one character
 their bytes where those add up.
 
 Tokens lie end to end: what a tokenizer leaves out of its tokens (BERT the spaces) belongs to the
-token after it, as BPE's leading space does, and after the last to the last.
+token after it, as BPE's leading space does, and after the last to the last. A combining mark that
+it leaves out belongs to the token before it, whose letter carries it.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -130,7 +132,10 @@ def spans_of(
             np.array([characters[idx] for idx in inner.tolist()], dtype=np.int64)
         ]  # [., 2]
         found = _spelt(data, spans, pieces, is_whole=is_whole)
-        first, ends = found or _by_characters(data, spans, pieces, is_whole=is_whole)
+        if found is None:
+            spans = _with_marks(spans, text, byte_at)
+            found = _by_characters(data, spans, pieces, is_whole=is_whole)
+        first, ends = found
         bounds[:] = first
         bounds[inner + 1] = ends
     return TokenSpans(
@@ -141,9 +146,9 @@ def spans_of(
 def spans_of_bytes(ids: Sequence[int], table: TokenBytes) -> TokenSpans:
     """Byte spans of ids alone, laid end to end: of a text that need not be UTF-8.
 
-    An added token stands for no text here.
+    A special token stands for no text here.
     """
-    is_text = np.array([token_id not in table.added for token_id in ids], dtype=bool)
+    is_text = np.array([token_id not in table.special for token_id in ids], dtype=bool)
     lengths = [
         len(table.content[token_id] or b"") if text else 0
         for token_id, text in zip(ids, is_text, strict=True)
@@ -174,6 +179,24 @@ def _spelt(
             if first >= 0 and reaches and data.startswith(spelt, first):
                 return first, ends + first - num_extra
     return None
+
+
+def _with_marks(spans: np.ndarray, text: str, byte_at: np.ndarray) -> np.ndarray:
+    """Spans that reach over the combining marks behind them which no token covers."""
+    if text.isascii():
+        return spans
+    is_mark = np.array([unicodedata.category(character)[0] == "M" for character in text] + [False])
+    covered = np.zeros(len(text) + 2, dtype=np.int64)
+    starts, ends = (np.searchsorted(byte_at, spans[:, side]) for side in (0, 1))
+    np.add.at(covered, starts, 1)
+    np.add.at(covered, ends, -1)
+    left_out = is_mark & (np.cumsum(covered)[: len(is_mark)] == 0)
+    if not left_out.any():
+        return spans
+    # Where the run of left-out marks from each character on ends.
+    stops = np.flatnonzero(~left_out)
+    reach = stops[np.searchsorted(stops, np.arange(len(left_out)))]
+    return np.stack([spans[:, 0], byte_at[np.where(ends > starts, reach[ends], ends)]], axis=1)
 
 
 def _by_characters(

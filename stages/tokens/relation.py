@@ -114,11 +114,23 @@ class VocabularyRelation:
             "another string"
         )
 
-    def require_same_ids(self, option: str, *, ways_out: str = WAYS_OUT) -> None:
+    @property
+    def is_cut(self) -> bool:
+        """Whether the student's table is the beginning of the teacher's."""
+        return (
+            not self.num_differing_below_cut
+            and self.num_below_cut == self.student_rows
+            and self.num_same_id > 0
+        )
+
+    def require_same_ids(
+        self, option: str, *, counted: VocabularyRelation | None = None, ways_out: str = WAYS_OUT
+    ) -> None:
         """Refuse to cut or extend where ids do not mean the same.
 
         Args:
             option: what asked for it, as the user wrote it: `--align truncate`.
+            counted: the same tables by the bytes of their ids, for the message.
             ways_out: what to do instead, where the option stands.
 
         Raises:
@@ -126,7 +138,8 @@ class VocabularyRelation:
         """
         if self.kind == "different":
             raise CheckFailed(
-                f"{option} needs ids that mean the same to teacher and student; {self.overlap}: "
+                f"{option} needs ids that mean the same to teacher and student; "
+                f"{(counted or self).overlap}: "
                 f"{ways_out}"
             )
 

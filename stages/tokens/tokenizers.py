@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +39,55 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=is_local_only(name)
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the libraries under it raise at files they cannot read
+        library = _missing_library(Path(name))
+        if library is not None:
+            raise UserError(
+                f"the tokenizer {name!r} has no tokenizer.json, and its {library.file} needs "
+                f"{library.package}, which is not installed: pip install {library.package}"
+            ) from error
         raise UserError(could_not_load("tokenizer", name, error, option=option)) from error
+
+
+@dataclass(frozen=True)
+class _Library:
+    """What reads a tokenizer's file where there is no tokenizer.json.
+
+    Attributes:
+        file: its name.
+        module: what is imported.
+        package: what is installed.
+    """
+
+    file: str
+    module: str
+    package: str
+
+
+def _missing_library(folder: Path) -> _Library | None:
+    """What a folder's files need and the machine lacks; None where it lacks nothing known."""
+    if not folder.is_dir() or (folder / "tokenizer.json").exists():
+        return None
+    needed = [_Library("tekken.json", "mistral_common", "mistral-common")]
+    for path in sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")]):
+        # A tiktoken file is lines of base64 and a rank; SentencePiece's is a protocol buffer.
+        with path.open("rb") as stream:
+            is_lines = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", stream.readline(4096)) is not None
+        if is_lines:
+            needed.append(_Library(path.name, "tiktoken", "tiktoken"))
+        else:
+            needed.append(_Library(path.name, "sentencepiece", "sentencepiece"))
+            needed.append(_Library(path.name, "google.protobuf", "protobuf"))
+    return next(
+        (one for one in needed if (folder / one.file).exists() and not _is_there(one)), None
+    )
+
+
+def _is_there(library: _Library) -> bool:
+    try:
+        return importlib.util.find_spec(library.module) is not None
+    except ModuleNotFoundError:  # not even the package that the module is in
+        return False
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

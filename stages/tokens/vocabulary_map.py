@@ -69,7 +69,7 @@ class VocabularyMap:
         Raises:
             CheckFailed: naming both tables' hashes.
         """
-        if student.sha256 != self.student_sha256:
+        if self.student_sha256 not in (student.sha256, student.former_sha256):
             raise CheckFailed(
                 f"the cache was mapped to the table {self.student_sha256[:12]} and serves no other "
                 f"student, but this one's is {student.sha256[:12]}: use the tokenizer that was "
@@ -82,8 +82,10 @@ def exact_map(
 ) -> VocabularyMap:
     """Map every teacher id to the student id of the same bytes and kind.
 
-    Where several student ids write the same bytes, the one that the tokenizer prefers is taken: no
-    `<0xNN>` token, then the lowest. Several teacher ids may map to one student id.
+    Where several student ids write the same bytes, it is the one that the student's tokenizer
+    writes. Several teacher ids may map to one student id. What stands for unknown text maps to
+    nothing, and nothing to it. An added token finds the added token of its name, though one of the
+    two be special.
 
     Args:
         teacher: its table.
@@ -92,18 +94,22 @@ def exact_map(
             they are called and whatever else the student calls what the teacher's is: it is the
             one that stands behind the student's documents, and that its labels name.
     """
-    id_of: dict[bytes, int] = {}
-    order = sorted(range(len(student)), key=lambda idx: (idx in student.single_bytes, idx))
-    for token_id in order:
-        key = student.keys[token_id]
-        if key is not None:
-            id_of.setdefault(key, token_id)
-    ids = [-1 if key is None else id_of.get(key, -1) for key in teacher.keys]
+    named = {student.keys[one]: one for one in student.added | student.special}
+    named.pop(None if student.unknown is None else student.keys[student.unknown], None)
+    ids = np.full(len(teacher), -1, dtype=np.int64)
+    for token_id, key in enumerate(teacher.keys):
+        if key is None or token_id == teacher.unknown:
+            continue
+        kind, data = key[:1], key[1:]
+        found = student.text_ids.get(data) if kind == b"=" else named.get(key)
+        if found is None and token_id in teacher.added:
+            found = named.get((b"=" if kind == b"+" else b"+") + data)
+        ids[token_id] = -1 if found is None else found
     teacher_end, student_end = ends
     if isinstance(teacher_end, int) and isinstance(student_end, int):
         ids[teacher_end] = student_end
     return VocabularyMap(
-        student_ids=np.array(ids, dtype=np.int64),
+        student_ids=ids,
         num_student_ids=len(student),
         teacher_sha256=teacher.sha256,
         student_sha256=student.sha256,

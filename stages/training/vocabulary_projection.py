@@ -56,7 +56,7 @@ def candidates_by_strings(
     """The id of the same bytes alone; where there is none, the pieces in which they are spelt.
 
     The pieces are the longest student tokens from left to right, which needs no text and so takes
-    bytes that are no characters; it is BPE's own segmentation mostly, not always. An added token
+    bytes that are no characters; it is BPE's own segmentation mostly, not always. A special token
     without its like keeps an empty row: it is no text.
 
     Args:
@@ -65,11 +65,7 @@ def candidates_by_strings(
         exact: `exact_map` of the two.
         num_candidates: M, at least 1.
     """
-    id_of = {
-        data: token_id
-        for token_id, data in reversed(list(enumerate(student.content)))
-        if data is not None and token_id not in student.added
-    }
+    id_of = student.text_ids
     longest = max(map(len, id_of), default=0)
     ids = np.full((len(teacher), num_candidates), -1, dtype=np.int64)
     weights = np.zeros((len(teacher), num_candidates), dtype=np.float32)
@@ -77,7 +73,7 @@ def candidates_by_strings(
         same = int(exact.student_ids[teacher_id])
         if same >= 0:
             row = [same]
-        elif data is None or teacher_id in teacher.added:
+        elif data is None or teacher_id in teacher.special:
             continue
         else:
             row = list(dict.fromkeys(_pieces(data, id_of, longest)))[:num_candidates]

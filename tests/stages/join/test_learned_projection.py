@@ -22,7 +22,7 @@ from teacher_cache.stages.training.vocabulary_projection import (
 
 TEACHER = TokenBytes(
     content=(b"a", b" the", b" thermo", b"\xf0\x9f\x99", b"<t>", None, b"zz", b"b"),
-    added=frozenset({4}),
+    special=frozenset({4}),
 )
 STUDENT = TokenBytes(
     content=(b"<t>", b" the", b"r", b"mo", b"\xf0\x9f", b"\x99", b"b", b"a", b" t", b"m"),

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import pack
-from teacher_cache.stages.join.rereading import Frame, Reader
+from teacher_cache.stages.join.rereading import Reader
+from teacher_cache.stages.tokens.frame import Frame
 from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 from tests.stages.join.test_byte_bounds import HARD_TEXTS
 
@@ -47,7 +48,9 @@ def test_frames(readers: dict[str, Reader]) -> None:
     assert readers["gpt2"].frame == Frame(before=(), after=(), end_id=50256, adds_space=False)
     assert readers["smollm2"].frame == Frame(before=(), after=(), end_id=2, adds_space=False)
     assert readers["bert"].frame == Frame(before=(101,), after=(102,), end_id=None, adds_space=True)
-    assert readers["sentencepiece"].frame == Frame(before=(1,), after=(), end_id=2, adds_space=True)
+    assert readers["sentencepiece"].frame == Frame(
+        before=(1,), after=(), end_id=2, adds_space=True, adds_to_space=True
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "sentencepiece"])
@@ -128,4 +131,7 @@ def test_only_a_documents_beginning_loses_the_space_that_was_added(
     ids = np.array(one.tokenizer(" ab", add_special_tokens=False)["input_ids"])
     assert one.piece_of_ids(ids, begins=False).data == b"  ab"
     assert one.piece_of_ids(ids, begins=True).data == b" ab"
-    assert one.piece_of_ids(np.array([1, *ids]), begins=False).data == b" ab"
+    # A begin of text stands before every piece, unless an old cache does not say.
+    assert one.piece_of_ids(np.array([1, *ids]), begins=False).data == b"  ab"
+    assert one.piece_of_ids(np.array([1, *ids]), begins=None).data == b" ab"
+    assert one.piece_of_ids(ids, begins=None).data == b"  ab"

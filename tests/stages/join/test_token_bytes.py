@@ -72,8 +72,9 @@ def test_sentencepiece_spaces_and_bytes(sentencepiece: PreTrainedTokenizerBase) 
     assert table.content[vocabulary["▁ab"]] == b" ab"
     assert table.content[vocabulary["▁▁"]] == b"  "
     assert table.content[vocabulary["<0xF0>"]] == b"\xf0"
-    assert table.single_bytes == {vocabulary[f"<0x{byte:02X}>"] for byte in range(256)}
-    assert table.added == {vocabulary["<s>"], vocabulary["</s>"], vocabulary["<unk>"]}
+    # The letters and the space have tokens of their own.
+    assert table.shadowed == {vocabulary[f"<0x{byte:02X}>"] for byte in b" ab"}
+    assert table.special == {vocabulary["<s>"], vocabulary["</s>"], vocabulary["<unk>"]}
     ids = sentencepiece("ab 🚀 éa", add_special_tokens=False)["input_ids"]
     assert b"".join(table.content[token_id] or b"" for token_id in ids) == " ab 🚀 éa".encode()
 
@@ -104,7 +105,7 @@ def test_the_hash_tells_kinds_places_and_borders_apart() -> None:
         TokenBytes(content=(b"b", b"a")),
         TokenBytes(content=(b"ab", b"")),
         TokenBytes(content=(b"a", None, b"b")),
-        TokenBytes(content=(b"a", b"b"), added=frozenset({1})),
+        TokenBytes(content=(b"a", b"b"), special=frozenset({1})),
     ]
     assert len({table.sha256 for table in tables}) == len(tables)
     assert tables[0].sha256 == TokenBytes(content=(b"a", b"b"), caveat="none").sha256

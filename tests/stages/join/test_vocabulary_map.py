@@ -48,11 +48,9 @@ def test_the_two_ends_of_text_are_one_outcome(
         assert np.array_equal(exact_map(gpt2_table, smollm2_table, ends=ends).student_ids, exact)
 
 
-def test_added_tokens_gaps_and_single_bytes() -> None:
-    teacher = TokenBytes(content=(b"a", None, b"x", b"a", b"<s>"), added=frozenset({4}))
-    student = TokenBytes(
-        content=(b"a", b"a", b"<s>", None), single_bytes=frozenset({0}), added=frozenset()
-    )
+def test_special_tokens_gaps_and_single_bytes() -> None:
+    teacher = TokenBytes(content=(b"a", None, b"x", b"a", b"<s>"), special=frozenset({4}))
+    student = TokenBytes(content=(b"a", b"a", b"<s>", None), shadowed=frozenset({0}))
     found = exact_map(teacher, student)
     assert found.student_ids.tolist() == [1, -1, -1, 1, -1]
     assert found.num_mapped == 2
