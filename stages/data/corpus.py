@@ -16,21 +16,33 @@ from typing import Literal
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Features
 from pydantic import Field
 
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.hub import Beginning
-from teacher_cache.stages.data.labels import Labels, is_generic, map_labels, read_labels
+from teacher_cache.stages.data.labels import (
+    MISSING_LABEL,
+    Labels,
+    MissingLabels,
+    read_labels,
+    settle_missing,
+)
 from teacher_cache.stages.data.opening import SourceUnavailable
-from teacher_cache.stages.data.sources import open_source
+from teacher_cache.stages.data.sources import Source, open_source
+from teacher_cache.stages.data.tables import plain_type
 
 logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document", "body", "comment")
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "target", "rating")
+# What the other text of a pair is called: by GLUE, SNLI, SQuAD, FEVER and sentence-transformers.
+_PARTNER = re.compile(
+    r"question|query|premise|hypothesis|context|passage|claim|evidence|answer"
+    r"|.*_pair|pair|(text|sentence|question)_?[12ab]"
+)
+_NUM_NAMED = 5  # files in a message
 # One `=` on each side; a heading of a lower level has more.
 _TITLE = re.compile(r"= (?!=)(?:.*[^ =]|[^ =]) =")
 
@@ -39,11 +51,13 @@ class CorpusConfig(StageConfig):
     """What to read, and how much of it."""
 
     source: str = Field(
-        description="'reviews', 'austen', a file, a folder (aclImdb's layout too) or a hub id "
-        "(id:subset where it has several)"
+        description="'reviews', 'austen', a file, a pattern of files, a folder (aclImdb's layout "
+        "too), an archive, a URL of any of these or a hub id (id:subset@revision)"
     )
     split: str | None = Field(
-        default=None, description="the split to read; by default 'train', or the only one there is"
+        default=None,
+        description="the split to read, or a part of it as in train[:10%]; by default 'train', or "
+        "the only one there is",
     )
     text_column: str | None = Field(
         default=None, description="the column with the texts; by default one of the usual names"
@@ -61,9 +75,18 @@ class CorpusConfig(StageConfig):
         description="read no more of a hub data set than `max_samples` documents, the first in its "
         "own order",
     )
-    labeled: bool = Field(default=True, description="whether to read labels")
+    labeled: bool = Field(
+        default=True,
+        description="whether to read labels; data that are one column of text have none",
+    )
+    missing_labels: MissingLabels = Field(
+        default="refuse", description="what becomes of documents that have no label"
+    )
     label_names: tuple[str, ...] | None = Field(
         default=None, description="the label names in the order of the teacher's classes"
+    )
+    label_map: tuple[str, ...] | None = Field(
+        default=None, description="which class each label means, as in spam=LABEL_1"
     )
     max_samples: int | None = Field(
         default=None, gt=0, description="at most so many documents, the first of the shuffled order"
@@ -81,16 +104,19 @@ class Corpus:
         config: what was asked for.
         identity: what was read, for the fingerprint: kind, name and revision or content hash,
             split, columns, seed and class ids; never a path, nor the limit.
+        num_dropped: documents without a label that are left out.
     """
 
     config: CorpusConfig
     identity: dict[str, object]
+    num_dropped: int
     _texts: datasets.Dataset
     _text_column: str
     _source: str
     _split: str
     _labels: Labels | None
     _order: np.ndarray
+    _first: int  # of the texts, in the split
 
     def __len__(self) -> int:
         """Number of documents, the limit applied."""
@@ -111,15 +137,15 @@ class Corpus:
             raise IndexError(f"documents {start} to {stop} of a corpus of {len(self)}")
         positions = self._order[start:stop]
         texts = self._texts[positions.tolist()][self._text_column] if len(positions) else []
-        labels = self._labels.ids[positions].tolist() if self._labels is not None else None
+        labels = self._labels.ids[positions].tolist() if self._labels is not None else []
         return [
             Document(
                 # A null text is an empty one: it is counted as such, and never tokenised.
                 text=text or "",
                 source=self._source,
                 split=self._split,
-                position=position,
-                label=labels[idx] if labels is not None else None,
+                position=self._first + position,
+                label=labels[idx] if labels and labels[idx] != MISSING_LABEL else None,
             )
             for idx, (text, position) in enumerate(zip(texts, positions.tolist(), strict=True))
         ]
@@ -138,33 +164,33 @@ class Corpus:
             )
         return documents
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any document of the source has a label."""
+        return self._labels is not None
+
     def class_names(self) -> tuple[str, ...]:
         """Names for every class id, to fine-tune a new teacher with.
 
         Raises:
-            UserError: if the corpus has no labels, or negative ones.
+            UserError: if the corpus has no labels, lacks some, or they leave open which class they
+                mean.
         """
         labels = self._labels
         if labels is None:
-            raise UserError("the corpus is read without labels: a teacher needs labelled text")
-        if labels.names is not None:
-            return labels.names
-        if labels.ids.min() < 0:
             raise UserError(
-                f"the corpus has the label {labels.ids.min()}, expected integers from 0: name "
-                f"another --label-column"
+                f"{self.config.source} is read without labels: a teacher needs labelled text"
             )
-        # The placeholders of transformers, so that integers stay integers for such a teacher.
-        return tuple(f"LABEL_{class_id}" for class_id in range(int(labels.ids.max()) + 1))
+        return labels.class_names()
 
     def label_counts(self) -> dict[str, int] | None:
         """Number of documents per class name (or integer), the limit applied."""
         if self._labels is None:
             return None
-        return dataclasses.replace(self._labels, ids=self._labels.ids[self._order]).counts()
+        return self._labels.at(self._order).counts()
 
     def with_class_names(self, teacher_id2label: Mapping[int, str]) -> Corpus:
-        """The same corpus with the teacher's class ids for labels.
+        """The same corpus with the teacher's class ids for labels, and a line on which is which.
 
         Its names are the teacher's, or where those are placeholders (`LABEL_0`) the corpus's own.
 
@@ -174,33 +200,23 @@ class Corpus:
         Raises:
             UserError: if a label is none of the teacher's classes, or nothing tells which it is.
         """
-        labels = self._labels
-        if labels is None:
+        if self._labels is None:
             return self
-        values: Sequence[str] | Sequence[int]
-        values = labels.names if labels.names is not None else np.unique(labels.ids).tolist()
-        class_ids = map_labels(
-            values,
-            teacher_id2label,
-            self.config.label_names if labels.names is not None else None,
-            names_are_ordered=labels.names_are_ordered,
+        labels, class_ids = self._labels.of_classes(
+            teacher_id2label, self.config.label_names, self.config.label_map
         )
-        ids = labels.ids
-        if labels.names is not None:
-            ids = np.array([class_ids[name] for name in labels.names], dtype=np.int64)[ids]
-        own_names: dict[int, str] = {}
-        if labels.names is not None and is_generic(teacher_id2label):
-            # The corpus knows what the teacher's LABEL_0 is called.
-            own_names = {class_id: str(name) for name, class_id in class_ids.items()}
-        names = tuple(
-            own_names.get(class_id, teacher_id2label[class_id])
-            for class_id in range(len(teacher_id2label))
-        )
-        return dataclasses.replace(
+        mapped = dataclasses.replace(
             self,
             identity={**self.identity, "class_ids": {str(k): v for k, v in class_ids.items()}},
-            _labels=Labels(ids, names, names_are_ordered=True),
+            _labels=labels,
         )
+        counts = self.label_counts() or {}
+        table = ", ".join(
+            f"{value} ({counts.get(str(value), 0):,}) is {class_id} {labels.describe(class_id)}"
+            for value, class_id in class_ids.items()
+        )
+        logger.info("labels of %s: %s", self.config.source, table)
+        return mapped
 
 
 def load_corpus(config: CorpusConfig) -> Corpus:
@@ -223,24 +239,28 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         txt_unit="line" if config.txt_unit == "article" else config.txt_unit,
         beginning=Beginning(num_rows=config.max_samples) if config.streamed else None,
     )
-    table = source.table
+    if not source.schema.names:
+        raise SourceUnavailable(f"{config.source!r} holds no documents: give another")
+    text_column, label_column = _columns_of(config, source.schema)
+    table = source.read([text_column, *([label_column] if label_column else [])])
     if len(table) == 0:
         raise SourceUnavailable(
             f"the split {source.split!r} of {config.source!r} holds no documents: give another"
         )
-    text_column = find_text_column(table.features, config.text_column)
+    rows = source.rows(len(table))
+    table = table if len(rows) == len(table) else table.select(rows)
     if config.txt_unit == "article":
         table = _articles(config, table, text_column)
-    label_column = (
-        find_label_column(table.features, config.label_column) if config.labeled else None
-    )
+    _say(config, source, text_column, label_column)
     labels = None
     if label_column is not None:
-        labels = read_labels(table.data.table, table.features, label_column, config.label_names)
+        labels = read_labels(_arrow(table), table.features, label_column, config.label_names)
     # RandomState's streams never change between numpy versions, unlike Generator's.
     order = np.random.RandomState(config.seed).permutation(len(table))
     if config.streamed:  # of which no more is known than what was read
         order = np.arange(len(table))
+    labels, is_kept = settle_missing(labels, config.missing_labels, label_column, len(table))
+    order = order[is_kept[order]]
     return Corpus(
         config=config,
         identity={
@@ -250,14 +270,84 @@ def load_corpus(config: CorpusConfig) -> Corpus:
             # Absent where they do nothing, so that caches from before them keep their fingerprints.
             **({"txt_unit": "article"} if config.txt_unit == "article" else {}),
             **({"streamed": True} if config.streamed else {"seed": config.seed}),
+            **({} if is_kept.all() else {"missing_labels": "drop"}),
         },
+        num_dropped=int((~is_kept).sum()),
         _texts=table.select_columns([text_column]),
         _text_column=text_column,
         _source=source.label,
         _split=source.split,
         _labels=labels,
         _order=order[: config.max_samples],
+        _first=rows.start,
     )
+
+
+def _arrow(table: datasets.Dataset) -> pa.Table:
+    """Its rows, chosen ones in their order."""
+    found = table.flatten_indices() if table._indices is not None else table
+    return found.data.table
+
+
+def _columns_of(config: CorpusConfig, schema: pa.Schema) -> tuple[str, str | None]:
+    """The columns of texts and, where there are any, of labels."""
+    text_column = find_text_column(schema, config.text_column)
+    if not config.labeled:
+        return text_column, None
+    named = [name for name in schema.names if name.strip()]
+    if config.label_column is None and set(named) == {text_column}:
+        logger.info(
+            "%s has one column, %r: read as text without labels, of which the teacher alone is "
+            "learned",
+            config.source,
+            text_column,
+        )
+        return text_column, None
+    label_column = find_label_column(schema, config.label_column)
+    _check_pair(config, schema, text_column)
+    return text_column, label_column
+
+
+def _check_pair(config: CorpusConfig, schema: pa.Schema, text_column: str) -> None:
+    """Refuse, or where the text is named warn of, a second text that a teacher of pairs reads.
+
+    Raises:
+        UserError: naming both columns.
+    """
+    partners = [
+        name
+        for name in schema.names
+        if name != text_column and _PARTNER.fullmatch(name.strip().lower()) and _is_text(schema, name)
+    ]
+    if not partners:
+        return
+    listed = " and ".join(sorted([*partners, text_column], key=schema.names.index))
+    if config.text_column is None:
+        raise UserError(
+            f"the columns {listed} of {config.source} look like a pair, and a sample is one text: "
+            f"write both into one column, or read {text_column!r} alone with --text-column "
+            f"{text_column}"
+        )
+    logger.warning(
+        "the columns %s of %s look like a pair: %r alone is read", listed, config.source, text_column
+    )
+
+
+def _say(
+    config: CorpusConfig, source: Source, text_column: str, label_column: str | None
+) -> None:
+    """What is read, how, and what is not."""
+    labels = f", labels of {label_column!r}" if label_column else ""
+    logger.info(
+        "%s: split %s%s, texts of %r%s",
+        *(config.source, source.split, source.part or "", text_column, labels),
+    )
+    for note in source.notes:
+        logger.info("%s", note)
+    for reason, names in source.left_out.items():
+        few = ", ".join(names[:_NUM_NAMED])
+        more = f" and {len(names) - _NUM_NAMED} others" if len(names) > _NUM_NAMED else ""
+        logger.warning("%s: left out, %s: %s%s", config.source, reason, few, more)
 
 
 def _articles(config: CorpusConfig, table: datasets.Dataset, text_column: str) -> datasets.Dataset:
@@ -300,53 +390,60 @@ def load_with_fallback(
     )
 
 
-def find_text_column(features: Features, wanted: str | None) -> str:
+def find_text_column(schema: pa.Schema, wanted: str | None) -> str:
     """The column to read texts from: the wanted one, or the first of the usual names.
 
     Raises:
         UserError: if it is not there or does not hold text; the columns there are get named.
     """
-    name = _find_column(features, wanted, TEXT_COLUMNS, option="--text-column")
-    column_type = features.arrow_schema.field(name).type
-    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
+    name = _find_column(schema, wanted, TEXT_COLUMNS, option="--text-column")
+    if not _is_text(schema, name):
         raise UserError(
-            f"the column {name!r} holds {column_type}, expected text: name another one with "
-            f"--text-column ({_listed(features)})"
+            f"the column {name!r} holds {schema.field(name).type}, expected text: name another one "
+            f"with --text-column ({_listed(schema)})"
         )
     return name
 
 
-def find_label_column(features: Features, wanted: str | None) -> str:
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    return schema.names.count(name) == 1 and pa.types.is_string(plain_type(schema.field(name).type))
+
+
+def find_label_column(schema: pa.Schema, wanted: str | None) -> str:
     """The column to read labels from: the wanted one, or the first of the usual names.
 
     Raises:
         UserError: if it is not there; the columns there are get named.
     """
-    return _find_column(features, wanted, LABEL_COLUMNS, option="--label-column")
+    return _find_column(schema, wanted, LABEL_COLUMNS, option="--label-column")
 
 
 def _find_column(
-    features: Features, wanted: str | None, usual: Sequence[str], *, option: str
+    schema: pa.Schema, wanted: str | None, usual: Sequence[str], *, option: str
 ) -> str:
-    if wanted is not None:
-        if wanted not in features:
-            raise UserError(
-                f"there is no column {wanted!r} ({_listed(features)}): "
-                f"{did_you_mean(wanted, features)}"
-            )
-        return wanted
-    by_lower_name = {name.lower(): name for name in reversed(list(features))}
-    for name in usual:
-        if name in by_lower_name:
-            return by_lower_name[name]
-    raise UserError(
-        f"no column is called {', '.join(usual[:-1])} or {usual[-1]}: name the right one with "
-        f"{option} ({_listed(features)})"
-    )
+    names = schema.names
+    if wanted is not None and wanted not in names:
+        raise UserError(
+            f"there is no column {wanted!r} ({_listed(schema)}): {did_you_mean(wanted, names)}"
+        )
+    plain = [name.strip().lower() for name in names]
+    called = wanted or next((names[plain.index(one)] for one in usual if one in plain), None)
+    if called is None:
+        raise UserError(
+            f"no column is called {', '.join(usual[:-1])} or {usual[-1]}: name the right one with "
+            f"{option} ({_listed(schema)})"
+        )
+    alike = [one for one in names if one.strip().lower() == called.strip().lower()]
+    if names.count(called) > 1 or (wanted is None and len(alike) > 1):
+        raise UserError(
+            f"several columns are called {called!r} ({_listed(schema)}): "
+            f"{'rename one' if names.count(called) > 1 else f'name one with {option}'}"
+        )
+    return called
 
 
-def _listed(features: Features) -> str:
-    return f"the columns are {', '.join(features)}" if features else "there are no columns"
+def _listed(schema: pa.Schema) -> str:
+    return f"the columns are {', '.join(schema.names)}" if schema.names else "there are no columns"
 
 
 def join_articles(lines: Iterable[str | None]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +20,15 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] -- httpx's or httpx2's, as the hub uses
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
-from teacher_cache.stages.data.local_files import root_cause
-from teacher_cache.stages.data.opening import SourceUnavailable, choose_split, quiet_datasets
+from teacher_cache.stages.data.opening import (
+    SourceUnavailable,
+    choose_split,
+    quiet_datasets,
+    root_cause,
+)
 
 PROBE_TIMEOUT_S = 10.0
 # Where the hub keeps parquet files of a data set that is otherwise read by code of its own.
@@ -48,7 +54,8 @@ def read_hub(
     """Read one split of a hub data set, from the `datasets` cache where there is no network.
 
     Args:
-        name: the data set's id, with its owner; `id:subset` where it has several.
+        name: the data set's id, with its owner; `id:subset` where it has several, `id@revision`
+            for a commit, branch or tag of it.
         split: the split, None for `train` or the only one.
         beginning: stream only this part of it; None fetches it whole.
 
@@ -106,11 +113,16 @@ def _builder(source: str, *, is_streamed: bool) -> datasets.DatasetBuilder:
     One question with one time limit decides whether there is a hub; asking `datasets` first would
     retry with growing pauses before it says that there is none.
     """
-    name, _, subset = source.partition(":")
+    name, subset, revision = _parts(source)
+    pinned = {"revision": revision} if revision else {}
     try:
         if datasets_config.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        HfApi().dataset_info(name, timeout=PROBE_TIMEOUT_S)
+        HfApi().dataset_info(name, timeout=PROBE_TIMEOUT_S, **pinned)
+    except RevisionNotFoundError as error:
+        raise SourceUnavailable(
+            f"the hub's data set {name!r} has no revision {revision!r}: check it, or leave it out"
+        ) from error
     except RepositoryNotFoundError as error:
         raise SourceUnavailable(
             f"the hub has no data set {name!r} that can be read without signing in, and there is "
@@ -119,27 +131,44 @@ def _builder(source: str, *, is_streamed: bool) -> datasets.DatasetBuilder:
     except (HTTPError, OSError) as error:
         if is_streamed:
             raise _Unreachable(_not_here(source, error)) from error
-        return _cached_builder(name, subset or None, error)
+        return _cached_builder(name, subset, revision, error)
     identity: tuple[Any, ...] = (name, subset) if subset else (name,)
     try:
-        return datasets.load_dataset_builder(*identity)
+        return datasets.load_dataset_builder(*identity, **pinned)
     except RuntimeError as error:
-        if _NEEDS_CODE not in str(error):
+        if _NEEDS_CODE not in str(error) or revision:
             raise
         return datasets.load_dataset_builder(*identity, revision=CONVERTED)
 
 
-def _cached_builder(name: str, subset: str | None, reason: Exception) -> datasets.DatasetBuilder:
+def _parts(source: str) -> tuple[str, str | None, str | None]:
+    """Id, subset and revision of `id:subset@revision`, or of `id@revision:subset`."""
+    found = re.fullmatch(r"([^:@]+)(?:[:@].*)?", source)
+    assert found is not None, "the source has an id"
+    subset, revision = (re.search(rf"{sign}([^:@]+)", source) for sign in ":@")
+    return found[1], subset and subset[1], revision and revision[1]
+
+
+def _cached_builder(
+    name: str, subset: str | None, revision: str | None, reason: Exception
+) -> datasets.DatasetBuilder:
+    """The builder of what was fetched last, or of one commit: nothing here tells a branch's."""
+    own = {"dataset_name": name.split("/")[-1], "repo_id": name}
     try:
-        return Cache(
-            dataset_name=name.split("/")[-1],
-            config_name=subset,
-            repo_id=name,
-            version="auto",
-            hash="auto",
-        )
+        newest = Cache(**own, config_name=subset, version="auto", hash="auto")
+        if revision is None:
+            return newest
+        fetched = Path(newest.cache_dir).parents[2].glob(f"{subset or '*'}/*/{revision}")
+        found = next(fetched, None)
     except ValueError as error:
         raise SourceUnavailable(_not_here(name, reason)) from error
+    if found is None:
+        raise SourceUnavailable(
+            f"{_not_here(name, reason)}; what was fetched before is found by its whole commit "
+            f"alone, and it is not {revision}"
+        )
+    *_, config_name, version, commit = found.parts
+    return Cache(**own, config_name=config_name, version=version, hash=commit)
 
 
 def _not_here(name: str, reason: Exception) -> str:

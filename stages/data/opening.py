@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bz2
+import gzip
+import hashlib
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader, TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
 
 import datasets
+import pyarrow as pa
 from datasets.utils import logging as datasets_logging
 
 from teacher_cache.cache.errors import UserError, did_you_mean
@@ -13,6 +23,30 @@ from teacher_cache.cache.errors import UserError, did_you_mean
 
 class SourceUnavailable(UserError):
     """A source is not there, cannot be reached or holds nothing: another may be tried instead."""
+
+
+# What people call their splits; the first of each is what presets and defaults ask for.
+ROLES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "development"),
+    "unsupervised": ("unsupervised", "unsup", "unlabeled", "unlabelled"),
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+_NUMBER = re.compile(r"[-_. ]?\d+$")
+
+
+def split_role(name: str) -> str | None:
+    """What a split, file or folder of this name is for: a key of `ROLES`, None if nothing says.
+
+    >>> split_role("training"), split_role("imdb_Dev"), split_role("chapter1")
+    ('train', 'validation', None)
+    """
+    if name.lower() in ROLE_OF:
+        return ROLE_OF[name.lower()]
+    words = [_NUMBER.sub("", word) for word in re.split(r"[-_. ]+", name.lower())]
+    found = {ROLE_OF[word] for word in words if word in ROLE_OF}
+    return found.pop() if len(found) == 1 else None
 
 
 @contextmanager
@@ -31,7 +65,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def choose_split(splits: Sequence[str], wanted: str | None, source: str) -> str:
-    """The wanted split, or without a wish `train` or the only one.
+    """The wanted split, or without a wish `train` or the only one; `dev` is a `validation`.
 
     Args:
         splits: the names there are.
@@ -39,17 +73,102 @@ def choose_split(splits: Sequence[str], wanted: str | None, source: str) -> str:
         source: what to call the source in a message.
 
     Raises:
-        UserError: if it is not there, or none was asked for where there are several.
+        UserError: if it is not there, none was asked for where there are several, or several are
+            what is meant.
     """
     listed = f"it has {', '.join(splits)}"
+    asked = wanted or "train"
+    if asked in splits:
+        return asked
+    if wanted is None and len(splits) == 1:
+        return splits[0]
+    role = split_role(asked) if asked.lower() in ROLE_OF else None
+    alike = [name for name in splits if role is not None and split_role(name) == role]
+    exact = [name for name in alike if name.lower() in ROLE_OF]
+    alike = exact if len(exact) == 1 else alike
+    if len(alike) == 1:
+        return alike[0]
+    if alike:
+        raise UserError(
+            f"{source} has several splits that may be {asked!r} ({', '.join(alike)}): name one "
+            "with --split, or files with a pattern such as 'folder/train*.csv'"
+        )
     if wanted is not None:
-        if wanted not in splits:
-            raise UserError(
-                f"{source} has no split {wanted!r} ({listed}): {did_you_mean(wanted, splits)}"
-            )
-        return wanted
-    if "train" in splits:
-        return "train"
-    if len(splits) != 1:
-        raise UserError(f"{source} has no split 'train' ({listed}): name the split to read")
-    return splits[0]
+        raise UserError(
+            f"{source} has no split {wanted!r} ({listed}): {did_you_mean(wanted, splits)}"
+        )
+    raise UserError(f"{source} has no split 'train' ({listed}): name the split to read")
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """SHA-256 of one file's bytes, or of the hashes of several in the order given."""
+    digests = []
+    for path in files:
+        with path.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the innermost cause: the readers wrap theirs in a general sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def unreadable(path: Path, kind: str, reason: str, way_on: str = "") -> UserError:
+    """The sentence on a file that is not what it is called."""
+    way_on = way_on or "mend the file, or give it the extension of what it is"
+    return UserError(f"{path.name} cannot be read as {kind.lstrip('.')} ({reason}): {way_on}")
+
+
+def _arrow_stream(path: Path) -> Any:
+    return BufferedReader(pa.input_stream(str(path), compression="detect"))  # type: ignore[arg-type]
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _arrow_stream,
+    ".lz4": _arrow_stream,
+}
+"""How a compressed file is opened, by its extension."""
+
+
+@contextmanager
+def open_text(path: Path, kind: str, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file, compressed or not, without a byte-order mark.
+
+    Args:
+        path: the file.
+        kind: what it is read as, for a message.
+        newline: as in `open`.
+
+    Raises:
+        UserError: if it is not UTF-8, naming the line, or not compressed as it is called.
+    """
+    opener = COMPRESSED.get(path.suffix.lower(), lambda one: one.open("rb"))
+    try:
+        with opener(path) as stream, TextIOWrapper(stream, "utf-8-sig", newline=newline) as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise unreadable(
+            path, kind, f"{error}, in line {_first_bad_line(opener, path)}", "save it as UTF-8 text"
+        ) from error
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        raise unreadable(path, kind, root_cause(error)) from error
+
+
+def _first_bad_line(opener: Callable[[Path], Any], path: Path) -> int:
+    number = 0
+    with opener(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return number

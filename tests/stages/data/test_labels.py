@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.labels import Labels, read_labels
+from teacher_cache.stages.data.labels import Labels, read_labels, settle_missing
 
 
 def _read(
@@ -14,7 +14,10 @@ def _read(
 ) -> Labels:
     features = datasets.Features({"label": feature}) if feature is not None else None
     table = datasets.Dataset.from_dict({"label": values}, features=features)
-    return read_labels(table.data.table, table.features, "label", names)
+    found = read_labels(table.data.table, table.features, "label", names)
+    labels, _ = settle_missing(found, "refuse", "label", len(values))
+    assert labels is not None
+    return labels
 
 
 @pytest.mark.parametrize("values", [[1, 0, 2], [1.0, 0.0, 2.0], ["1", "0", "2"], [" 1", "0 ", "2"]])
