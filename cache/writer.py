@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -299,8 +299,22 @@ class CacheWriter:
             self._write_manifest()
         return sidecar
 
-    def finish(self) -> Manifest:
+    def batches(self, split: str) -> Iterator[Fields]:
+        """The samples of the shards that are committed, in order, some at a time.
+
+        Raises:
+            BadShardError: if the bytes of one are missing or differ from their checksum.
+        """
+        for _, one in sorted(self._sidecars[split].items()):
+            path, num = self.cache / one.path, one.num_samples
+            shard = self._store.open(path, self.manifest.schema, one.stored, num_samples=num)
+            yield from shard.batches()
+
+    def finish(self, about: Mapping[str, Any] | None = None) -> Manifest:
         """Commit the remaining index segments and, last, the complete manifest.
+
+        Args:
+            about: facts that only all shards tell.
 
         Raises:
             UserError: where the file system refuses.
@@ -320,7 +334,8 @@ class CacheWriter:
                 num_truncated=sum(sidecar.num_truncated for sidecar in sidecars.values()),
                 num_bytes=sum(sidecar.num_bytes for sidecar in sidecars.values()),
             )
-        self.manifest = self.manifest.completed(summaries)
+        told = replace(self.manifest, about=self.manifest.about | dict(about or {}))
+        self.manifest = told.completed(summaries)
         self._write_manifest()
         return self.manifest
 

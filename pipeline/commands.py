@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from teacher_cache.cache.commit import write_bytes_atomically
+from teacher_cache.cache.confusion import Confusion
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from teacher_cache.cache.reader import CacheReader
@@ -25,6 +26,7 @@ from teacher_cache.pipeline.presets import (
 from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
 from teacher_cache.pipeline.reporting import console
 from teacher_cache.pipeline.tables import (
+    confusion_table,
     cost_table,
     estimate_table,
     join_table,
@@ -96,6 +98,9 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
         result = stage_one.run(config, progress)
     done = f"{result.num_shards_run:,} shards computed, {result.num_shards_kept:,} kept"
     console.print(manifest_table(result.manifest))
+    confusion = Confusion.recorded(result.manifest)
+    if confusion is not None:
+        console.print(confusion_table(confusion, result.manifest.about["id2label"]))
     console.print(f"✓ cache {result.cache} is complete ({done})", style="green")
     return result.cache
 

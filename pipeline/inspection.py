@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from teacher_cache.cache.confusion import ON_LABELS, Confusion
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
@@ -15,6 +16,7 @@ from teacher_cache.pipeline.pictures import write_figure
 from teacher_cache.pipeline.reporting import console, working
 from teacher_cache.pipeline.sample_view import attention_panels, print_sample
 from teacher_cache.pipeline.tables import (
+    confusion_table,
     has_positions,
     kept_table,
     layer_fields,
@@ -62,7 +64,8 @@ def inspect(
         return
     state = "complete" if manifest.complete else "NOT complete: run stage one again, it resumes"
     console.print(f"cache {cache}: {state}; fingerprint {manifest.fingerprint}", soft_wrap=True)
-    console.print(settings_table(manifest.settings | {"about": manifest.about}, "settings"))
+    about = {name: one for name, one in manifest.about.items() if name != ON_LABELS}
+    console.print(settings_table(manifest.settings | {"about": about}, "settings"))
     console.print(manifest_table(manifest))
     if has_positions(manifest):
         console.print(kept_table(manifest))
@@ -72,6 +75,13 @@ def inspect(
         return
     readers = [CacheReader(cache, split) for split in manifest.splits]
     filled = next((reader for reader in readers if len(reader)), None)
+    confusion = Confusion.recorded(manifest) or Confusion.counted(manifest, readers[0].batches())
+    if confusion is not None:
+        console.print(confusion_table(confusion, manifest.about["id2label"]))
+        if fits := confusion.fitting():
+            names = manifest.about["id2label"]
+            means = ", ".join(f"{names[str(i)]} is {names[str(j)]}" for i, j in fits.items())
+            console.print(f"! the teacher's ids seem to mean: {means}", style="yellow")
     if filled is not None and layer_fields(manifest):
         console.print(layer_table(filled))
     shown = None

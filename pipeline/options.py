@@ -30,6 +30,7 @@ from teacher_cache.stages.teacher.config import (
 )
 from teacher_cache.stages.training.config import FinetuneOptions
 
+MissingLabels = Literal["refuse", "drop", "unlabeled"]
 TxtUnit = Literal["line", "paragraph", "document", "article"]
 Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
 
@@ -49,11 +50,14 @@ class DataOptions(StageConfig):
 
     data: str = Field(
         description="Data: a preset (imdb, sst2, demo; for language models wikitext, openwebtext, "
-        "moe-to-mamba, austen), a hub id (id:subset where it has several), a folder (aclImdb's "
-        "layout too), or a csv, tsv, jsonl, parquet or txt file (gz and bz2 too)."
+        "moe-to-mamba, austen), a hub id (id:subset@revision), a folder (aclImdb's layout and "
+        "save_to_disk's too), an archive, a csv, tsv, jsonl, parquet, arrow or txt file "
+        "(compressed too), a pattern of files, or a URL of any of these."
     )
     split: str | None = Field(
-        default=None, description="Split of the data. Default: the preset's, else train."
+        default=None,
+        description="Split of the data, or a part of it as in train[:10%]. Default: the preset's, "
+        "else train.",
     )
     text_column: str | None = Field(
         default=None, description="Column with the texts. Default: the usual names are tried."
@@ -65,8 +69,33 @@ class DataOptions(StageConfig):
         default=None,
         description="Label names in the order of the teacher's class ids, comma-separated.",
     )
+    missing_labels: Annotated[MissingLabels, OF_LABELS] = Field(
+        default="refuse",
+        description="Documents without a label (null, empty or -1): refuse the data; drop them; or "
+        "unlabeled, keep them for what the teacher says of them.",
+    )
     max_samples: int | None = Field(
         default=None, ge=1, description="At most so many labelled documents, of a shuffled order."
+    )
+
+
+class MappedDataOptions(DataOptions):
+    """The same for a teacher that is there, whose classes labels become."""
+
+    label_map: Annotated[Names | None, OF_LABELS] = Field(
+        default=None,
+        description="Which of the teacher's classes each label means, by its name or id, "
+        "comma-separated, as in ham=LABEL_0,spam=LABEL_1. Default: names decide, or ids.",
+    )
+
+
+class CachedDataOptions(MappedDataOptions):
+    """How a person names data to cache."""
+
+    data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)
+        default=None,
+        description=f"{DataOptions.model_fields['data'].description} Default: none, with the text "
+        "of --unlabeled alone.",
     )
 
 
@@ -100,7 +129,7 @@ class TextOptions(StageConfig):
 class CacheTeacherOptions(ComposedConfig):
     """`pipe cache-teacher`."""
 
-    corpus: Part[DataOptions]
+    corpus: Part[CachedDataOptions]
     text: Part[TextOptions]
     layers: Part[LayersConfig]
     shards: Part[ShardConfig]
@@ -146,7 +175,7 @@ class CheckOptions(JoinConfig):
     )
 
 
-class HeldOutOptions(DataOptions):
+class HeldOutOptions(MappedDataOptions):
     """How a person names data to evaluate on."""
 
     data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  (optional here)

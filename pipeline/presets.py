@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from teacher_cache.pipeline.options import (
     DataOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
+    MappedDataOptions,
     TxtUnit,
 )
 from teacher_cache.stages.config import flag_of, refuse_foreign_options
@@ -24,8 +26,10 @@ if TYPE_CHECKING:  # they import torch
     from teacher_cache.stages.data.corpus import CorpusConfig
     from teacher_cache.stages.finetune_teacher import FinetuneTeacherConfig
 
-UNLABELED_SPLITS = ("unsupervised", "unlabeled")
+UNLABELED_SPLITS = ("unsupervised",)
 HELD_OUT_SPLITS = ("test", "validation")
+OF_COLUMNS = ("split", "text_column", "label_column")
+OF_MEANING = ("label_names", "label_map", "missing_labels")
 OF_TEXT = ("data", "split", "text_column", "txt_unit", "max_samples")
 OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
 
@@ -138,8 +142,9 @@ def preset_of(data: str, task: KnownTask) -> Preset | None:
 
 def data_name(data: str) -> str:
     """A short name for folders: the preset's, or the last part of an id or path."""
-    name = Path(data.rstrip("/")).name.replace(":", "-")
-    return data if data in PRESETS else name.split(".")[0] or "data"
+    name = Path(data.rstrip("/")).name.replace(":", "-").replace("@", "-")
+    # Of a pattern, what is not one.
+    return data if data in PRESETS else re.sub(r"[*?\[\]]+", "", name.split(".")[0]) or "data"
 
 
 def refuse_misspelt(data: str) -> None:
@@ -187,8 +192,8 @@ def main_corpus(
             own["label_names"] = preset.label_names if own_classes else None
     given = {
         name: value
-        for name in ("split", "text_column", "label_column", "label_names")
-        if (value := getattr(options, name))
+        for name in (*OF_COLUMNS, *OF_MEANING)
+        if (value := options.given.get(name))
     }
     if txt_unit is not None:
         given["txt_unit"] = txt_unit
@@ -209,7 +214,7 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     """
     from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 
-    data = options.corpus.data
+    data = _named_data(options)
     named = PRESETS.get(data)
     name = options.task or (named.task if named else DEFAULT_TASK)
     task = TASKS[name]
@@ -223,8 +228,8 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
     is_own = own is not None and teacher == own.teacher
     if own and is_own and own.base_model and not Path(teacher).is_dir():
         raise UserError(
-            f"the teacher of --data {data} is made here: run `pipe finetune-teacher "
-            f"--data {data}` first, or give --teacher"
+            f"the teacher of --data {data} is made here: run `pipe finetune-teacher --data {data}` "
+            "first, or give --teacher"
         )
     aligned = options.aligned
     if aligned.student_tokenizer is None and own is not None:
@@ -237,8 +242,7 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         kept=options.kept,
         aligned=aligned,
         name=data_name(data),
-        labeled=main_corpus(options.corpus, task, **_order_and_unit(options), own_classes=is_own),
-        unlabeled=_unlabeled_corpus(options, task),
+        **_corpora(options, task, own_classes=is_own),
         unlabeled_is_named=options.unlabeled is not None,
         fallback=tuple(_fallback_corpus(options, data, task) for data in options.fallback),
     )
@@ -248,6 +252,58 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
 
 def _order_and_unit(options: CacheTeacherOptions) -> dict[str, Any]:
     return {"txt_unit": options.text.txt_unit, "seed": options.seed}
+
+
+def _named_data(options: CacheTeacherOptions) -> str:
+    """What `--data` names, or without it the text of `--unlabeled`.
+
+    Raises:
+        UserError: if neither names any.
+    """
+    if options.corpus.data is not None:
+        return options.corpus.data
+    if options.unlabeled in (None, "none"):
+        raise UserError(
+            "cache-teacher needs --data: labelled documents, or text for a language model; or "
+            "--unlabeled alone, text without labels for a classifier"
+        )
+    return options.unlabeled
+
+
+def _corpora(
+    options: CacheTeacherOptions, task: KnownTask, *, own_classes: bool
+) -> dict[str, CorpusConfig | None]:
+    """The main corpus and the unlabelled one; text without labels alone is the main one.
+
+    Raises:
+        UserError: for options of labels where there are none.
+    """
+    corpus = options.corpus
+    if corpus.data is not None:
+        main = main_corpus(corpus, task, **_order_and_unit(options), own_classes=own_classes)
+        return {
+            "labeled": main,
+            "unlabeled": _unlabeled_corpus(options, task),
+        }
+    if not task.labeled:
+        raise UserError(
+            "cache-teacher needs --data: with --task lm, --unlabeled is a second corpus"
+        )
+    given = [name for name in ("label_column", *OF_MEANING) if name in corpus.given]
+    if given:
+        raise UserError(
+            f"{flag_of(given[0])} is of labels, and --unlabeled alone has none: give "
+            "the documents with --data, or leave the option out"
+        )
+    text = _unlabeled_corpus(options, task)
+    assert text is not None, "--unlabeled is named"
+    limited = "unlabeled_max_samples" in options.model_fields_set
+    own = {
+        "max_samples": options.unlabeled_max_samples if limited else corpus.max_samples,
+        "text_column": corpus.text_column or text.text_column,
+        "split": options.unlabeled_split or corpus.split or text.split,
+    }
+    return {"labeled": text.model_copy(update=own), "unlabeled": None}
 
 
 def _fallback_corpus(options: CacheTeacherOptions, data: str, task: KnownTask) -> CorpusConfig:
@@ -269,7 +325,8 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
         if not takes_own:
             _refuse_second_corpus(options)
         return None
-    data = options.corpus.data if options.unlabeled is None else options.unlabeled
+    data = options.unlabeled or options.corpus.data
+    assert data is not None, "one of them is named"
     preset = preset_of(data, task)
     own: dict[str, Any] = {"source": data}
     if preset is not None and preset.unlabeled is not None:
@@ -290,10 +347,9 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
 
 
 def _own_unlabeled_split(data: str) -> str | None:
-    from teacher_cache.stages.data.sources import offered_splits
+    from teacher_cache.stages.data.sources import own_split
 
-    offered = offered_splits(data) or ()
-    return next((name for name in UNLABELED_SPLITS if name in offered), None)
+    return own_split(data, UNLABELED_SPLITS)
 
 
 def _refuse_second_corpus(options: CacheTeacherOptions) -> None:
@@ -391,7 +447,7 @@ def held_out_corpus(options: EvaluateCommandOptions, task: KnownTask) -> CorpusC
     is_open = preset is None and corpus.split is None
     split = _own_held_out_split(data) if is_open else None
     unit = options.text.txt_unit
-    return main_corpus(DataOptions(**corpus.given), task, txt_unit=unit, split=split, held_out=True)
+    return main_corpus(MappedDataOptions(**corpus.given), task, txt_unit=unit, split=split, held_out=True)
 
 
 def _own_held_out_split(data: str) -> str | None:
@@ -400,13 +456,15 @@ def _own_held_out_split(data: str) -> str | None:
     Raises:
         UserError: if it has none.
     """
-    from teacher_cache.stages.data.sources import offered_splits
+    from teacher_cache.stages.data.sources import is_single, offered_splits, own_split
 
+    if is_single(data):
+        return None
     offered = offered_splits(data)
-    found = [name for name in HELD_OUT_SPLITS if name in (offered or HELD_OUT_SPLITS)]
-    if not found:
+    found = HELD_OUT_SPLITS[0] if offered is None else own_split(data, HELD_OUT_SPLITS)
+    if found is None:
         raise UserError(
             f"{data} has no split {' or '.join(HELD_OUT_SPLITS)} (it has "
             f"{', '.join(offered or ())}): name the split to evaluate on with --split"
         )
-    return None if Path(data).is_file() else found[0]
+    return found

@@ -11,6 +11,7 @@ from rich.table import Table
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.codecs.named import codec_from
+from teacher_cache.cache.confusion import Confusion
 from teacher_cache.cache.manifest import Manifest, SplitSummary
 from teacher_cache.cache.plan import viewed_split
 from teacher_cache.cache.reader import CacheReader
@@ -25,6 +26,7 @@ NONE = "–"
 NOT_PROBED = "not probed: teacher or data is not on this machine"
 NOT_PROBED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
 NUM_SAMPLES = 64
+MOST_CLASSES = 12  # that a table shows all pairs of
 
 
 def _percent(value: float | None) -> str:
@@ -63,6 +65,7 @@ COUNTS: dict[str, Callable[[SplitSummary], int]] = {
     # Reports of older releases, which knew no views, do not count these.
     "no such view (left out)": lambda split: split.report.get("num_unchanged", 0),
     "duplicates (kept)": lambda split: split.report["num_duplicates"],
+    "without label": lambda split: split.report.get("num_without_label", 0),
     "samples": lambda split: split.num_samples,
     "cut at the maximum length": lambda split: split.num_truncated,
     "tokens": lambda split: split.num_tokens,
@@ -165,6 +168,36 @@ def manifest_table(manifest: Manifest) -> Table:
     for heading, size in SIZES.items():
         table.add_row(heading, *(size(splits) for splits in columns.values()))
     table.add_row("format", *(manifest.store for _ in columns))
+    return table
+
+
+def confusion_table(confusion: Confusion, names: Mapping[str, str]) -> Table:
+    """What the teacher says of labelled documents, by label; its most frequent mistakes if many.
+
+    Args:
+        confusion: at least one document.
+        names: of the classes, by id.
+    """
+    title = (
+        f"teacher against {confusion.num:,} labels: accuracy {_percent(confusion.accuracy)} %, by "
+        f"chance {_percent(confusion.chance)} %"
+    )
+    used = np.flatnonzero(confusion.counts.sum(axis=0) + confusion.counts.sum(axis=1))
+    if len(used) > MOST_CLASSES:
+        table = Table("label", "teacher", title=title, title_justify="left")
+        table.add_column("documents", justify="right")
+        wrong = confusion.counts - np.diag(confusion.counts.diagonal())
+        for flat in np.argsort(-wrong, axis=None, kind="stable")[:MOST_CLASSES]:
+            label, given = np.unravel_index(flat, wrong.shape)
+            if wrong[label, given]:
+                table.add_row(names[str(label)], names[str(given)], f"{wrong[label, given]:,}")
+        return table
+    table = Table("label", title=title, title_justify="left")
+    for given in used:
+        table.add_column(f"teacher: {names[str(given)]}", justify="right")
+    for label in used:
+        cells = (f"{confusion.counts[label, given]:,}" for given in used)
+        table.add_row(names[str(label)], *cells)
     return table
 
 

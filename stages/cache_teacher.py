@@ -109,7 +109,7 @@ class CacheTeacherConfig(CaptureConfig):
     name: str = Field(description="Short name of the data; begins the cache's folder name.")
     labeled: CorpusConfig = Field(
         description="The labelled corpus; a language model's main one, in which every token is "
-        "the label of those before it."
+        "the label of those before it; or text without labels alone."
     )
     unlabeled: CorpusConfig | None = Field(
         default=None, description="The unlabelled corpus, or none."
@@ -183,6 +183,10 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         )
         kept = writer.committed()
         observer.on_plan(cache, plans, kept)
+        findings = task.findings()
+        if not writer.manifest.complete:
+            for fields in writer.batches("labeled"):
+                findings.add(fields)
         for split, shard_idx in todo:
             documents = splits[split].documents(*plans[split].documents(shard_idx))
             captured = task.capture(documents, observer.on_batch)
@@ -193,9 +197,11 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
                 num_truncated=captured.num_truncated,
                 environment=captured.environment,
             )
+            if split == "labeled":
+                findings.add(captured.fields)
             observer.on_shard(sidecar)
         if not writer.manifest.complete:
-            writer.finish()
+            writer.finish(findings.about())
         return CacheTeacherResult(
             cache=cache,
             manifest=writer.manifest,

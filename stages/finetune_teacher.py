@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run, saved
 from teacher_cache.stages.training.task import TrainingObserver
+
+logger = logging.getLogger(__name__)
+
+ONE_OF_SEVERAL = "single_label_classification"  # of transformers' kinds of problems
 
 
 class FinetuneTeacherConfig(ComposedConfig):
@@ -222,7 +227,7 @@ def _saved(
 def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
     require_folder(name, "a base model", option="--model")
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             name,
             local_files_only=is_local_only(name),
             dtype=torch.float32,
@@ -233,6 +238,13 @@ def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load("base model", name, error, option="--model")) from error
+    if model.config.problem_type not in (None, ONE_OF_SEVERAL):
+        logger.warning(
+            "%s was trained for %s, and is fine-tuned here to choose one class a document",
+            *(name, model.config.problem_type),
+        )
+        model.config.problem_type = ONE_OF_SEVERAL
+    return model
 
 
 def _record(

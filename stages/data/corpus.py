@@ -165,6 +165,13 @@ class Corpus:
         return documents
 
     @property
+    def class_ids(self) -> Mapping[str, int]:
+        """By label as the source writes it, the teacher's class id; empty before there is one."""
+        found = self.identity.get("class_ids", {})
+        assert isinstance(found, dict)
+        return found
+
+    @property
     def has_labels(self) -> bool:
         """Whether any document of the source has a label."""
         return self._labels is not None
@@ -317,7 +324,9 @@ def _check_pair(config: CorpusConfig, schema: pa.Schema, text_column: str) -> No
     partners = [
         name
         for name in schema.names
-        if name != text_column and _PARTNER.fullmatch(name.strip().lower()) and _is_text(schema, name)
+        if name != text_column
+        and _PARTNER.fullmatch(name.strip().lower())
+        and _is_text(schema, name)
     ]
     if not partners:
         return
@@ -329,13 +338,14 @@ def _check_pair(config: CorpusConfig, schema: pa.Schema, text_column: str) -> No
             f"{text_column}"
         )
     logger.warning(
-        "the columns %s of %s look like a pair: %r alone is read", listed, config.source, text_column
+        "the columns %s of %s look like a pair: %r alone is read",
+        listed,
+        config.source,
+        text_column,
     )
 
 
-def _say(
-    config: CorpusConfig, source: Source, text_column: str, label_column: str | None
-) -> None:
+def _say(config: CorpusConfig, source: Source, text_column: str, label_column: str | None) -> None:
     """What is read, how, and what is not."""
     labels = f", labels of {label_column!r}" if label_column else ""
     logger.info(

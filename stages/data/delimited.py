@@ -198,7 +198,7 @@ class Delimited:
 
 
 # Code points that no text may hold stand for what a backslash escapes while quotes are read.
-_HIDDEN = {"\"": "\ufdd0", "\\": "\ufdd1"}
+_HIDDEN = {'"': "\ufdd0", "\\": "\ufdd1"}
 _ESCAPED = re.compile(r'\\(["\\])')
 
 
@@ -219,9 +219,11 @@ class _Strict(csv.Error):
 
 
 def _reason(error: csv.Error, separator: str) -> str:
-    """csv's words are of its parser."""
+    """What is wrong with a row; the words of `csv` are of its parser."""
     if "expected after" in str(error):
-        return f"text behind a closing quote, where a {SEPARATORS[separator]} or the line's end is due"
+        return (
+            f"text behind a closing quote, where a {SEPARATORS[separator]} or the line's end is due"
+        )
     if "unexpected end" in str(error):
         return "a quote is opened and not closed"
     return str(error)

@@ -128,8 +128,8 @@ class Layout:
             if split_role(only) != "train":
                 raise UserError(
                     f"{name} has the split {only} and files that are named like no split "
-                    f"({_few(self.others)}): name one with --split, or files with a pattern such as "
-                    f"'{name}/*{self.others[0].suffix}'"
+                    f"({_few(self.others)}): name one with --split, or all files with a pattern "
+                    f"such as '{name}/*{self.others[0].suffix}'"
                 )
         chosen = choose_split(list(self.splits), wanted, name)
         return chosen, self.splits[chosen]
@@ -208,7 +208,10 @@ def _names_splits(folder: Path, files: Sequence[Path]) -> bool:
     of_texts = {path.parent for path in files if file_kind(path) == ".txt" and path not in called}
     return any(
         path.parent == folder
-        or (path.parent.parent == folder and not (path.parent in of_texts and file_kind(path) == ".txt"))
+        or (
+            path.parent.parent == folder
+            and not (path.parent in of_texts and file_kind(path) == ".txt")
+        )
         for path in called
     )
 
@@ -216,7 +219,7 @@ def _names_splits(folder: Path, files: Sequence[Path]) -> bool:
 def layout_of_pattern(files: Sequence[Path]) -> Layout:
     """Files that fit a pattern: all of them, unless they are of several splits."""
     readable = [path for path in files if file_kind(path) is not None]
-    if len({split_role(split_name(path)) for path in readable}) > 1:
+    if len({split_role(split_name(path)) for path in readable} - {None}) > 1:
         return layout_of_files(files, Path(files[0].anchor or "."))
     layout = Layout()
     for path in sorted(set(files) - set(readable)):
@@ -229,7 +232,8 @@ def layout_of_pattern(files: Sequence[Path]) -> Layout:
 def _split_together(files: Sequence[Path]) -> str:
     """What files of one split are called: their own name, or else what they are for."""
     names = {split_name(path) for path in files}
-    return names.pop() if len(names) == 1 else split_role(split_name(files[0])) or "train"
+    roles = {split_role(name) for name in names}
+    return names.pop() if len(names) == 1 else (roles.pop() if len(roles) == 1 else None) or "train"
 
 
 def layout_of_files(files: Sequence[Path], folder: Path, layout: Layout | None = None) -> Layout:

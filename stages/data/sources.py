@@ -134,7 +134,11 @@ def is_single(source: str) -> bool:
 def own_split(source: str, roles: Sequence[str]) -> str | None:
     """The split of packaged texts or of several files that is for the first of these, or None."""
     offered = offered_splits(source) or ()
-    return next((role for role in roles if role in map(split_role, offered)), None)
+    for role in roles:
+        alike = [name for name in offered if split_role(name) == role]
+        if alike:  # of several, opening them says that they are
+            return role if len(alike) > 1 else alike[0]
+    return None
 
 
 def open_source(
@@ -162,7 +166,9 @@ def open_source(
     if beginning is not None and found.identity["kind"] != "hub":
         raise UserError(f"{source!r} is here, so nothing of it has to be streamed: read it whole")
     if beginning is not None and part:
-        raise UserError(f"--split {split} is a part, and a streamed text is read from its beginning")
+        raise UserError(
+            f"--split {split} is a part, and a streamed text is read from its beginning"
+        )
     if txt_unit != "line" and "txt_unit" not in found.identity:
         raise UserError(
             f"--txt-unit {txt_unit} is for .txt files, and {source!r} is read from none: leave it "
@@ -212,9 +218,7 @@ def _permitted(source: str) -> Iterator[None]:
         ) from error
 
 
-def _source_of(
-    table: datasets.Dataset, split: str, label: str, identity: dict[str, str]
-) -> Source:
+def _source_of(table: datasets.Dataset, split: str, label: str, identity: dict[str, str]) -> Source:
     return Source(
         schema=table.features.arrow_schema,
         read=lambda names: table.select_columns(list(names)),
@@ -353,7 +357,11 @@ def _unpacked(path: Path) -> Path:
                 "HF_DATASETS_CACHE"
             ) from error
     inner = [one for one in folder.iterdir() if one.name[0] != "." and one.name != "__MACOSX"]
-    return inner[0] if len(inner) == 1 and inner[0].is_dir() and not split_role(inner[0].name) else folder
+    return (
+        inner[0]
+        if len(inner) == 1 and inner[0].is_dir() and not split_role(inner[0].name)
+        else folder
+    )
 
 
 def _fetched(url: str) -> Path:

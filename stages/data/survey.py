@@ -32,6 +32,13 @@ class CorpusReport(StageConfig):
     label_counts: dict[str, int] | None = Field(
         default=None, description="documents by class name or integer, None without labels"
     )
+    num_without_label: int = Field(
+        default=0, description="of a labelled corpus, documents that the teacher alone speaks of"
+    )
+    num_dropped: int = Field(
+        default=0, description="without a label and left out, of the source whatever the limit"
+    )
+    longest: int = Field(default=0, description="characters of the longest document; 0 of views")
 
     def describe(self) -> str:
         """One line for people."""
@@ -39,18 +46,24 @@ class CorpusReport(StageConfig):
         if self.label_counts is not None:
             listed = ", ".join(f"{count:,} {name}" for name, count in self.label_counts.items())
             parts[0] += f" ({listed})"
+        if self.num_without_label:
+            parts.append(f"{self.num_without_label:,} without label (kept for the teacher alone)")
+        if self.num_dropped:
+            parts.append(f"{self.num_dropped:,} more without label (left out)")
         if self.num_empty:
             parts.append(f"{self.num_empty:,} empty (left out)")
         if self.num_duplicates:
             parts.append(f"{self.num_duplicates:,} duplicates (kept)")
         if self.num_unchanged:
             parts.append(f"{self.num_unchanged:,} without another such view (left out)")
+        if self.longest:
+            parts.append(f"the longest of {self.longest:,} characters")
         return ", ".join(parts)
 
 
 def survey(corpus: Corpus) -> CorpusReport:
     """Read every text once and count the empty and the repeated ones."""
-    texts = _Texts()
+    texts, counts = _Texts(), corpus.label_counts()
     for start in range(0, len(corpus), _CHUNK_DOCUMENTS):
         for document in corpus.documents(start, min(start + _CHUNK_DOCUMENTS, len(corpus))):
             texts.add(document)
@@ -58,7 +71,10 @@ def survey(corpus: Corpus) -> CorpusReport:
         num_documents=len(corpus),
         num_empty=len(corpus) - texts.num,
         num_duplicates=texts.num_duplicates,
-        label_counts=corpus.label_counts(),
+        label_counts=counts,
+        num_without_label=0 if counts is None else len(corpus) - sum(counts.values()),
+        num_dropped=corpus.num_dropped,
+        longest=texts.longest,
     )
 
 
@@ -97,6 +113,7 @@ class _Texts:
 
     num: int = 0
     num_duplicates: int = 0
+    longest: int = 0
     _seen: set[bytes] = field(default_factory=set)
 
     def add(self, document: Document) -> None:
@@ -104,5 +121,6 @@ class _Texts:
             return
         digest = hashlib.sha256(document.text.encode("utf-8")).digest()[:16]
         self.num += 1
+        self.longest = max(self.longest, len(document.text))
         self.num_duplicates += digest in self._seen
         self._seen.add(digest)

@@ -101,9 +101,7 @@ class Table(ABC):
             _write(path, schema, self._batches(names, schema))
         table = cast(datasets.Dataset, datasets.Dataset.from_file(str(path)))
         if not len(table):
-            raise SourceUnavailable(
-                f"{self.named} holds no documents: give a file with some in it"
-            )
+            raise SourceUnavailable(f"{self.named} holds no documents: give a file with some in it")
         return table
 
     @property
@@ -251,11 +249,11 @@ class JsonObjects(Table):
                 listed = " and ".join(
                     f"{_JSON_NAMES[kind]} in {where}" for kind, (where, _) in kinds.items()
                 )
-                raise UserError(
-                    f"the column {name!r} holds {listed}: write all its values alike"
-                )
+                raise UserError(f"the column {name!r} holds {listed}: write all its values alike")
         for path in self.files:
-            rows = ([entry.get(name) for name in names] for _, entry in _json_entries(path, self.kind))
+            rows = (
+                [entry.get(name) for name in names] for _, entry in _json_entries(path, self.kind)
+            )
             yield from _columns(rows, len(names))
 
 
@@ -345,13 +343,19 @@ def _entries_of_object(
     path: Path, kind: str, found: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     if not _are_columns(found) or any(
-        isinstance(one, dict) for value in found.values() if isinstance(value, list) for one in value
+        isinstance(one, dict)
+        for value in found.values()
+        if isinstance(value, list)
+        for one in value
     ):
         raise unreadable(
             path, kind, f"it is one object with the keys {', '.join(found)}, expected one a line"
         )
     columns = [v if isinstance(v, list) else list(v.values()) for v in found.values()]
-    if any(isinstance(v, dict) and v.keys() != next(iter(found.values())).keys() for v in found.values()):
+    if any(
+        isinstance(v, dict) and v.keys() != next(iter(found.values())).keys()
+        for v in found.values()
+    ):
         raise unreadable(path, kind, "its columns have other rows")
     for number, row in enumerate(zip(*columns, strict=True), 1):
         yield f"{path.name}, entry {number}", dict(zip(found, row, strict=True))
@@ -382,7 +386,9 @@ class Arrows(Table):
             if schema.names.count(field.name) == 1
         ]
         try:
-            unified = pa.unify_schemas([pa.schema([one]) for one in types], promote_options="permissive")
+            unified = pa.unify_schemas(
+                [pa.schema([one]) for one in types], promote_options="permissive"
+            )
             return unified.field(0).type
         except (pa.ArrowException, IndexError):
             return field.type
@@ -397,7 +403,9 @@ class Arrows(Table):
                         f"are {', '.join(schema.names)}): write all files with the same ones"
                     )
                 theirs, ours = plain_type(schema.field(name).type), self.field(name)[1]
-                if pa.types.is_string(ours) != pa.types.is_string(theirs) and not pa.types.is_null(theirs):
+                if pa.types.is_string(ours) != pa.types.is_string(theirs) and not pa.types.is_null(
+                    theirs
+                ):
                     raise UserError(
                         f"the column {name!r} holds {ours} in {self.files[0].name} and {theirs} in "
                         f"{path.name}: write both alike"
@@ -413,7 +421,9 @@ class Arrows(Table):
         try:
             if self.kind == ".parquet":
                 file = pq.ParquetFile(path)
-                return file.schema_arrow, lambda names: file.iter_batches(_ROWS, columns=list(names))
+                return file.schema_arrow, lambda names: file.iter_batches(
+                    _ROWS, columns=list(names)
+                )
             source = pa.memory_map(str(path))
             try:
                 reader = pa.ipc.open_file(source)

@@ -13,7 +13,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.documents import Document
-from teacher_cache.stages.data.labels import is_generic
+from teacher_cache.stages.data.labels import MISSING_LABEL, is_generic
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored
@@ -46,8 +46,8 @@ class Evaluation:
     )
 
     name: str
-    accuracy: float
-    f1: float
+    accuracy: float | None = None
+    f1: float | None = None
     ece: float | None = None
     nll: float | None = None
     agreement: float | None = None
@@ -59,12 +59,12 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledDocuments:
-    """Documents with their classes.
+    """Documents with their classes, or without.
 
     Attributes:
         students: that read them.
         documents: that are not empty.
-        labels: class id of each, int64 [N].
+        labels: class id of each, int64 [N]; `MISSING_LABEL` where there is none.
         batch_tokens: padded tokens in a forward batch.
     """
 
@@ -76,10 +76,19 @@ class LabeledDocuments:
     def score(self, teacher: Classifier | None, say: Say) -> Scored:
         """A row for the most frequent class, the teacher and each student.
 
+        Documents without a label say how often a student agrees with the teacher, and no more.
+
         Raises:
-            UserError: if a model has other classes, or its tokenizer leaves nothing of a document.
+            UserError: if a model has other classes, its tokenizer leaves nothing of a document, or
+                there are neither labels nor a teacher.
         """
-        rows = [_majority(self.labels)]
+        has_label = self.labels != MISSING_LABEL
+        if teacher is None and not has_label.any():
+            raise UserError(
+                "the documents have no labels, so students can be compared with their teacher "
+                "alone: leave --teacher none out, or give labelled documents"
+            )
+        rows = [_majority(self.labels[has_label])] if has_label.any() else []
         teacher_logits = None
         for classifier in [*([teacher] if teacher else []), *self.students]:
             say(f"classifying {len(self.labels):,} documents with {classifier.name}")
@@ -119,7 +128,9 @@ class Classification:
         return LabeledDocuments(
             students=students,
             documents=documents,
-            labels=np.array([document.label for document in documents], np.int64),
+            labels=np.array(
+                [MISSING_LABEL if one.label is None else one.label for one in documents], np.int64
+            ),
             batch_tokens=config.batch_tokens,
         )
 
@@ -184,14 +195,14 @@ def _majority(labels: np.ndarray) -> Evaluation:
 def _row(
     name: str, logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | None
 ) -> Evaluation:
-    quality = classification_metrics(logits, labels)
+    has_label = labels != MISSING_LABEL
+    quality: dict[str, float] = {}
+    if has_label.any():
+        quality = classification_metrics(logits[has_label], labels[has_label])
     likeness = {} if teacher_logits is None else agreement_metrics(logits, teacher_logits)
     return Evaluation(
         name=name,
-        accuracy=quality["accuracy"],
-        f1=quality["f1"],
-        ece=quality["ece"],
-        nll=quality["nll"],
+        **quality,
         agreement=likeness.get("agreement"),
         kl=likeness.get("kl"),
     )

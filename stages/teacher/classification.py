@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from teacher_cache.cache.confusion import ON_LABELS, Confusion
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import (
     ABSENT_LABEL,
     POOLED,
     SAMPLE_ID_BYTES,
+    Fields,
     Ragged,
     Schema,
     classification_schema,
@@ -42,9 +46,12 @@ from teacher_cache.stages.teacher.tables import (
     TABLE_FILE,
     token_states,
 )
-from teacher_cache.stages.teacher.task import Said, StoredSample, TapOf, Task
+from teacher_cache.stages.teacher.task import Findings, Said, StoredSample, TapOf, Task
 from teacher_cache.stages.tokens.record import describe
 
+logger = logging.getLogger(__name__)
+
+NUM_NAMED = 5  # classes in a message
 # Batches of other shapes round otherwise: a few units in the last place of the format, amplified
 # by the depth of the model.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
@@ -73,7 +80,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
         """
         teacher = cls.load(config.forward, with_maps=config.layers.attention != "none")
         labeled = corpora["labeled"].with_class_names(teacher.id2label)
-        _require_two_classes(labeled)
+        _check_classes(labeled)
         return cls(
             teacher=teacher,
             corpora={**corpora, "labeled": labeled},
@@ -124,9 +131,8 @@ class Classification(Task[ClassificationTeacher, Sample]):
 
     def about(self) -> dict[str, Any]:
         """Class names, how the teacher's tables are stored, and what its maps lose."""
-        names = self.corpora["labeled"].class_names()
         return {
-            "id2label": {str(class_id): name for class_id, name in enumerate(names)},
+            "id2label": {str(class_id): name for class_id, name in enumerate(self._class_names)},
             TABLE: None if self.embeddings is None else self.embeddings.facts(),
             # Absent where it is not cached, so that other manifests stay as they were.
             **(
@@ -194,6 +200,20 @@ class Classification(Task[ClassificationTeacher, Sample]):
         """Those that are longer than a sample."""
         return sum(sample.was_truncated for sample in samples)
 
+    def findings(self) -> OnLabels:
+        """How often the teacher gives a document its label."""
+        return OnLabels(
+            confusion=Confusion(len(self.teacher.id2label)),
+            class_ids=self.corpora["labeled"].class_ids,
+            names=self._class_names,
+        )
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        """As the corpus calls them, where it does."""
+        names = self.corpora["labeled"].label_names
+        return names or tuple(name for _, name in sorted(self.teacher.id2label.items()))
+
     @property
     def _num_states(self) -> int:
         """Ids of the tokenizer that the teacher can read: some have tokens beyond its table."""
@@ -208,6 +228,46 @@ class Classification(Task[ClassificationTeacher, Sample]):
             batch_tokens=self.batch_tokens,
         )
         states.write(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnLabels(Findings):
+    """The teacher against the labels.
+
+    Attributes:
+        confusion: counts of both.
+        class_ids: which class each label of the data stands for.
+        names: of the classes.
+    """
+
+    confusion: Confusion
+    class_ids: Mapping[str, int]
+    names: Sequence[str]
+
+    def add(self, fields: Fields) -> None:
+        """Count them."""
+        self.confusion.add(fields)
+
+    def about(self) -> dict[str, Any]:
+        """Accuracy and confusion; a warning where the ids seem to mean other classes."""
+        found = self.confusion
+        if not found.num:
+            return {}
+        fitting = found.fitting()
+        if fitting is not None:
+            pairs = (f"{label}={fitting.get(own, own)}" for label, own in self.class_ids.items())
+            logger.warning(
+                "the teacher gives %.1f %% of %s documents their label: by the classes that it "
+                "gives most often, its ids mean others, and --label-map %s --overwrite would fit",
+                *(100 * found.accuracy, f"{found.num:,}", shlex.quote(",".join(pairs))),
+            )
+        elif found.is_under_chance:
+            logger.warning(
+                "the teacher gives %.1f %% of %s documents their label, under the %.1f %% of "
+                "chance: check that teacher and labels are of one task",
+                *(100 * found.accuracy, f"{found.num:,}", 100 * found.chance),
+            )
+        return {ON_LABELS: found.to_json()}
 
 
 class ClassesApart:
@@ -274,10 +334,28 @@ def _refuse_not_finite(logits: np.ndarray, samples: Sequence[Sample]) -> None:
         )
 
 
-def _require_two_classes(corpus: Corpus) -> None:
-    present = [name for name, count in (corpus.label_counts() or {}).items() if count]
-    if len(present) < 2:
+def _check_classes(corpus: Corpus) -> None:
+    """Refuse labels of one class; warn of classes that no document has.
+
+    Raises:
+        UserError: naming the class.
+    """
+    counts, names = corpus.label_counts(), corpus.label_names
+    if counts is None or names is None:
+        return
+    if len(counts) < 2:
         raise UserError(
-            f"all {len(corpus):,} labelled documents of {corpus.config.source} are of the class "
-            f"{', '.join(present)}: a classifier needs two, so raise --max-samples"
+            f"all {sum(counts.values()):,} labelled documents of {corpus.config.source} are of the "
+            f"class {', '.join(counts)}: a classifier needs two, so raise --max-samples"
+        )
+    absent = [name for name in names if name not in counts]
+    if absent:
+        logger.warning(
+            "no document of %s has %s %s of the teacher's %d: check that its labels mean the "
+            "teacher's classes, as listed above",
+            *(corpus.config.source, "the class" if len(absent) == 1 else "the classes"),
+            *(
+                ", ".join(absent[:NUM_NAMED]) + (", ..." if len(absent) > NUM_NAMED else ""),
+                len(names),
+            ),
         )

@@ -103,6 +103,7 @@ def load_teacher(config: TeacherConfig, *, with_maps: bool = False) -> Classific
     )
     model = _load_classifier(config.teacher, config.trust_remote_code, with_maps=with_maps)
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
+    _refuse_other_problems(config.teacher, model)
     _warn_of_label_smoothing(config.teacher, model)
     return ClassificationTeacher(
         **_ready(config, model, device, dtype),
@@ -144,6 +145,27 @@ def _load_classifier(name: str, trust_remote_code: bool, *, with_maps: bool) -> 
             "fine-tuned classifier"
         )
     return model
+
+
+def _refuse_other_problems(name: str, model: PreTrainedModel) -> None:
+    """Refuse a teacher whose logits are not those of one class of several.
+
+    Raises:
+        UserError: saying what it is.
+    """
+    kind, num = getattr(model.config, "problem_type", None), model.config.num_labels
+    if kind == "multi_label_classification":
+        raise UserError(
+            f"{name} is a multi-label classifier (its problem_type says so), which gives each of "
+            f"its {num} labels a probability of its own; served are teachers that choose one of "
+            "several classes: give such a one, or fine-tune one with `pipe finetune-teacher`"
+        )
+    if kind == "regression" or num < 2:
+        raise UserError(
+            f"{name} gives {num} number{'s' if num > 1 else ''} and no classes "
+            f"({'its problem_type is regression' if kind else 'it has one label'}): give a teacher "
+            "that chooses one of several classes"
+        )
 
 
 def _warn_of_label_smoothing(name: str, model: PreTrainedModel) -> None:

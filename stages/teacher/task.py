@@ -69,6 +69,17 @@ class Said:
     num_halvings: int
 
 
+class Findings:
+    """What the shards of the main corpus tell together; the base is told and says nothing."""
+
+    def add(self, fields: Fields) -> None:
+        """Some samples, with the fields of the schema."""
+
+    def about(self) -> dict[str, Any]:
+        """For the manifest, once all are added; a person is told what is remarkable."""
+        return {}
+
+
 class Comparison(Protocol):
     """How far what a cache holds of samples is from what its teacher says of them again."""
 
@@ -236,6 +247,10 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
                 self.teacher, batch_tokens=self.batch_tokens, num_halvings=said.num_halvings
             ),
         )
+
+    def findings(self) -> Findings:
+        """What is to be found out of all shards."""
+        return Findings()
 
     def probed_maps(self) -> dict[str, Any]:
         """What storing maps loses on the first documents; nothing where none are stored."""

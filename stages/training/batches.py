@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import NO_LABEL as UNLABELED_SAMPLE
 from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.documents import PLACE_BYTES
@@ -233,7 +234,7 @@ class SampleCollator(Collator):
     """Of a classifier, or of documents with labels.
 
     Adds what the samples have of `teacher_logits` [B, C] float32, `teacher_pooled` [B, D] float16
-    and `labels` [B] int64.
+    and `labels` [B] int64, `NO_LABEL` where a document of a labelled corpus has none.
     """
 
     def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -243,7 +244,8 @@ class SampleCollator(Collator):
             if field in samples[0]:
                 arrays[name] = np.stack([sample[field] for sample in samples])
         if "label" in samples[0]:
-            arrays["labels"] = np.array([sample["label"] for sample in samples], np.int64)
+            labels = np.array([sample["label"] for sample in samples], np.int64)
+            arrays["labels"] = np.where(labels == UNLABELED_SAMPLE, NO_LABEL, labels)
         return arrays
 
 

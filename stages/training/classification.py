@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ from teacher_cache.stages.training.auxiliaries import (
 from teacher_cache.stages.training.batches import SampleCollator
 from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.config import TrainStudentConfig
-from teacher_cache.stages.training.data import TrainingData, training_data
+from teacher_cache.stages.training.data import TrainingData, has_held_out_labels, training_data
 from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.layers import Schedule
 from teacher_cache.stages.training.lesson import Lesson
-from teacher_cache.stages.training.measures import ACCURACY, Measure
+from teacher_cache.stages.training.measures import ACCURACY, AGREEMENT, Measure
 from teacher_cache.stages.training.start import StartingStudent, start_student
 from teacher_cache.stages.training.task import Course, StudentTask
 from teacher_cache.stages.training.terms import weighed
@@ -50,10 +51,10 @@ class ClassificationStudents(StudentTask):
         """A sequence classifier's."""
         return classifier_config(name)
 
-    @property
+    @cached_property
     def measure(self) -> Measure:
-        """The accuracy."""
-        return ACCURACY
+        """The accuracy; where no held-out sample has a label, the agreement with the teacher."""
+        return ACCURACY if has_held_out_labels(self._config, self._readers[0]) else AGREEMENT
 
     def course(self, joined: Joined) -> Course:
         """Samples of both kinds, and a Mamba with fresh weights or a pre-trained classifier."""

@@ -11,7 +11,7 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.plan import LABELED, UNLABELED, viewed_split
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import width_of_pooled
+from teacher_cache.cache.schema import NO_LABEL, width_of_pooled
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
@@ -114,7 +114,7 @@ def training_data(
     labeled = readers[0]
     weight = objective.pooled_weight
     pooled_width = _pooled_width(weight, labeled) if weight else None
-    _require_two_classes(labeled, ~held_out(labeled.sample_ids(), config.eval_fraction))
+    _require_two_classes(config, labeled, alpha=objective.alpha)
     data = ordered_data(config, readers, CachedSamples, unlabeled_alpha=objective.unlabeled_alpha)
     return replace(data, pooled_width=pooled_width)
 
@@ -217,8 +217,33 @@ def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:
     return sample_idxs[np.argsort(reader.lengths()[sample_idxs], kind="stable")]
 
 
-def _require_two_classes(reader: CacheReader, chosen: np.ndarray) -> None:
-    classes = np.unique(reader.column("label")[chosen])
+def has_held_out_labels(config: TrainingConfig, reader: CacheReader) -> bool:
+    """Whether a held-out sample of a classifier's corpus has a label; true where none is held out.
+
+    Args:
+        config: of the training.
+        reader: of the corpus.
+    """
+    chosen = held_out(reader.sample_ids(), config.eval_fraction)
+    return not chosen.any() or bool((reader.column("label")[chosen] != NO_LABEL).any())
+
+
+def _require_two_classes(config: TrainingConfig, reader: CacheReader, *, alpha: float) -> None:
+    """Refuse labels of one class, and no labels where nothing else is learned.
+
+    Raises:
+        UserError: saying what to cache or give.
+    """
+    labels = reader.column("label")
+    if not (labels != NO_LABEL).any():
+        if not alpha:
+            raise UserError(
+                f"--alpha 0 learns from labels alone, and no document of {reader.cache} has one: "
+                "give a weight to the teacher, as in --alpha 1"
+            )
+        return
+    chosen = ~held_out(reader.sample_ids(), config.eval_fraction) & (labels != NO_LABEL)
+    classes = np.unique(labels[chosen])
     if len(classes) < 2:
         raise UserError(
             f"the {int(chosen.sum())} labelled samples of {reader.cache} to train on are all of "

@@ -58,11 +58,15 @@ class HeldOutSamples:
         return loss, heard.outputs.logits, tuple(batch[name] for name in self.label_names)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Accuracy and the like, agreement and KL."""
+        """Accuracy and the like of what has a label, agreement and KL of all."""
         logits = np.asarray(prediction.predictions)
         labels, teacher_logits = (np.asarray(one) for one in prediction.label_ids)
+        has_label = labels != NO_LABEL
+        quality = {}
+        if has_label.any():
+            quality = classification_metrics(logits[has_label], labels[has_label])
         return {
-            **classification_metrics(logits, labels),
+            **quality,
             **agreement_metrics(logits, teacher_logits),
         }
 

@@ -121,6 +121,7 @@ class Measure:
 
 
 ACCURACY = Measure(name="accuracy", higher_is_better=True)
+AGREEMENT = Measure(name="agreement", higher_is_better=True)
 OBJECTIVE = Measure(name="loss", higher_is_better=False)
 
 

@@ -78,12 +78,16 @@ class SamplesView:
     """A classifier's samples."""
 
     def totals(self, batch: Batch, *, conf_power: float) -> StepTotals:
-        """Samples, each of which has a label in a labelled batch."""
+        """Samples, of which those in a labelled batch have a label but where it is missing."""
         logits = batch["teacher_logits"]
         weights = None
         if conf_power:
             weights = confidence_weights(top1_log_prob(logits), conf_power)
-        return StepTotals.of(len(logits), labeled="labels" in batch, conf_weights=weights)
+        labels = batch.get("labels")
+        num_labels = None if labels is None else int((labels != NO_LABEL).sum())
+        return StepTotals.of(
+            len(logits), labeled=labels is not None, num_labels=num_labels, conf_weights=weights
+        )
 
     def outputs(self, model: nn.Module, batch: Batch, requests: Mapping[str, bool]) -> Any:
         """Of ids and mask."""

@@ -131,6 +131,8 @@ def test_options_win_over_the_preset() -> None:
         "txt_unit": "line",
         "labeled": True,
         "label_names": ("bad", "good"),
+        "label_map": None,
+        "missing_labels": "refuse",
         "max_samples": 10,
         "seed": 3,
         "streamed": False,

@@ -162,9 +162,12 @@ def test_survey_counts_what_is_empty_and_repeated(tmp_path):
         "num_duplicates": 2,
         "num_unchanged": 0,
         "label_counts": {"0": 3, "1": 4},
+        "num_without_label": 0,
+        "num_dropped": 0,
+        "longest": 4,
     }
     described = "7 documents (3 0, 4 1), 2 empty (left out), 2 duplicates (kept)"
-    assert report.describe() == described
+    assert report.describe() == f"{described}, the longest of 4 characters"
 
 
 def test_survey_honours_the_limit(films):
@@ -174,7 +177,8 @@ def test_survey_honours_the_limit(films):
 
 
 def test_survey_without_labels(films):
-    assert survey(_load(films, labeled=False)).describe() == "60 documents"
+    described = survey(_load(films, labeled=False)).describe()
+    assert described == "60 documents, the longest of 7 characters"
 
 
 def test_fallbacks_are_tried_in_order_and_said(films, tmp_path, caplog):
