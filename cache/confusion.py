@@ -13,7 +13,7 @@ from teacher_cache.cache.manifest import Manifest
 from teacher_cache.cache.schema import NO_LABEL, Fields
 
 ON_LABELS = "teacher_on_labels"  # of a manifest's `about`
-NUM_SIGMAS = 3.0  # beyond which a difference of two shares is no accident
+NUM_SIGMAS = 4.0  # beyond which a difference of two shares is no accident
 
 
 @dataclass
@@ -90,7 +90,8 @@ class Confusion:
     @property
     def is_under_chance(self) -> bool:
         """Whether it is worse than that by more than accident."""
-        return self.accuracy < self.chance - NUM_SIGMAS * self._sigma(self.chance)
+        sigma = math.sqrt(self.chance * (1 - self.chance) / max(1, self.num))
+        return self.accuracy < self.chance - NUM_SIGMAS * sigma
 
     def fitting(self) -> dict[int, int] | None:
         """The class of each label by which the teacher would be right far more often.
@@ -98,15 +99,16 @@ class Confusion:
         A label's is the one that the teacher gives its documents most often.
 
         Returns:
-            By label, labels of no document left out; None if two labels would share a class, or
-            the classes as they are do as well but for accident.
+            By label, labels of no document left out; None if two labels would share a class, half
+            of the documents would still be wrong, or the classes as they are do as well but for
+            accident.
         """
         labels = np.flatnonzero(self.counts.sum(axis=1))
         fits = {int(label): int(self.counts[label].argmax()) for label in labels}
-        right = sum(int(self.counts[label, given]) for label, given in fits.items())
-        gain = right / max(1, self.num) - self.accuracy
-        is_certain = gain > NUM_SIGMAS * self._sigma(0.5)
+        moved = [label for label, given in fits.items() if label != given]
+        won = sum(int(self.counts[label, fits[label]]) for label in moved)
+        lost = sum(int(self.counts[label, label]) for label in moved)
+        right = self.counts.trace() + won - lost
+        # A document counts where one of the two readings alone is right.
+        is_certain = won - lost > NUM_SIGMAS * math.sqrt(won + lost) and 2 * right >= self.num
         return fits if is_certain and len(set(fits.values())) == len(fits) else None
-
-    def _sigma(self, share: float) -> float:
-        return math.sqrt(share * (1 - share) / max(1, self.num))

@@ -26,6 +26,7 @@ from teacher_cache.pipeline.presets import (
 from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
 from teacher_cache.pipeline.reporting import console
 from teacher_cache.pipeline.tables import (
+    confusion_line,
     confusion_table,
     cost_table,
     estimate_table,
@@ -100,6 +101,7 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     console.print(manifest_table(result.manifest))
     confusion = Confusion.recorded(result.manifest)
     if confusion is not None:
+        console.print(confusion_line(confusion), soft_wrap=True)
         console.print(confusion_table(confusion, result.manifest.about["id2label"]))
     console.print(f"✓ cache {result.cache} is complete ({done})", style="green")
     return result.cache

@@ -16,6 +16,7 @@ from teacher_cache.pipeline.pictures import write_figure
 from teacher_cache.pipeline.reporting import console, working
 from teacher_cache.pipeline.sample_view import attention_panels, print_sample
 from teacher_cache.pipeline.tables import (
+    confusion_line,
     confusion_table,
     has_positions,
     kept_table,
@@ -77,6 +78,7 @@ def inspect(
     filled = next((reader for reader in readers if len(reader)), None)
     confusion = Confusion.recorded(manifest) or Confusion.counted(manifest, readers[0].batches())
     if confusion is not None:
+        console.print(confusion_line(confusion), soft_wrap=True)
         console.print(confusion_table(confusion, manifest.about["id2label"]))
         if fits := confusion.fitting():
             names = manifest.about["id2label"]

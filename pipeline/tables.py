@@ -71,6 +71,7 @@ COUNTS: dict[str, Callable[[SplitSummary], int]] = {
     "tokens": lambda split: split.num_tokens,
     "shards": lambda split: split.num_shards,
 }
+RARE = ("without label",)  # counts that are shown where there are any
 SIZES: dict[str, Callable[[list[SplitSummary]], str]] = {
     "MB": lambda splits: f"{_bytes(splits) / 1e6:,.2f}",
     "bytes a sample": _bytes_a_sample,
@@ -164,11 +165,20 @@ def manifest_table(manifest: Manifest) -> Table:
         table.add_column(name, justify="right")
     for heading, count in COUNTS.items():
         cells = [sum(count(split) for split in splits) for splits in columns.values()]
-        table.add_row(heading, *(f"{cell:,}" for cell in cells))
+        if any(cells) or heading not in RARE:
+            table.add_row(heading, *(f"{cell:,}" for cell in cells))
     for heading, size in SIZES.items():
         table.add_row(heading, *(size(splits) for splits in columns.values()))
     table.add_row("format", *(manifest.store for _ in columns))
     return table
+
+
+def confusion_line(confusion: Confusion) -> str:
+    """How often the teacher gives a document its label."""
+    return (
+        f"teacher against {confusion.num:,} labels: accuracy {_percent(confusion.accuracy)} %, by "
+        f"chance {_percent(confusion.chance)} %"
+    )
 
 
 def confusion_table(confusion: Confusion, names: Mapping[str, str]) -> Table:
@@ -178,13 +188,9 @@ def confusion_table(confusion: Confusion, names: Mapping[str, str]) -> Table:
         confusion: at least one document.
         names: of the classes, by id.
     """
-    title = (
-        f"teacher against {confusion.num:,} labels: accuracy {_percent(confusion.accuracy)} %, by "
-        f"chance {_percent(confusion.chance)} %"
-    )
     used = np.flatnonzero(confusion.counts.sum(axis=0) + confusion.counts.sum(axis=1))
     if len(used) > MOST_CLASSES:
-        table = Table("label", "teacher", title=title, title_justify="left")
+        table = Table("label", "teacher")
         table.add_column("documents", justify="right")
         wrong = confusion.counts - np.diag(confusion.counts.diagonal())
         for flat in np.argsort(-wrong, axis=None, kind="stable")[:MOST_CLASSES]:
@@ -192,7 +198,7 @@ def confusion_table(confusion: Confusion, names: Mapping[str, str]) -> Table:
             if wrong[label, given]:
                 table.add_row(names[str(label)], names[str(given)], f"{wrong[label, given]:,}")
         return table
-    table = Table("label", title=title, title_justify="left")
+    table = Table("label")
     for given in used:
         table.add_column(f"teacher: {names[str(given)]}", justify="right")
     for label in used:

@@ -171,11 +171,6 @@ class Corpus:
         assert isinstance(found, dict)
         return found
 
-    @property
-    def has_labels(self) -> bool:
-        """Whether any document of the source has a label."""
-        return self._labels is not None
-
     def class_names(self) -> tuple[str, ...]:
         """Names for every class id, to fine-tune a new teacher with.
 

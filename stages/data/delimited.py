@@ -23,6 +23,7 @@ from teacher_cache.stages.data.opening import open_text
 Quoting = Literal["doubled", "escaped", "none"]
 Lines = tuple[int, int]
 SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
+_CLASS_ID = re.compile(r"\d{1,3}", re.ASCII)
 _SEP_LINE = "sep="  # of which Excel takes the separator
 _SAID_OF: dict[Quoting, str] = {
     "none": "read without quoting, so that a quote is text",
@@ -252,6 +253,8 @@ def _chosen(quoted: Delimited, *, promised: str) -> tuple[Delimited, _Survey]:
         found = other._survey()
         if found.is_whole and not survey.is_whole:
             return other, found
+        if found.num_rows <= survey.num_rows:
+            continue  # no line is swallowed
         if found.is_whole and len(other.header) > 1 and _is_repeated(other, survey.spanned):
             return other, found
         if found.is_whole and len(other.header) == 1 and promised == "\t":
@@ -266,13 +269,16 @@ def _chosen(quoted: Delimited, *, promised: str) -> tuple[Delimited, _Survey]:
 def _is_repeated(plain: Delimited, spanned: frozenset[int]) -> bool:
     """Whether lines that quotes would make parts of a text are rows like all others.
 
-    They are if all their values of some column, labels say, are values of other lines, too.
+    They are if all their values of some column, labels say, are values of other lines, too, or
+    class ids.
     """
     inside: list[set[str]] = [set() for _ in plain.header]
     for (line, _), row in plain._body():
         if line in spanned:
             for values, value in zip(inside, row, strict=False):
                 values.add(value)
+    if any(values and all(map(_CLASS_ID.fullmatch, values)) for values in inside):
+        return True
     num = [len(values) for values in inside]
     for (line, _), row in plain._body():
         if line not in spanned:
@@ -303,7 +309,7 @@ def _separator(path: Path, promised: str) -> tuple[str, int]:
     if promised not in first:
         for other in sorted(SEPARATORS, key=first.count, reverse=True):
             if other in first:
-                survey = Delimited._in(path, other, "doubled", 0)._survey()
+                _, survey = _chosen(Delimited._in(path, other, "doubled", 0), promised=promised)
                 if survey.is_whole and survey.num_rows:
                     return other, 0
     return promised, 0

@@ -451,14 +451,16 @@ def _by_map(
                 f"--label-map has {pair!r}, expected a label and one of the teacher's classes "
                 f"({_listed(teacher_id2label)}), as in '{values[0]}={teacher_id2label[0]}'"
             )
+        given.setdefault(spelled(label), class_id)
         given[label] = class_id
-    missing = [str(value) for value in values if str(value) not in given]
+    of_value = {value: given.get(str(value), given.get(spelled(str(value)))) for value in values}
+    missing = [str(value) for value, class_id in of_value.items() if class_id is None]
     if missing:
         raise UserError(
             f"--label-map says nothing of {_few(missing)}: name a class for every label, as in "
             f"'{missing[0]}={teacher_id2label[0]}'"
         )
-    return {value: given[str(value)] for value in values}
+    return {value: class_id for value, class_id in of_value.items() if class_id is not None}
 
 
 def _few(names: Sequence[str]) -> str:

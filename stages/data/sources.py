@@ -276,7 +276,9 @@ def _layout(path: Path) -> Layout | None:
 def _open_layout(layout: Layout, name: str, split: str | None, txt_unit: TxtUnit) -> Source:
     chosen, found = layout.choose(split, name)
     source = _opened(found, chosen, txt_unit)
-    return dataclasses.replace(source, left_out=layout.left(chosen))
+    others = [one for one in layout.splits if one != chosen]
+    notes = [f"other splits there: {', '.join(others)}"] if others else []
+    return dataclasses.replace(source, notes=[*source.notes, *notes], left_out=layout.left(chosen))
 
 
 def _opened(found: Split, chosen: str, txt_unit: TxtUnit) -> Source:
@@ -393,6 +395,7 @@ def _fetched(url: str) -> Path:
             system.get(path, str(local), recursive=True)
     except (OSError, ValueError, ImportError, NotImplementedError, RuntimeError) as error:
         raise SourceUnavailable(
-            f"{url} could not be fetched ({root_cause(error)}): check it, or give a local copy"
+            f"{url} could not be fetched ({root_cause(error)}): check it, install what `fsspec` "
+            "needs for it, or give a local copy"
         ) from error
     return local

@@ -157,7 +157,9 @@ def _as(values: Any, wanted: pa.DataType, name: str, where: str) -> Any:
             return pa.array(values, wanted)
         if isinstance(values.type, pa.BaseExtensionType):
             values = pc.cast(values, values.type.storage_type)
-        if pa.types.is_dictionary(values.type) or pa.types.is_run_end_encoded(values.type):
+        if pa.types.is_run_end_encoded(values.type):
+            values = pc.run_end_decode(values)  # pyright: ignore[reportAttributeAccessIssue]
+        if pa.types.is_dictionary(values.type):
             values = pc.cast(values, values.type.value_type)
         return pc.cast(values, wanted)
     except (pa.ArrowException, ValueError, TypeError) as error:
@@ -349,7 +351,10 @@ def _entries_of_object(
         for one in value
     ):
         raise unreadable(
-            path, kind, f"it is one object with the keys {', '.join(found)}, expected one a line"
+            path,
+            kind,
+            f"it is one object with the keys {', '.join(found)}, expected one a document",
+            "write the list of documents alone, or an object a line",
         )
     columns = [v if isinstance(v, list) else list(v.values()) for v in found.values()]
     if any(

@@ -98,3 +98,70 @@ def test_placeholders_are_told_from_names():
     assert is_generic(GENERIC)
     assert not is_generic(NAMED)
     assert not is_generic({0: "LABEL_0", 1: "spam"})
+
+
+def test_spellings_of_one_name_are_one_class():
+    assert map_labels(["Spam", "spam", "not-spam"], {0: "NOT_SPAM", 1: "spam"}) == {
+        "Spam": 1,
+        "spam": 1,
+        "not-spam": 0,
+    }
+    assert map_labels(["ham", "Spam", "spam"], GENERIC, ("ham", "SPAM")) == {
+        "ham": 0,
+        "Spam": 1,
+        "spam": 1,
+    }
+
+
+def test_a_name_and_its_beginning_may_be_one_class_or_two():
+    with pytest.raises(
+        UserError, match=r"'pos' and 'positive' .* both be .*1 POSITIVE.*--label-map"
+    ):
+        map_labels(["neg", "pos", "positive"], NAMED)
+
+
+def test_a_teachers_exact_name_goes_before_another_spelling():
+    assert map_labels(["Yes", "yes"], {0: "yes", 1: "Yes"}) == {"Yes": 1, "yes": 0}
+
+
+STARS = {0: "1 star", 1: "2 stars", 2: "3 stars"}
+
+
+def test_integers_that_the_teachers_names_alone_hold():
+    assert map_labels([1, 2, 3], STARS) == {1: 0, 2: 1, 3: 2}
+    assert map_labels([0, 1, 2], STARS) == {0: 0, 1: 1, 2: 2}
+    assert map_labels([0, 1], {0: "0", 1: "1"}) == {0: 0, 1: 1}
+
+
+def test_integers_that_may_be_ids_or_names_are_refused_with_both_readings():
+    with pytest.raises(
+        UserError, match=r"label 1 may be .*class 1 '2 stars' or .*class 0 '1 star'"
+    ):
+        map_labels([1, 2], STARS)
+    with pytest.raises(UserError, match=r"label 0 may be .*class 0 'True' or .*class 1 'False'"):
+        map_labels([0, 1], {0: "True", 1: "False"})
+    assert map_labels([1, 2], STARS, label_map=("1=1 star", "2=2 stars")) == {1: 0, 2: 1}
+
+
+def test_placeholders_in_the_data_are_ids():
+    assert map_labels(["LABEL_1", "LABEL_0"], NAMED) == {"LABEL_1": 1, "LABEL_0": 0}
+
+
+def test_a_map_decides_alone():
+    assert map_labels([0, 1], NAMED, label_map=("0=POSITIVE", "1=0")) == {0: 1, 1: 0}
+    assert map_labels(["a", "B"], NAMED, label_map=("a=positive", "b=NEGATIVE")) == {"a": 1, "B": 0}
+    assert map_labels(["x=y", "z"], NAMED, label_map=("x=y=1", "z=0")) == {"x=y": 1, "z": 0}
+
+
+@pytest.mark.parametrize(
+    ("given", "saying"),
+    [
+        (("0=POSITIVE",), "says nothing of 1"),
+        (("0=POSITIVE", "1=5"), "has '1=5', expected"),
+        (("0", "1=1"), "has '0', expected"),
+        (("=1", "1=1"), "has '=1', expected"),
+    ],
+)
+def test_a_map_that_is_none(given, saying):
+    with pytest.raises(UserError, match=saying):
+        map_labels([0, 1], NAMED, label_map=given)

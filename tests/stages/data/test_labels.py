@@ -108,3 +108,42 @@ def test_a_column_in_several_chunks():
     features = datasets.Features({"label": datasets.Value("string")})
     labels = read_labels(table, features, "label", None)
     assert labels.ids.tolist() == [1, 0, 2, 0]
+
+
+@pytest.mark.parametrize("values", [["0.0", "1.0", "2."], ["+0", "1", " 2.00 "]])
+def test_integers_that_were_floats(values):
+    assert _read(values).ids.tolist() == [0, 1, 2]
+
+
+def test_fractions_written_as_text_are_no_classes():
+    with pytest.raises(UserError, match=r"fractions such as 0\.5"):
+        _read(["0.5", "1"])
+
+
+def test_names_that_differ_in_their_spelling_alone_make_no_teacher():
+    with pytest.raises(UserError, match="'Spam' and 'spam' differ in their spelling alone"):
+        _read(["Spam", "spam", "ham"]).class_names()
+    assert _read(["SPAM", "ham"], ("ham", "spam")).ids.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, None, 0, -1], [1.0, float("nan"), 0.0, None], ["a", None, "b", " "], ["1", "", "0", "-1"]],
+)
+def test_missing_labels_are_dropped_or_kept(values):
+    table = datasets.Dataset.from_dict({"label": values})
+    labels = read_labels(table.data.table, table.features, "label", None)
+    dropped, kept = settle_missing(labels, "drop", "label", 4)
+    assert kept.tolist() == [True, False, True, False]
+    assert dropped is not None and sum(dropped.counts().values()) == 2
+    unlabeled, kept = settle_missing(labels, "unlabeled", "label", 4)
+    assert kept.all() and unlabeled is not None
+    assert unlabeled.is_missing.tolist() == [False, True, False, True]
+
+
+def test_labels_that_are_all_missing():
+    table = datasets.Dataset.from_dict({"label": [None, -1]})
+    labels = read_labels(table.data.table, table.features, "label", None)
+    assert settle_missing(labels, "unlabeled", "label", 2)[0] is None
+    with pytest.raises(UserError, match="2 of 2 documents have no label"):
+        settle_missing(labels, "drop", "label", 2)
