@@ -61,7 +61,8 @@ RINGS: dict[str, Ring] = {
     "::test_however_a_step_is_cut_all_weights_are_the_same": "ci",
     "tests/stages/training/transfer/test_training.py"
     "::test_last_states_are_matched_as_the_layer_that_they_are": "ci",
-    "tests/pipeline/test_labels.py::test_a_teacher_whose_ids_mean_the_classes_in_another_order": "ci",
+    "tests/pipeline/test_labels.py"
+    "::test_a_teacher_whose_ids_mean_the_classes_in_another_order": "ci",
     "tests/pipeline/test_labels.py::test_documents_without_a_label": "ci",
     "tests/pipeline/test_labels.py::test_integers_beside_a_teacher_of_more_classes": "ci",
     "tests/pipeline/test_labels.py::test_text_without_labels_is_enough": "ci",

@@ -54,7 +54,9 @@ class ClassificationStudents(StudentTask):
     @cached_property
     def measure(self) -> Measure:
         """The accuracy; where no held-out sample has a label, the agreement with the teacher."""
-        return ACCURACY if has_held_out_labels(self._config, self._readers[0]) else AGREEMENT
+        return (
+            ACCURACY if has_held_out_labels(self._config.training, self._readers[0]) else AGREEMENT
+        )
 
     def course(self, joined: Joined) -> Course:
         """Samples of both kinds, and a Mamba with fresh weights or a pre-trained classifier."""
