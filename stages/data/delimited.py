@@ -118,6 +118,9 @@ class Delimited:
             header = []  # a survey says what is wrong
         return replace(bare, header=tuple(header), notes=[])
 
+    def _as(self, quoting: Quoting) -> Delimited:
+        return self._in(self.path, self.separator, quoting, self.num_skipped)
+
     @property
     def _kind(self) -> str:
         return "tsv" if self.separator == "\t" else "csv"
@@ -240,30 +243,29 @@ def _chosen(quoted: Delimited, *, promised: str) -> tuple[Delimited, _Survey]:
     Raises:
         UserError: if two dialects read it, and neither is more likely.
     """
-    survey = quoted._survey()
-    if survey.is_whole and not survey.spanned:
-        return quoted, survey
-    others: list[Quoting] = ["none"]
-    if not survey.is_whole and _holds(quoted.path, '\\"'):
-        others.insert(0, "escaped")
-    for quoting in others:
-        other = Delimited._in(quoted.path, quoted.separator, quoting, quoted.num_skipped)
-        if quoting == "none" and any(name.startswith('"') for name in other.header):
-            continue
-        found = other._survey()
-        if found.is_whole and not survey.is_whole:
-            return other, found
-        if found.num_rows <= survey.num_rows:
-            continue  # no line is swallowed
-        if found.is_whole and len(other.header) > 1 and _is_repeated(other, survey.spanned):
-            return other, found
-        if found.is_whole and len(other.header) == 1 and promised == "\t":
+    best, found = quoted, quoted._survey()
+    if not found.is_whole and _holds(quoted.path, '\\"'):
+        escaped = quoted._as("escaped")
+        if (survey := escaped._survey()).is_whole:
+            best, found = escaped, survey
+    if found.is_whole and not found.spanned:
+        return best, found
+    plain = quoted._as("none")
+    survey = plain._survey()
+    if any(name.startswith('"') for name in plain.header) or not survey.is_whole:
+        return best, found
+    if not found.is_whole:
+        return plain, survey
+    if survey.num_rows > found.num_rows:  # lines are swallowed
+        if len(plain.header) > 1 and _is_repeated(plain, found.spanned):
+            return plain, survey
+        if len(plain.header) == 1 and promised == "\t":
             raise UserError(
-                f"{quoted.path.name} can be read in two ways: {survey.num_rows:,} documents with "
-                f"quotes around some, or {found.num_rows:,}, one a line: call it .csv for the "
+                f"{quoted.path.name} can be read in two ways: {found.num_rows:,} documents with "
+                f"quotes around some, or {survey.num_rows:,}, one a line: call it .csv for the "
                 "first, or take the header away and call it .txt for the second"
             )
-    return quoted, survey
+    return best, found
 
 
 def _is_repeated(plain: Delimited, spanned: frozenset[int]) -> bool:

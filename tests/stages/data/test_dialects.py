@@ -192,7 +192,7 @@ def written(
     rows: Sequence[Sequence[str]], separator: str, quoting: int, end: str, *, reordered: bool
 ) -> str:
     stream = io.StringIO()
-    writer = csv.writer(stream, delimiter=separator, quoting=quoting, lineterminator=end)
+    writer = csv.writer(stream, delimiter=separator, quoting=quoting, lineterminator=end)  # pyright: ignore[reportArgumentType]
     order = slice(None, None, -1 if reordered else 1)
     writer.writerows([one[order] for one in [("text", "label"), *rows]])
     return stream.getvalue()
