@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from teacher_cache.cache.manifest import Manifest
-from teacher_cache.cache.schema import NO_LABEL, Fields
+from teacher_cache.cache.schema import ABSENT_LABEL, Fields
 
 ON_LABELS = "teacher_on_labels"  # of a manifest's `about`
 NUM_SIGMAS = 4.0  # beyond which a difference of two shares is no accident
@@ -35,7 +35,7 @@ class Confusion:
     def add(self, fields: Fields | Mapping[str, Any]) -> None:
         """Count samples with a label, of `label` [N] and `class_logits` [N, C]."""
         labels, logits = np.asarray(fields["label"]), np.asarray(fields["class_logits"])
-        is_labeled = labels != NO_LABEL
+        is_labeled = labels != ABSENT_LABEL
         if is_labeled.any():
             chosen = (labels[is_labeled], logits[is_labeled].argmax(axis=1))
             np.add.at(self.counts, chosen, 1)

@@ -191,9 +191,7 @@ def main_corpus(
             own["label_column"] = preset.label_column
             own["label_names"] = preset.label_names if own_classes else None
     given = {
-        name: value
-        for name in (*OF_COLUMNS, *OF_MEANING)
-        if (value := options.given.get(name))
+        name: value for name in (*OF_COLUMNS, *OF_MEANING) if (value := options.given.get(name))
     }
     if txt_unit is not None:
         given["txt_unit"] = txt_unit
@@ -447,7 +445,9 @@ def held_out_corpus(options: EvaluateCommandOptions, task: KnownTask) -> CorpusC
     is_open = preset is None and corpus.split is None
     split = _own_held_out_split(data) if is_open else None
     unit = options.text.txt_unit
-    return main_corpus(MappedDataOptions(**corpus.given), task, txt_unit=unit, split=split, held_out=True)
+    return main_corpus(
+        MappedDataOptions(**corpus.given), task, txt_unit=unit, split=split, held_out=True
+    )
 
 
 def _own_held_out_split(data: str) -> str | None:

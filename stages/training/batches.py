@@ -15,8 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import NO_LABEL as UNLABELED_SAMPLE
-from teacher_cache.cache.schema import POOLED
+from teacher_cache.cache.schema import ABSENT_LABEL, NO_LABEL, POOLED
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.documents import PLACE_BYTES
 from teacher_cache.stages.data.packing import next_ids
@@ -245,7 +244,7 @@ class SampleCollator(Collator):
                 arrays[name] = np.stack([sample[field] for sample in samples])
         if "label" in samples[0]:
             labels = np.array([sample["label"] for sample in samples], np.int64)
-            arrays["labels"] = np.where(labels == UNLABELED_SAMPLE, NO_LABEL, labels)
+            arrays["labels"] = np.where(labels == ABSENT_LABEL, NO_LABEL, labels)
         return arrays
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.plan import LABELED, UNLABELED, viewed_split
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import NO_LABEL, width_of_pooled
+from teacher_cache.cache.schema import ABSENT_LABEL, width_of_pooled
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
@@ -225,7 +225,7 @@ def has_held_out_labels(config: TrainingConfig, reader: CacheReader) -> bool:
         reader: of the corpus.
     """
     chosen = held_out(reader.sample_ids(), config.eval_fraction)
-    return not chosen.any() or bool((reader.column("label")[chosen] != NO_LABEL).any())
+    return not chosen.any() or bool((reader.column("label")[chosen] != ABSENT_LABEL).any())
 
 
 def _require_two_classes(config: TrainingConfig, reader: CacheReader, *, alpha: float) -> None:
@@ -235,14 +235,14 @@ def _require_two_classes(config: TrainingConfig, reader: CacheReader, *, alpha: 
         UserError: saying what to cache or give.
     """
     labels = reader.column("label")
-    if not (labels != NO_LABEL).any():
+    if not (labels != ABSENT_LABEL).any():
         if not alpha:
             raise UserError(
                 f"--alpha 0 learns from labels alone, and no document of {reader.cache} has one: "
                 "give a weight to the teacher, as in --alpha 1"
             )
         return
-    chosen = ~held_out(reader.sample_ids(), config.eval_fraction) & (labels != NO_LABEL)
+    chosen = ~held_out(reader.sample_ids(), config.eval_fraction) & (labels != ABSENT_LABEL)
     classes = np.unique(labels[chosen])
     if len(classes) < 2:
         raise UserError(
