@@ -260,7 +260,6 @@ def test_an_address_that_nothing_reads() -> None:
         ("[:3]", range(3)),
         ("[50%:]", range(5, 10)),
         ("[-2:]", range(8, 10)),
-        ("[2:40%]", range(2, 4)),
     ],
 )
 def test_a_part_of_a_split(tmp_path: Path, part: str, positions: range) -> None:
