@@ -148,7 +148,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-    from teacher_cache.stages.evaluation.matched_maps import MatchedMaps
+    from teacher_cache.stages.evaluation.matched_attention import AttentionOfSample
 
 MOST_LABELS = 72  # of an axis; of a longer sample every second, third, ... token is named
 MOST_COLUMNS = 3
@@ -273,17 +273,17 @@ def both_sides(
     Raises:
         UserError: as `InsideOfRun.of`.
     """
-    from teacher_cache.stages.evaluation.matched_maps import InsideOfRun  # imports torch
+    from teacher_cache.stages.evaluation.matched_attention import InsideOfRun  # imports torch
 
     codec_of(reader.manifest)  # refuses a cache without maps
-    maps = InsideOfRun.of(run, reader).matched_maps(sample)
+    maps = InsideOfRun.of(run, reader).matched_attention(sample)
     appended = -1 if maps.appended_id is None else maps.appended_id  # none has no such source
     ids = [appended if source < 0 else int(sample["input_ids"][source]) for source in maps.sources]
     tokens = readable_tokens(tokenizer, ids)
     return Panels(maps=both_maps(maps, tokens), tokens=tokens, most_columns=PAIRS)
 
 
-def both_maps(maps: MatchedMaps, tokens: Sequence[str]) -> list[NamedMap]:
+def both_maps(maps: AttentionOfSample, tokens: Sequence[str]) -> list[NamedMap]:
     """A panel of the teacher and one of the student for each matched layer.
 
     Of caches that hold the pooled position's row alone there are two panels, a row a layer.

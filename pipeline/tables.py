@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # they import torch
 
 NONE = "–"
 NOT_PROBED = "not probed: teacher or data is not on this machine"
-NOT_PROBED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
+NOT_MEASURED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
 NUM_SAMPLES = 64
 MOST_CLASSES = 12  # that a table shows all pairs of
 
@@ -247,7 +247,9 @@ def estimate_table(estimate: Estimate, *, of_codec: bool) -> Table:
         table.add_row("MB of maps and states of layers", _megabytes(estimate.num_layer_bytes))
     add_map_errors(table, estimate.maps)
     if of_codec:
-        errors = [] if estimate.probe is None else estimate.probe.to_json()["reconstruction"]
+        errors = (
+            [] if estimate.codec_loss is None else estimate.codec_loss.to_json()["reconstruction"]
+        )
         _add_errors(table, errors)
     return table
 
@@ -257,7 +259,7 @@ def kept_table(manifest: Manifest) -> Table:
     table = _table("a token")
     probe = manifest.about.get("probe", {})
     errors = probe.get("reconstruction", [])
-    # A head of differing sizes is as the probe found it.
+    # A head of differing sizes is as it was measured.
     entries = errors[0]["num_ids"] if errors else probe.get("num_ids") or 0.0
     for spec in manifest.schema:
         if spec.is_ragged and not spec.is_map:
@@ -266,7 +268,7 @@ def kept_table(manifest: Manifest) -> Table:
     table.add_row("bytes in all", f"{total:,.2f} ({codec_from(manifest.settings['codec']).name})")
     if "measured_against" in probe:
         _add_errors(
-            table, errors, against=f", from {probe['measured_against']}", missing=NOT_PROBED_AGAIN
+            table, errors, against=f", from {probe['measured_against']}", missing=NOT_MEASURED_AGAIN
         )
     else:
         _add_errors(table, errors)
@@ -341,7 +343,7 @@ def layer_table(reader: CacheReader) -> Table:
 
 
 def add_map_errors(table: Table, errors: Mapping[str, Any] | None) -> None:
-    """What storing maps loses, as the probe found it; no row where no maps are stored."""
+    """What storing maps loses, as it was measured; no row where no maps are stored."""
     if errors is not None:
         table.add_row(
             "KL of an attention row",

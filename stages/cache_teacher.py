@@ -30,7 +30,7 @@ from teacher_cache.cache.plan import ShardPlan, documents_per_shard
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.stores.named import DEFAULT_STORE, store_named
 from teacher_cache.cache.writer import CacheWriter
-from teacher_cache.stages.codecs.measure import Probe
+from teacher_cache.stages.codecs.measure import CodecLoss
 from teacher_cache.stages.config import Part
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
 from teacher_cache.stages.data.packaged import austen, reviews
@@ -45,7 +45,7 @@ from teacher_cache.stages.teacher.config import CaptureConfig, ShardConfig
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.teacher.task import Task
 
-NUM_PROBED_FOR_SIZE = 64
+NUM_MEASURED_FOR_SIZE = 64
 SIDECAR_SUFFIX = ".json"
 AnyTask = Task[Any, Any]
 
@@ -54,7 +54,7 @@ def estimated_bytes(task: AnyTask, splits: Mapping[str, Corpus | Views]) -> floa
     """Of all shards, by the first documents of each split."""
     total = 0.0
     for documents in splits.values():
-        first = documents.documents(0, min(NUM_PROBED_FOR_SIZE, len(documents)))
+        first = documents.documents(0, min(NUM_MEASURED_FOR_SIZE, len(documents)))
         of_one = task.bytes_per_document(first) if first else None
         total += (of_one or 0.0) * len(documents)
     return total
@@ -260,7 +260,9 @@ def _plan(
     if (cache / MANIFEST_NAME).exists() and not config.shards.overwrite:
         per_shard = read_manifest(cache).layout["documents_per_shard"]
     else:
-        documents = splits["labeled"].documents(0, min(NUM_PROBED_FOR_SIZE, len(splits["labeled"])))
+        documents = splits["labeled"].documents(
+            0, min(NUM_MEASURED_FOR_SIZE, len(splits["labeled"]))
+        )
         num_bytes = task.bytes_per_document(documents)
         if num_bytes is None:
             raise UserError(
@@ -354,7 +356,7 @@ class Estimate:
         bytes_per_token: of a language model's fields but those of layers; None where it takes the
             teacher to know, or it is a classifier.
         num_ids: of the teacher's support; None where it was not loaded.
-        probe: of the codec; None where it was not probed.
+        codec_loss: None where it was not measured.
         num_bytes: of all shards; None where nothing was tokenised, as the next two.
         num_layer_bytes: of that, of attention maps and states of layers.
         maps: what storing attention maps loses (`RowErrors.to_json`); None without any.
@@ -364,7 +366,7 @@ class Estimate:
 
     bytes_per_token: float | None
     num_ids: int | None = None
-    probe: Probe | None = None
+    codec_loss: CodecLoss | None = None
     num_bytes: float | None = None
     num_layer_bytes: float | None = None
     maps: dict[str, Any] | None = None
@@ -388,7 +390,7 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
     num_bytes = num_layer_bytes = num_tokens = 0.0
     num_shards, per_shard = 0, None
     for corpus in task.corpora.values():
-        documents = corpus.documents(0, min(NUM_PROBED_FOR_SIZE, len(corpus)))
+        documents = corpus.documents(0, min(NUM_MEASURED_FOR_SIZE, len(corpus)))
         of_one = task.bytes_per_document(documents)
         if of_one is None:
             continue
@@ -402,7 +404,7 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
     return Estimate(
         bytes_per_token=task.bytes_per_token,
         num_ids=task.num_ids,
-        probe=task.probe,
+        codec_loss=task.codec_loss,
         num_bytes=num_bytes,
         num_layer_bytes=num_layer_bytes,
         maps=task.about().get("attention"),

@@ -34,7 +34,7 @@ from teacher_cache.stages.codecs.config import CodecConfig, ConvertConfig
 from teacher_cache.stages.codecs.interface import Sample
 from teacher_cache.stages.codecs.measure import (
     NUM_POSITIONS,
-    probed_temperatures,
+    measured_temperatures,
     reconstruction_error,
 )
 from teacher_cache.stages.codecs.named import (
@@ -188,7 +188,7 @@ def _manifest(
         settings = _settings(settings, codecs)
         schema = _schema(schema, codecs)
         origin |= {"codec": codecs.source.settings, "probe": about.pop("probe", None)}
-        about["probe"] = probed_again(codecs.target, codecs.recode, codecs.logits_of, readers)
+        about["probe"] = measured_again(codecs.target, codecs.recode, codecs.logits_of, readers)
         if not room_of(codecs.target).keeps_states:
             about.pop("language_model_head", None)
     return replace(
@@ -350,7 +350,7 @@ def _reduced(target: Codec, logits_of: LogitsOf, sample: Sample) -> dict[str, np
 UNUSED_MASS = "unused_mass"
 
 
-def probed_again(
+def measured_again(
     target: Codec,
     convert: Recode,
     logits_of: LogitsOf | None,
@@ -390,7 +390,7 @@ def probed_again(
             temperature=temperature,
             drawn_at=np.concatenate(drawn) if drawn else None,
         ).to_json()
-        for temperature in probed_temperatures(target)
+        for temperature in measured_temperatures(target)
     ]
     # Of rows that no token has, nothing is left in the source to measure.
     for error in errors:

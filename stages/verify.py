@@ -20,7 +20,7 @@ from teacher_cache.stages.teacher.layers import STATE_TOLERANCE, LayerPlan, Laye
 from teacher_cache.stages.teacher.load import Teacher
 
 # Of a row of a map, nats, beyond what its encoding can lose.
-MAP_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.01}
+ATTENTION_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.01}
 
 
 def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) -> float:
@@ -53,7 +53,7 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
     task = TASKS[settings["task"]].teacher
     loaded = task.load(
         _config(teacher or reader.manifest.about["teacher"], recorded["dtype"]),
-        with_maps="attention" in settings,
+        with_attention="attention" in settings,
     )
     _require_same(loaded, recorded, cache)
     comparison = task.comparison(reader, loaded)
@@ -117,7 +117,7 @@ class LayersApart:
     def __init__(self, plan: LayerPlan):
         self._plan = plan
         self._samples: Sequence[Mapping[str, np.ndarray]] = ()
-        self._map_kl = 0.0  # of a row beyond what its encoding can lose, nats
+        self._attention_kl = 0.0  # of a row beyond what its encoding can lose, nats
         self._state = 0.0  # as a share of the cached one's length
 
     def tap(self, model: PreTrainedModel, samples: Sequence[Mapping[str, np.ndarray]]) -> LayerTap:
@@ -139,7 +139,7 @@ class LayersApart:
         assert codec is not None, "no other field is heard"
         stored = codec.split(cached[name], lengths)[piece]
         kl = row_kl(again, codec.decode(stored, lengths[piece])) - largest_kl(again)
-        self._map_kl = float(np.maximum(self._map_kl, kl.max()))  # a NaN stays one
+        self._attention_kl = float(np.maximum(self._attention_kl, kl.max()))  # a NaN stays one
 
     def require_close(self, cache: Path, dtype: str) -> None:
         """Refuse what number format and encoding do not explain.
@@ -147,11 +147,11 @@ class LayersApart:
         Raises:
             CheckFailed: naming the distance and the tolerance.
         """
-        if not self._map_kl <= MAP_TOLERANCE[dtype]:
+        if not self._attention_kl <= ATTENTION_TOLERANCE[dtype]:
             raise CheckFailed(
-                f"rows of the teacher's attention maps are up to {self._map_kl:.2g} nats further "
-                f"from those in {cache} than their encoding explains, expected at most "
-                f"{MAP_TOLERANCE[dtype]}: make the cache again with --overwrite"
+                f"rows of the teacher's attention maps are up to {self._attention_kl:.2g} nats "
+                f"further from those in {cache} than their encoding explains, expected at most "
+                f"{ATTENTION_TOLERANCE[dtype]}: make the cache again with --overwrite"
             )
         if not self._state <= STATE_TOLERANCE[dtype]:
             raise CheckFailed(

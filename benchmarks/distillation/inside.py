@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
+from teacher_cache.stages.evaluation.matched_attention import InsideOfRun
 from teacher_cache.stages.losses.layers import attention_distance, pooled_distance
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 from teacher_cache.stages.training.batches import Batch
@@ -104,7 +104,7 @@ def _row_distances(
     transfer: Transfer, mixers: Sequence[RecordedMixer], batch: Batch
 ) -> Iterator[Tensor]:
     """[2, N] of each layer's rows: the student's distance, and that of a row spread evenly."""
-    for one in transfer.map_rows(mixers, batch):
+    for one in transfer.attention_rows(mixers, batch):
         assert one.teacher is not None, "there are samples"
         has_row = (one.teacher != 0).any(-1)
         compared = (one.student, one.allowed.to(one.student.dtype))

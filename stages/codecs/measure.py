@@ -174,7 +174,7 @@ USUAL_TEMPERATURES = (1.0, 2.0)  # 1 is the teacher's own, 2 the default of a st
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class CodecLoss:
     """Of a codec, on the first positions of a corpus that predict something.
 
     Attributes:
@@ -199,12 +199,12 @@ class Probe:
         return {"reconstruction": [error.to_json() for error in self.errors], **head}
 
 
-def probe_codec(
+def measure_codec(
     codec: Codec,
     support: AnySupport,
     positions: Positions,
     head: LanguageModelHead | None,
-) -> Probe:
+) -> CodecLoss:
     """Reconstruct what a teacher said at a few positions.
 
     Args:
@@ -221,7 +221,7 @@ def probe_codec(
         assert positions.states is not None, "states are cached with their head"
         difference = check_head(head, positions.states, positions.logits)
         codec = room_of(codec).with_head(codec, head.of_support(states_support(support)))
-    return Probe(
+    return CodecLoss(
         errors=tuple(
             reconstruction_error(
                 codec,
@@ -231,13 +231,13 @@ def probe_codec(
                 states=positions.states,
                 drawn_at=positions.drawn_at,
             )
-            for temperature in probed_temperatures(codec)
+            for temperature in measured_temperatures(codec)
         ),
         head_difference=difference,
     )
 
 
-def probed_temperatures(codec: Codec) -> tuple[float, ...]:
+def measured_temperatures(codec: Codec) -> tuple[float, ...]:
     """Two temperatures of the codec's grid, 1 and 2 where it has them; fewer if it has fewer."""
     grid = room_of(codec).grid(codec) or USUAL_TEMPERATURES
     by_preference = [*(one for one in USUAL_TEMPERATURES if one in grid), *grid]

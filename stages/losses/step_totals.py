@@ -65,7 +65,7 @@ class StepTotals:
         num_labels: positions that have a label to learn, a class or a next token; of the labelled
             kind, with a teacher or without.
         num_next_tokens: tokens of both kinds that a classifier predicts besides.
-        num_map_rows: rows of attention maps that are matched, over all layers, of both kinds.
+        num_attention_rows: rows of attention maps that are matched, over all layers, of both kinds.
         num_hidden_states: hidden states that are matched, over all layers, of both kinds.
         num_chunks_labeled: chunks of text whose likelihoods are compared, in labelled samples.
         num_chunks_unlabeled: the same in unlabelled ones.
@@ -77,7 +77,7 @@ class StepTotals:
     conf_weight_sum_unlabeled: float = 0.0
     num_labels: int = 0
     num_next_tokens: int = 0
-    num_map_rows: int = 0
+    num_attention_rows: int = 0
     num_hidden_states: int = 0
     num_chunks_labeled: int = 0
     num_chunks_unlabeled: int = 0

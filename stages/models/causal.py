@@ -17,8 +17,8 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
 
 FILLER_ID = 0  # fills batches where nothing looks
-_PROBE_LENGTHS = (9, 1, 14, 3, 6)
-_PROBE_TOLERANCE = 1e-3  # of the largest logit; float32 rounds a thousand times finer
+_TRIED_LENGTHS = (9, 1, 14, 3, 6)
+_TRIED_TOLERANCE = 1e-3  # of the largest logit; float32 rounds a thousand times finer
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def check_language_model(name: str, model: PreTrainedModel) -> bool:
     most = min(1000, own_logits(model, np.zeros(1, np.uint32)).shape[-1])
     documents = [
         torch.randint(most, (n,), generator=generator).numpy().astype(np.uint32)
-        for n in _PROBE_LENGTHS
+        for n in _TRIED_LENGTHS
     ]
     alone = [own_logits(model, ids) for ids in documents]
     longest = max(documents, key=len)
@@ -118,7 +118,7 @@ def check_language_model(name: str, model: PreTrainedModel) -> bool:
         )
     joined = np.concatenate(documents)
     # The second row makes the first one's padding and the batch's order show.
-    *first, last = _PROBE_LENGTHS
+    *first, last = _TRIED_LENGTHS
     sequences, lengths = [joined[:-1], joined], [[*first, last - 1], [*first, last]]
     expected = torch.cat([*alone[:-1], alone[-1][:-1], *alone])
     for packs in (True, False):
@@ -270,5 +270,5 @@ def own_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
 def _are_close(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
-    most = _PROBE_TOLERANCE * expected.abs().max()
+    most = _TRIED_TOLERANCE * expected.abs().max()
     return bool((found - expected).abs().max() <= most)

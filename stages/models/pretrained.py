@@ -110,7 +110,7 @@ def load_model(
     what: str,
     content: str,
     trust_remote_code: bool,
-    with_maps: bool = False,
+    with_attention: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model in float32, on the CPU.
 
@@ -120,7 +120,8 @@ def load_model(
         what: it is called in a message.
         content: of the folder that is expected, in a message.
         trust_remote_code: run the code that a hub repository brings.
-        with_maps: with attention that forms its maps: slower, in more memory, rounded otherwise.
+        with_attention: with attention that forms its maps: slower, in more memory, and rounded
+            otherwise.
 
     Returns:
         The model, and the names of its weights that are in no file.
@@ -136,7 +137,7 @@ def load_model(
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
-            attn_implementation=EAGER if with_maps else None,
+            attn_implementation=EAGER if with_attention else None,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load(what, name, error, option="--teacher")) from error

@@ -79,7 +79,7 @@ def mixing_matrices(
     return prepared.block(everything)
 
 
-def mean_absolute_map(
+def mean_absolute_mixing(
     mixer: RecordedMixer,
     units: Tensor | None = None,
     rows: Tensor | None = None,

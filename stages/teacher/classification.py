@@ -78,7 +78,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
             UserError: if the teacher cannot be loaded or lacks what is asked for, or the labels are
                 none of its classes or all of one class.
         """
-        teacher = cls.load(config.forward, with_maps=config.layers.attention != "none")
+        teacher = cls.load(config.forward, with_attention=config.layers.attention != "none")
         labeled = corpora["labeled"].with_class_names(teacher.id2label)
         _check_classes(labeled)
         return cls(
@@ -93,9 +93,9 @@ class Classification(Task[ClassificationTeacher, Sample]):
         )
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, with_maps: bool) -> ClassificationTeacher:
+    def load(cls, config: TeacherConfig, *, with_attention: bool) -> ClassificationTeacher:
         """A sequence classifier."""
-        return load_teacher(config, with_maps=with_maps)
+        return load_teacher(config, with_attention=with_attention)
 
     @classmethod
     def comparison(cls, reader: CacheReader, teacher: ClassificationTeacher) -> ClassesApart:
@@ -140,7 +140,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
                 if self.pooled_width is None
                 else {STATES: {"num_rows": self._num_states, "width": self.pooled_width}}
             ),
-            **self.probed_maps(),
+            **self.measured_attention(),
         }
 
     def samples(self, documents: Sequence[Document]) -> list[Sample]:

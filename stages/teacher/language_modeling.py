@@ -27,11 +27,11 @@ from teacher_cache.stages.codecs.capture import draws_of, packed_fields, reduce_
 from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.interface import Positions
 from teacher_cache.stages.codecs.measure import (
-    Probe,
+    CodecLoss,
     first_positions,
     kl_to_decoded,
-    probe_codec,
-    probed_temperatures,
+    measure_codec,
+    measured_temperatures,
 )
 from teacher_cache.stages.codecs.named import chosen_room, codec_of, open_codec, room_of
 from teacher_cache.stages.data.corpus import Corpus
@@ -102,7 +102,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 cannot serve it.
             CheckFailed: if its ids cannot be aligned as asked.
         """
-        teacher = cls.load(config.forward, with_maps=config.layers.attention != "none")
+        teacher = cls.load(config.forward, with_attention=config.layers.attention != "none")
         alignment = aligned(
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
@@ -131,9 +131,9 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         return None if self.packing == 1 else replace(self, packing=1)
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, with_maps: bool) -> LanguageModelTeacher:
+    def load(cls, config: TeacherConfig, *, with_attention: bool) -> LanguageModelTeacher:
         """A causal language model."""
-        return load_language_model(config, with_maps=with_maps)
+        return load_language_model(config, with_attention=with_attention)
 
     @classmethod
     def comparison(cls, reader: CacheReader, teacher: LanguageModelTeacher) -> PositionsApart:
@@ -197,10 +197,10 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
 
     def about(self) -> dict[str, Any]:
         """What codec and maps cost and lose on the first documents, and how tables are stored."""
-        probe = self.probe
-        found = self.alignment.about | ({} if probe is None else {"probe": probe.to_json()})
+        loss = self.codec_loss
+        found = self.alignment.about | ({} if loss is None else {"probe": loss.to_json()})
         found[TABLE] = None if self.embeddings is None else self.embeddings.facts()
-        found |= self.probed_maps()
+        found |= self.measured_attention()
         return found if self.head is None else found | {"language_model_head": self.head.facts()}
 
     def samples(self, documents: Sequence[Document]) -> list[PackedSample]:
@@ -274,13 +274,13 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         return len(documents)
 
     @cached_property
-    def probe(self) -> Probe | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def codec_loss(self) -> CodecLoss | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Bytes and reconstruction error on the first documents; None if they predict nothing.
 
         Raises:
             UserError: if states and head do not give the teacher's logits.
         """
-        chosen, places = first_positions(self.probed_samples())
+        chosen, places = first_positions(self.measured_samples())
         if not len(places):
             return None
         with torch.inference_mode():
@@ -292,7 +292,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             )[torch.from_numpy(places).to(self.teacher.device)]
             logits = head_logits(self.teacher.model, states)
         drawn_at = draws_of(self.codec, chosen)
-        return probe_codec(
+        return measure_codec(
             self.codec,
             self.support,
             Positions(
@@ -306,8 +306,10 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all of a sample's fields but those of layers, by the heads that the probe found."""
-        return bytes_per_token(self.codec, None if self.probe is None else self.probe.num_ids)
+        """Of all of a sample's fields but those of layers, by the heads that were measured."""
+        return bytes_per_token(
+            self.codec, None if self.codec_loss is None else self.codec_loss.num_ids
+        )
 
     @property
     def num_ids(self) -> int:
@@ -368,7 +370,7 @@ class PositionsApart:
         self._teacher = teacher
         self._codec = codec
         self._support = support
-        (self._temperature, *_) = probed_temperatures(codec)
+        (self._temperature, *_) = measured_temperatures(codec)
         self._kl = self._log_prob = 0.0
 
     def compare(self, samples: Sequence[StoredSample], tap_of: TapOf) -> None:

@@ -49,7 +49,7 @@ class LayerPlan:
     """
 
     attention: AttentionCodec | None
-    source: MapSource | None
+    source: AttentionSource | None
     hidden: HiddenOptions
     widths: Mapping[str, int]
 
@@ -67,7 +67,7 @@ class LayerPlan:
         Raises:
             UserError: if the teacher gives no maps or states, or not those of a layer asked for.
         """
-        source = None if config.attention == "none" else find_maps(teacher)
+        source = None if config.attention == "none" else find_attention(teacher)
         hidden = hidden_options(config)
         return cls(
             attention=None
@@ -158,7 +158,7 @@ def half(states: np.ndarray, *, what: str, option: str) -> np.ndarray:
 
 
 def _attention_codec(
-    config: LayersConfig, teacher: Teacher, source: MapSource, *, is_packed: bool
+    config: LayersConfig, teacher: Teacher, source: AttentionSource, *, is_packed: bool
 ) -> AttentionCodec:
     layers = chosen_layers(config.attention_layers, source.layers, teacher.name)
     heads = {h for layer, h in zip(source.layers, source.num_heads, strict=True) if layer in layers}
@@ -178,7 +178,7 @@ def _attention_codec(
     )
 
 
-def _pooled_at(teacher: Teacher, source: MapSource) -> PooledAt:
+def _pooled_at(teacher: Teacher, source: AttentionSource) -> PooledAt:
     """A causal model pools at its last token, others at the tokenizer's [CLS].
 
     Raises:
@@ -224,7 +224,7 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MapSource:
+class AttentionSource:
     """The calls of a forward pass that make maps, in their order.
 
     Attributes:
@@ -242,11 +242,11 @@ class MapSource:
     is_causal: bool
 
 
-def find_maps(teacher: Teacher) -> MapSource:
+def find_attention(teacher: Teacher) -> AttentionSource:
     """Run the teacher on a short text and look where its maps come from.
 
     Args:
-        teacher: loaded `with_maps`, on its device.
+        teacher: loaded `with_attention`, on its device.
 
     Raises:
         UserError: if it gives no attention maps, or they cannot be traced to modules.
@@ -287,7 +287,7 @@ def find_maps(teacher: Teacher) -> MapSource:
             "traced to the parts of it that make them: leave --attention out"
         )
     names = {id(module): name for name, module in base.named_modules()}
-    return MapSource(
+    return AttentionSource(
         modules=tuple(module for module, _, _ in calls),
         places=tuple(place for _, place, _ in calls),
         layers=_layers([names[id(module)] for module, _, _ in calls]),

@@ -86,12 +86,12 @@ class ClassificationTeacher(Teacher):
     id2label: dict[int, str]
 
 
-def load_teacher(config: TeacherConfig, *, with_maps: bool = False) -> ClassificationTeacher:
+def load_teacher(config: TeacherConfig, *, with_attention: bool = False) -> ClassificationTeacher:
     """Load a classifier onto its device, in its number format.
 
     Args:
         config: the teacher and where it runs.
-        with_maps: whether attention maps are to be had.
+        with_attention: whether attention maps are to be had.
 
     Raises:
         UserError: if it cannot be found or loaded, or has no trained classification head.
@@ -101,7 +101,9 @@ def load_teacher(config: TeacherConfig, *, with_maps: bool = False) -> Classific
     tokenizer = load_tokenizer(
         config.teacher, option="--teacher", trust_remote_code=config.trust_remote_code
     )
-    model = _load_classifier(config.teacher, config.trust_remote_code, with_maps=with_maps)
+    model = _load_classifier(
+        config.teacher, config.trust_remote_code, with_attention=with_attention
+    )
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     _refuse_other_problems(config.teacher, model)
     _warn_of_label_smoothing(config.teacher, model)
@@ -129,14 +131,16 @@ def _ready(
     }
 
 
-def _load_classifier(name: str, trust_remote_code: bool, *, with_maps: bool) -> PreTrainedModel:
+def _load_classifier(
+    name: str, trust_remote_code: bool, *, with_attention: bool
+) -> PreTrainedModel:
     model, untrained = load_model(
         AutoModelForSequenceClassification,
         name,
         what="classifier",
         content="a fine-tuned classifier",
         trust_remote_code=trust_remote_code,
-        with_maps=with_maps,
+        with_attention=with_attention,
     )
     if untrained:
         raise UserError(
@@ -209,12 +213,14 @@ class LanguageModelTeacher(Teacher):
     num_logits: int
 
 
-def load_language_model(config: TeacherConfig, *, with_maps: bool = False) -> LanguageModelTeacher:
+def load_language_model(
+    config: TeacherConfig, *, with_attention: bool = False
+) -> LanguageModelTeacher:
     """Load a causal language model onto its device, in its number format; its head in float32.
 
     Args:
         config: the teacher and where it runs.
-        with_maps: whether its attention maps can be had, as `load_model` says.
+        with_attention: whether its attention maps can be had, as `load_model` says.
 
     Raises:
         UserError: if it cannot be found or loaded, lacks trained weights, looks ahead, or its head
@@ -231,7 +237,7 @@ def load_language_model(config: TeacherConfig, *, with_maps: bool = False) -> La
         what="language model",
         content="a causal language model",
         trust_remote_code=config.trust_remote_code,
-        with_maps=with_maps,
+        with_attention=with_attention,
     )
     if untrained:
         raise UserError(

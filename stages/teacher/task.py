@@ -15,7 +15,7 @@ import numpy as np
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Fields, Schema, bytes_per_position, fixed_bytes
 from teacher_cache.stages.codecs.config import CodecConfig
-from teacher_cache.stages.codecs.measure import Probe
+from teacher_cache.stages.codecs.measure import CodecLoss
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.models.device import dtype_name, environment
@@ -32,7 +32,7 @@ from teacher_cache.stages.teacher.layers import (
 from teacher_cache.stages.teacher.load import Teacher
 from teacher_cache.stages.teacher.tables import StoredTable, embedding_table
 
-NUM_PROBED_DOCUMENTS = 64
+NUM_MEASURED_DOCUMENTS = 64
 AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
 
 StoredSample = Mapping[str, np.ndarray]
@@ -143,7 +143,7 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
 
     @classmethod
     @abstractmethod
-    def load(cls, config: TeacherConfig, *, with_maps: bool) -> AnyTeacher:
+    def load(cls, config: TeacherConfig, *, with_attention: bool) -> AnyTeacher:
         """The teacher alone.
 
         Raises:
@@ -252,19 +252,19 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
         """What is to be found out of all shards."""
         return Findings()
 
-    def probed_maps(self) -> dict[str, Any]:
+    def measured_attention(self) -> dict[str, Any]:
         """What storing maps loses on the first documents; nothing where none are stored."""
         if self.layers.attention is None:
             return {}
         errors = RowErrors(self.layers.attention)
         tap = LayerTap(self.teacher.model, self.layers, errors)
-        self.listen(first_samples(self.probed_samples()), tap)
+        self.listen(first_samples(self.measured_samples()), tap)
         return {"attention": errors.to_json()}
 
-    def probed_samples(self) -> list[AnySample]:
+    def measured_samples(self) -> list[AnySample]:
         """Those of the first documents."""
         corpus = self.corpora["labeled"]
-        return self.samples(corpus.documents(0, min(NUM_PROBED_DOCUMENTS, len(corpus))))
+        return self.samples(corpus.documents(0, min(NUM_MEASURED_DOCUMENTS, len(corpus))))
 
     @property
     def num_token_ids(self) -> int:
@@ -279,7 +279,7 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
     # What it will take.
 
     @property
-    def probe(self) -> Probe | None:
+    def codec_loss(self) -> CodecLoss | None:
         """What its codec loses on the first documents; None where it has none, or they say nothing.
 
         Raises:

@@ -24,8 +24,8 @@ from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.auxiliaries import LayerProjections
 from teacher_cache.stages.training.config import ArchitectureConfig
 from teacher_cache.stages.training.layers import (
+    AttentionTransfer,
     HiddenTransfer,
-    MapTransfer,
     Transfer,
     layer_pairs,
     shown,
@@ -50,7 +50,7 @@ class CachedLayers:
     config: TransferConfig
     is_causal: bool
     codec: AttentionCodec | None
-    maps: MapTransfer | None
+    maps: AttentionTransfer | None
     hidden: HiddenTransfer | None
 
     @classmethod
@@ -151,7 +151,7 @@ def _codec(
 
 def _maps(
     config: TransferConfig, student: ArchitectureConfig, codec: AttentionCodec
-) -> MapTransfer:
+) -> AttentionTransfer:
     num_channels = student.expand * student.d_model
     if student.arch == "mamba" and config.attention_channels > num_channels:
         raise UserError(
@@ -165,7 +165,7 @@ def _maps(
         config.attention_layer_map,
         option="--attention-layer-map",
     )
-    return MapTransfer(
+    return AttentionTransfer(
         pairs=pairs,
         fields=tuple(attention_field(pair.teacher) for pair in pairs),
         loss=config.attention_loss,

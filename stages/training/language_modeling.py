@@ -105,14 +105,14 @@ class LanguageModelStudents(StudentTask):
         )
         codec = open_codec(self._readers[0], support=support)
         projection = aligned.projection(self._teacher_table(codec, support))
-        student, runs = self._student(joined, projection)
+        student, packed = self._student(joined, projection)
         chunks = Chunks(objective=objective) if alignment.kind == "spans" else None
         taught = _Taught(
             aligned=aligned,
             support=support,
             codec=codec,
             projection=projection,
-            vocab_size=len(runs.output_head.weight),
+            vocab_size=len(packed.output_head.weight),
         )
 
         def lesson(device: torch.device) -> Lesson:
@@ -130,7 +130,7 @@ class LanguageModelStudents(StudentTask):
         return Course(
             data=data,
             student=student,
-            trained=with_auxiliaries(runs, *self._auxiliaries(student, projection)),
+            trained=with_auxiliaries(packed, *self._auxiliaries(student, projection)),
             lesson=lesson,
             held_out=HeldOutTokens(
                 objective,

@@ -12,7 +12,7 @@ from torch import Tensor
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import LAST_STATES, AttentionLoss, TransferConfig
 from teacher_cache.stages.losses.layers import attention_distance, hidden_distance, normalised_rows
-from teacher_cache.stages.student.mixing_matrices import chosen_units, mean_absolute_map
+from teacher_cache.stages.student.mixing_matrices import chosen_units, mean_absolute_mixing
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
@@ -224,7 +224,7 @@ def targets(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapTransfer:
+class AttentionTransfer:
     """How attention maps are matched.
 
     Attributes:
@@ -294,10 +294,10 @@ class Transfer:
     config: TransferConfig
     position_map: PositionMap = field(default_factory=PositionMap)
     is_causal: bool = True
-    maps: MapTransfer | None = None
+    maps: AttentionTransfer | None = None
     hidden: HiddenTransfer | None = None
 
-    def num_map_rows(self, batch: Mapping[str, Tensor]) -> int:
+    def num_attention_rows(self, batch: Mapping[str, Tensor]) -> int:
         """Rows of maps that a micro-batch matches, over all layers."""
         assert self.maps is not None, "maps are matched"
         mask = batch["attention_mask"]
@@ -320,7 +320,7 @@ class Transfer:
             return pooled_rows(sources, self.position_map)
         return torch.arange(sources.shape[1], device=sources.device).expand_as(sources)
 
-    def map_rows(
+    def attention_rows(
         self, mixers: Sequence[RecordedMixer], batch: Mapping[str, Tensor]
     ) -> Iterator[MatchedRows]:
         """Both sides of each matched layer's map, one layer after the other.
@@ -337,7 +337,7 @@ class Transfer:
         allowed = allowed_pairs(sources, rows, is_causal=self.is_causal, seq_idx=seq_idx)
         for pair, name in zip(maps.pairs, maps.fields, strict=True):
             mixer = mixers[pair.student]
-            found = mean_absolute_map(mixer, chosen_units(mixer, maps.num_channels), rows)
+            found = mean_absolute_mixing(mixer, chosen_units(mixer, maps.num_channels), rows)
             wanted = None
             if len(batch[name]):
                 with torch.no_grad():
@@ -352,8 +352,10 @@ class Transfer:
                     )
             yield MatchedRows(pair=pair, student=found, teacher=wanted, allowed=allowed)
 
-    def map_distances(self, mixers: Sequence[RecordedMixer], batch: Mapping[str, Tensor]) -> Tensor:
-        """The sum over rows and layers; the arguments are those of `map_rows`."""
+    def attention_distances(
+        self, mixers: Sequence[RecordedMixer], batch: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The sum over rows and layers; the arguments are those of `attention_rows`."""
         assert self.maps is not None, "maps are matched"
         distances = [
             # A share without samples reads one all the same.
@@ -362,7 +364,7 @@ class Transfer:
             else attention_distance(
                 one.student, one.teacher, one.allowed, loss=self.maps.loss
             ).sum()
-            for one in self.map_rows(mixers, batch)
+            for one in self.attention_rows(mixers, batch)
         ]
         return torch.stack(distances).sum()
 
@@ -373,7 +375,7 @@ class Transfer:
 
         Args:
             projected: [B, S', D] by layer of the student, its output in the teacher's width.
-            batch: as `map_rows` takes it.
+            batch: as `attention_rows` takes it.
         """
         assert self.hidden is not None, "states are matched"
         sources = self.position_map.sources(batch["attention_mask"].bool())

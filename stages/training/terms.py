@@ -167,12 +167,12 @@ class AttentionMaps(Term):
 
     def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
         """Rows of maps."""
-        return StepTotals(num_map_rows=self.transfer.num_map_rows(batch))
+        return StepTotals(num_attention_rows=self.transfer.num_attention_rows(batch))
 
     def share(self, heard: Heard, totals: StepTotals) -> Share:
         """The distance that the settings chose."""
-        total = self.transfer.map_distances(heard.outputs.mixers, heard.batch)
-        value = total / max(1, totals.num_map_rows)
+        total = self.transfer.attention_distances(heard.outputs.mixers, heard.batch)
+        value = total / max(1, totals.num_attention_rows)
         weight = self.transfer.config.attention_weight
         return Share(name=self.stage, kind="all", weight=weight, value=value)
 

@@ -114,10 +114,10 @@ def warm_up(config: str) -> None:
 
 def _loaded(config: CacheTeacherConfig) -> Teacher:
     load = load_teacher if config.task == "classification" else load_language_model
-    with_maps = config.layers.attention != "none"
-    key = (config.forward.teacher, with_maps)
+    with_attention = config.layers.attention != "none"
+    key = (config.forward.teacher, with_attention)
     if key not in teachers:
-        teachers[key] = load(config.forward, with_maps=with_maps)
+        teachers[key] = load(config.forward, with_attention=with_attention)
     return teachers[key]
 
 
@@ -130,8 +130,8 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     steps = Steps(out, Path(log), die_at)
     steps.install()
     loaded: Any = _loaded(resolved)
-    classification.load_teacher = lambda config, *, with_maps: loaded
-    language_modeling.load_language_model = lambda config, *, with_maps: loaded
+    classification.load_teacher = lambda config, *, with_attention: loaded
+    language_modeling.load_language_model = lambda config, *, with_attention: loaded
     stage_one.run(resolved, steps)
 
 

@@ -27,7 +27,7 @@ from teacher_cache.cache.schema import Fields, Ragged, language_model_schema
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.cache.verify import verify
 from teacher_cache.cache.writer import CacheWriter
-from teacher_cache.pipeline.tables import NOT_PROBED_AGAIN, kept_table
+from teacher_cache.pipeline.tables import NOT_MEASURED_AGAIN, kept_table
 from teacher_cache.stages import convert
 from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver
 from teacher_cache.stages.codecs.config import ConvertConfig
@@ -386,7 +386,7 @@ def test_the_manifest_says_what_was_measured_against_what(
 
     assert "reconstruction KL, from dense at temperature 1" in _shown(manifest)
     _run(tmp_path / "topk", tmp_path / "cut", top_k=4)
-    assert NOT_PROBED_AGAIN in _shown(read_manifest(tmp_path / "cut"))
+    assert NOT_MEASURED_AGAIN in _shown(read_manifest(tmp_path / "cut"))
     nested = read_manifest(tmp_path / "cut").settings["converted_from"]
     assert nested["converted_from"]["codec"] == CODECS["dense"].settings
 

@@ -107,8 +107,8 @@ def test_a_number_format_that_this_device_does_not_compute(
     found: list[torch.dtype] = []
     load = Classification.load
 
-    def watched(config: Any, *, with_maps: bool) -> Any:
-        teacher = load(config, with_maps=with_maps)
+    def watched(config: Any, *, with_attention: bool) -> Any:
+        teacher = load(config, with_attention=with_attention)
         found.append(teacher.dtype)
         return teacher
 

@@ -217,7 +217,7 @@ class Kernel:
         function: its name there.
         capability: the least compute capability of a GPU that can run it.
         bfloat16_capability: the least one that can run it on bfloat16.
-        probe: launches something small of the library's on a tensor's device; gets the function
+        try_out: launches something small of the library's on a tensor's device; gets the function
             and the tensor, raises if that fails.
     """
 
@@ -226,7 +226,7 @@ class Kernel:
     function: str
     capability: tuple[int, int] = (0, 0)
     bfloat16_capability: tuple[int, int] = (0, 0)
-    probe: Callable[[Callable[..., Any], Tensor], None]
+    try_out: Callable[[Callable[..., Any], Tensor], None]
 
 
 class Found(NamedTuple):
@@ -257,7 +257,7 @@ def _try_out(kernel: Kernel, tensor: Tensor) -> Found:
     try:
         function = getattr(importlib.import_module(kernel.module), kernel.function)
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-            kernel.probe(function, tensor)
+            kernel.try_out(function, tensor)
         return Found(function, f"{kernel.library} {sys.modules[package].__version__}")
     # A library of another ABI, another CUDA or another GPU fails in any way there is, and the
     # PyTorch path can do the same work.
@@ -269,7 +269,7 @@ def _try_out(kernel: Kernel, tensor: Tensor) -> Found:
         return Found(None, f"{kernel.library} cannot be used: {reason}")
 
 
-def _probe_triton(_: Callable[..., Any], tensor: Tensor) -> None:
+def _try_triton(_: Callable[..., Any], tensor: Tensor) -> None:
     # The scan itself picks its block sizes by timing its first call, so that must be a real one.
     # The norm that the library brings needs the same compiler and compiles one small kernel.
     norms = importlib.import_module("mamba_ssm.ops.triton.layernorm_gated")
@@ -277,14 +277,14 @@ def _probe_triton(_: Callable[..., Any], tensor: Tensor) -> None:
     _check_finite(norms.rmsnorm_fn(x, x[0].clone(), None))
 
 
-def _probe_selective(function: Callable[..., Any], tensor: Tensor) -> None:
+def _try_selective(function: Callable[..., Any], tensor: Tensor) -> None:
     x = tensor.new_ones(1, 8, 8, dtype=torch.float32)
     A = -x[0]
     scanned = selective(function, x, x, A, x, x, D=A[0], dt_bias=A[0], seq_idx=None)
     _check_finite(scanned.y)
 
 
-def _probe_convolution(function: Callable[..., Any], tensor: Tensor) -> None:
+def _try_convolution(function: Callable[..., Any], tensor: Tensor) -> None:
     x = tensor.new_ones(1, 8, 8, dtype=torch.float32)
     weight = tensor.new_ones(8, 1, 4, dtype=torch.float32)
     _check_finite(convolve(function, x, weight, None, seq_idx=None))
@@ -301,17 +301,17 @@ SSD = Kernel(
     function="mamba_chunk_scan_combined",
     capability=(7, 0),  # Triton's
     bfloat16_capability=(8, 0),  # Triton's products of bfloat16 matrices
-    probe=_probe_triton,
+    try_out=_try_triton,
 )
 SELECTIVE = Kernel(
     library="mamba-ssm",
     module="mamba_ssm.ops.selective_scan_interface",
     function="selective_scan_fn",
-    probe=_probe_selective,
+    try_out=_try_selective,
 )
 CONVOLUTION = Kernel(
     library="causal-conv1d",
     module="causal_conv1d",
     function="causal_conv1d_fn",
-    probe=_probe_convolution,
+    try_out=_try_convolution,
 )

@@ -13,7 +13,7 @@ from benchmarks.distillation.tables import inside_grid
 from benchmarks.transfer import Inside, goals
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
-from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
+from teacher_cache.stages.evaluation.matched_attention import InsideOfRun
 from tests.tiny_runs import cache_reviews, student_config
 
 LAYERS: dict[str, Any] = {"attention": "mean", "attention_layers": "all", "hidden": "0,1"}
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def row_kls(inside: InsideOfRun, sample: dict[str, Any], *, evenly: bool) -> list[float]:
     """Of each row of each layer, entry by entry."""
     found: list[float] = []
-    for layer in inside.matched_maps(sample).layers:
+    for layer in inside.matched_attention(sample).layers:
         for teacher, student in zip(layer.teacher, layer.student, strict=True):
             reached = ~np.isnan(student)
             other = np.where(reached, 1 / reached.sum(), np.nan) if evenly else student

@@ -21,7 +21,7 @@ from teacher_cache.pipeline.pictures import NamedMap, both_maps
 from teacher_cache.stages import train_student
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.evaluation.matched_maps import InsideOfRun
+from teacher_cache.stages.evaluation.matched_attention import InsideOfRun
 from teacher_cache.stages.evaluation.models import Classifier
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.training.config import TrainStudentConfig
@@ -65,7 +65,7 @@ def by_hand(weights: np.ndarray) -> np.ndarray:
 def test_both_are_at_the_students_positions(mapped: Path, run: Path) -> None:
     reader = CacheReader(mapped)
     sample = reader.sample(0)
-    found = InsideOfRun.of(run, reader).matched_maps(sample)
+    found = InsideOfRun.of(run, reader).matched_attention(sample)
     num = len(sample["input_ids"])
     order = [*range(1, num), 0]  # CLS goes last
     assert found.sources.tolist() == order and found.rows.tolist() == list(range(num))
@@ -99,7 +99,7 @@ def test_a_run_that_matched_nothing_is_compared_by_proportion(mapped: Path, tmp_
     config = student_config(mapped, tmp_path / "run", num_layers=4, bidirectional=True, **ONE_STEP)
     reader = CacheReader(mapped)
     inside = InsideOfRun.of(train_student.run(config).run, reader)
-    found = inside.matched_maps(reader.sample(1))
+    found = inside.matched_attention(reader.sample(1))
     tokens = [f"t{i}" for i in found.sources]
     assert titles(both_maps(found, tokens)) == [
         f"{side}, layer {layer}"
@@ -137,7 +137,7 @@ def test_an_appended_token_looks_and_is_not_looked_at(
         config = student_config(cache, tmp_path / f"{mode}-run", num_layers=2, **ONE_STEP)
         reader = CacheReader(cache)
         sample = reader.sample(0)
-        found = InsideOfRun.of(train_student.run(config).run, reader).matched_maps(sample)
+        found = InsideOfRun.of(train_student.run(config).run, reader).matched_attention(sample)
         num = len(sample["input_ids"])
         assert found.sources.tolist() == [*range(num), -1] and found.appended_id is not None
         tokens = [f"t{i}" for i in found.sources]
@@ -163,7 +163,7 @@ def test_packed_documents_stay_apart(
     reader = CacheReader(cache)
     samples = [reader.sample(idx) for idx in range(len(reader))]
     sample = max(samples, key=lambda one: int(one["segment"].max()))
-    (one,) = InsideOfRun.of(run, reader).matched_maps(sample).layers
+    (one,) = InsideOfRun.of(run, reader).matched_attention(sample).layers
     segment = sample["segment"]
     inside = np.tril(segment[:, None] == segment[None])
     assert segment.max() > 0
@@ -219,4 +219,4 @@ def test_a_run_of_another_cache_of_the_same_tokens_is_taken(
     config = student_config(tiny_cache, tmp_path / "run", **ONE_STEP)
     reader = CacheReader(mapped)
     inside = InsideOfRun.of(train_student.run(config).run, reader)
-    assert inside.matched_maps(reader.sample(0)).layers[0].pair == (0, 1)
+    assert inside.matched_attention(reader.sample(0)).layers[0].pair == (0, 1)

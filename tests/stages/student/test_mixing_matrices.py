@@ -12,7 +12,7 @@ from teacher_cache.stages.student import mixing_matrices
 from teacher_cache.stages.student.mixers import Layout, Mamba, Mamba2, reversed_positions
 from teacher_cache.stages.student.mixing_matrices import (
     chosen_units,
-    mean_absolute_map,
+    mean_absolute_mixing,
     num_units,
 )
 from teacher_cache.stages.student.scans import dispatch
@@ -181,7 +181,7 @@ def test_the_mean_map_in_blocks_is_the_mean_of_whole_matrices_with_gradients(
     recorded, _ = run(module, random_hidden(2, 9), layout, monkeypatch)
     units = torch.tensor([0, 3, 1])
     rows = torch.tensor([[8, 2, 2], [4, 0, 7]])
-    found = mean_absolute_map(recorded, units, rows, max_entries=max_entries)
+    found = mean_absolute_mixing(recorded, units, rows, max_entries=max_entries)
     whole = mixing_matrices.mixing_matrices(recorded)[:, units].abs().mean(1)
     expected = torch.stack([whole[sample, rows[sample]] for sample in range(2)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
@@ -279,7 +279,7 @@ def test_memory_is_that_of_a_block(arch: str, monkeypatch: pytest.MonkeyPatch) -
     module = small_mixer(arch).float()
     recorded, _ = run(module, random_hidden(4, 64, torch.float32), Layout(), monkeypatch)
     with LargestTensor() as largest:
-        mean_absolute_map(recorded, max_entries=2**14).sum().backward()
+        mean_absolute_mixing(recorded, max_entries=2**14).sum().backward()
     assert (
         largest.num_elements <= 4 * 64 * 64
     )  # the result itself; whole matrices: 4 to 48 times that
@@ -295,7 +295,7 @@ def test_the_backbone_records_each_layer_on_request_only(arch: str, bidirectiona
     assert torch.equal(plain.last_hidden_state, recorded.last_hidden_state)
     for mixer in recorded.mixers:
         assert (mixer.backwards is not None) == bidirectional
-        assert mean_absolute_map(mixer).shape == (2, 6, 6)
+        assert mean_absolute_mixing(mixer).shape == (2, 6, 6)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -304,6 +304,6 @@ def test_under_autocast_entries_are_in_full_precision(arch: str) -> None:
     ids = torch.randint(1, 50, (2, 6), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         mixer = backbone(ids, output_mixers=True).mixers[0]
-        inside = mean_absolute_map(mixer)
+        inside = mean_absolute_mixing(mixer)
     assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, mean_absolute_map(mixer), rtol=0, atol=0)
+    torch.testing.assert_close(inside, mean_absolute_mixing(mixer), rtol=0, atol=0)

@@ -24,7 +24,7 @@ from teacher_cache.cache.schema import bytes_per_position
 from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.codecs.measure import probed_temperatures
+from teacher_cache.stages.codecs.measure import measured_temperatures
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.losses.draws import SampledTargets
 from teacher_cache.stages.models.head import read_language_model_head
@@ -126,7 +126,7 @@ def test_what_is_cached_is_what_the_model_says_of_each_document_alone(
     for sample_idx in range(len(reader)):
         sample = reader.sample(sample_idx)
         assert len(sample["input_ids"]) <= MAX_LENGTH
-        for temperature in probed_temperatures(codec):
+        for temperature in measured_temperatures(codec):
             found = decoded(codec, sample, temperature)
             for piece in pieces(sample):
                 ids = torch.from_numpy(sample["input_ids"][piece].astype(np.int64))

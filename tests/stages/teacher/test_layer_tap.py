@@ -40,7 +40,13 @@ from teacher_cache.stages.models import inference
 from teacher_cache.stages.models.causal import final_states
 from teacher_cache.stages.teacher.config import LayersConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import run_teacher
-from teacher_cache.stages.teacher.layers import KeptLayers, LayerPlan, LayerTap, find_maps, half
+from teacher_cache.stages.teacher.layers import (
+    KeptLayers,
+    LayerPlan,
+    LayerTap,
+    find_attention,
+    half,
+)
 from teacher_cache.stages.teacher.load import load_teacher
 
 SHAPE: dict[str, Any] = {
@@ -256,19 +262,19 @@ def test_layers_between_those_with_maps_are_counted() -> None:
     config = JambaConfig(
         **SHAPE, num_key_value_heads=1, attn_layer_period=3, attn_layer_offset=1, num_experts=1
     )
-    assert find_maps(teacher_of(lambda: JambaForCausalLM(config))).layers == (1,)
+    assert find_attention(teacher_of(lambda: JambaForCausalLM(config))).layers == (1,)
 
 
 def test_teachers_without_maps_are_refused() -> None:
     mamba = MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)
     with pytest.raises(UserError, match=r"tiny \(MambaForCausalLM\) gives no attention maps"):
-        find_maps(teacher_of(lambda: MambaForCausalLM(mamba)))
+        find_attention(teacher_of(lambda: MambaForCausalLM(mamba)))
     bart = BartConfig(
         vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
         encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=32, eos_token_id=3,
     )  # fmt: skip
     with pytest.raises(UserError, match="gives no attention maps"):
-        find_maps(teacher_of(lambda: BartForSequenceClassification(bart)))
+        find_attention(teacher_of(lambda: BartForSequenceClassification(bart)))
 
 
 def test_a_bidirectional_teacher_without_a_cls_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +299,7 @@ def test_the_attention_that_forms_maps_is_loaded_only_for_them(tiny_bert: Path) 
     config = TeacherConfig(teacher=str(tiny_bert), device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plain, mapped = load_teacher(config), load_teacher(config, with_maps=True)
+        plain, mapped = load_teacher(config), load_teacher(config, with_attention=True)
         plan = planned(mapped, attention="mean")
         heard(mapped, plan, documents(4, 6))
     assert plain.model.config._attn_implementation == "sdpa"

@@ -99,7 +99,7 @@ def test_numbers_that_are_not_finite_are_a_failure(monkeypatch: pytest.MonkeyPat
 def test_looks_once_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[torch.device] = []
     kernel = Kernel(
-        library="json", module="json", function="loads", probe=lambda _, t: tries.append(t.device)
+        library="json", module="json", function="loads", try_out=lambda _, t: tries.append(t.device)
     )
     on: Any = [SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:1")]
     for tensor in (on[0], on[0], on[1], on[0]):

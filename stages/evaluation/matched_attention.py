@@ -30,7 +30,7 @@ from teacher_cache.stages.training.run_folder import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchedMap:
+class MatchedAttention:
     """One layer of the student and the one of the teacher that it is matched with.
 
     Attributes:
@@ -47,7 +47,7 @@ class MatchedMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchedMaps:
+class AttentionOfSample:
     """A sample's maps at the student's positions.
 
     Attributes:
@@ -62,7 +62,7 @@ class MatchedMaps:
     rows: np.ndarray
     teacher_row: int | None
     appended_id: int | None
-    layers: tuple[MatchedMap, ...]
+    layers: tuple[MatchedAttention, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class InsideOfRun:
         inputs: Any = {name: batch[name] for name in read if name in batch}
         return self.model(**inputs, output_mixers=True, output_hidden_states=True)
 
-    def matched_maps(self, sample: dict[str, Any]) -> MatchedMaps:
+    def matched_attention(self, sample: dict[str, Any]) -> AttentionOfSample:
         """Both sides' maps of one sample.
 
         Args:
@@ -141,21 +141,21 @@ class InsideOfRun:
         mixers: Sequence[RecordedMixer] = self.outputs(batch).mixers
         transfer = self.layers.transfer(self.position_map)
         sources = self.position_map.sources(batch["attention_mask"].bool())
-        found: list[MatchedMap] = []
+        found: list[MatchedAttention] = []
         with torch.no_grad():
-            for one in transfer.map_rows(mixers, batch):
+            for one in transfer.attention_rows(mixers, batch):
                 assert one.teacher is not None, "there is a sample"
                 student = normalised_rows(one.student, one.allowed)[0].numpy()
                 teacher, allowed = one.teacher[0].numpy(), one.allowed[0].numpy()
                 has_row = teacher.any(axis=1, keepdims=True)
                 found.append(
-                    MatchedMap(
+                    MatchedAttention(
                         pair=one.pair,
                         teacher=np.where(allowed & has_row, teacher, np.nan),
                         student=np.where(allowed, student, np.nan),
                     )
                 )
-        return MatchedMaps(
+        return AttentionOfSample(
             sources=sources[0].numpy(),
             rows=transfer.rows(sources)[0].numpy(),
             teacher_row=self._pooled_at(len(sample["input_ids"])),
