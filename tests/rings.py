@@ -43,6 +43,7 @@ RINGS: dict[str, Ring] = {
     "tests/pipeline/test_transfer.py::test_pooled_rows_of_a_causal_teacher": "ci",
     "tests/stages/teacher/test_language_modeling.py::test_bytes_and_manifest": "ci",
     "tests/stages/teacher/test_language_modeling.py::test_bytes_and_manifest[topk]": "test",
+    "tests/stages/test_another_task.py": "ci",
     "tests/stages/test_cache_teacher.py::test_a_cache_gains_views_and_computes_nothing_else": "ci",
     "tests/stages/test_layer_cache.py::test_a_grown_cache_is_the_one_made_at_once": "ci",
     "tests/stages/test_layer_cache.py"

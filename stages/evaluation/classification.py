@@ -153,7 +153,7 @@ class Classification:
                 f"{', '.join(generation.flags)} is of language models, and {run} is a classifier: "
                 "leave that out"
             )
-        classifier = Classifier.of_run(run, device)
+        classifier = self.student.of_run(run, device)
         documents = [
             Document(text=one, source="prompt", split="prompt", position=i)
             for i, one in enumerate(texts)

@@ -318,7 +318,7 @@ class LanguageModeling:
         num_empty = sum(not text.strip() for text in texts)
         if num_empty:
             raise UserError(f"{num_empty} of {len(texts)} texts are empty: leave them out")
-        model = LanguageModel.of_run(run, device)
+        model = self.student.of_run(run, device)
         for text in texts:
             whole = text + continuation(model, prompt_ids(model, text), generation)
             yield json.dumps(whole, ensure_ascii=False) if one_a_line else whole
