@@ -16,7 +16,9 @@ from shutil import copytree, ignore_patterns
 import pytest
 
 from teacher_cache.cache.codecs.named import CODECS
+from teacher_cache.pipeline.options import CacheTeacherOptions, EvaluateCommandOptions
 from teacher_cache.stages.tasks import TASKS
+from teacher_cache.stages.training.config import TrainStudentConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "configs", "pipeline", "stages")
@@ -210,6 +212,7 @@ def test_an_editable_install_adds_the_package_and_no_other_name(
 
 
 MOST_QUESTIONS = 0
+MOST_MODULES = 175
 
 
 def asks_the_task(node: ast.AST) -> bool:
@@ -250,6 +253,36 @@ def test_few_places_ask_which_task_it_is() -> None:
 )
 def test_the_count_sees_questions_and_nothing_else(code: str, asks: bool) -> None:
     assert any(asks_the_task(node) for node in ast.walk(ast.parse(code))) == asks
+
+
+def test_the_house_has_no_more_rooms_than_it_needs() -> None:
+    """One concept a module: what one module alone imports often stands in it."""
+    found = [path for folder in ("cache", "stages", "pipeline") for path in modules(folder)]
+    num = sum(path.name != "__init__.py" for path in found)
+    assert num <= MOST_MODULES, f"{num} modules: fold what is one concept"
+
+
+def test_a_tasks_rooms_are_named_in_the_table_of_tasks_alone() -> None:
+    """So that another one is its rooms and an entry."""
+    rooms = {
+        f"teacher_cache.stages.{stage}.{name}"
+        for stage in ("teacher", "training", "evaluation")
+        for name in ("classification", "language_modeling")
+    }
+    for folder in ("cache", "stages", "pipeline"):
+        for module in modules(folder):
+            if module != ROOT / "stages" / "tasks.py":
+                named = {name.rpartition(".")[0] for name in imported_names(module)}
+                assert not named & rooms, f"{module} imports {named & rooms}"
+
+
+def test_no_setting_stands_twice_in_a_configuration() -> None:
+    """A part's settings are flat where a person writes them, beside those of the other parts."""
+    for config in (TrainStudentConfig, CacheTeacherOptions, EvaluateCommandOptions):
+        names = [name for part in config.parts().values() for name in part.options()]
+        names += [name for name in config.model_fields if name not in config.parts()]
+        twice = {name for name in names if names.count(name) > 1} | {*config.parts()} & {*names}
+        assert not twice, f"{config.__name__}: {twice}"
 
 
 # Distributions whose modules are called otherwise; the others differ by hyphens at most.
