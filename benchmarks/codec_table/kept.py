@@ -170,7 +170,7 @@ class Comparison:
         return {row.name: self._kept(row, sums[row.name], dense, positions) for row in self._rows}
 
     def _codec(self, row: Row, head: LanguageModelHead) -> Codec:
-        config = CodecConfig.model_validate(row.codec)
+        config = CodecConfig(**dict(row.codec))
         width = head.weight.shape[1]
         codec = codec_of(config, support_size=self._support.size, width=width)
         return room_of(codec).with_head(codec, head.of_support(self._support))
