@@ -254,7 +254,7 @@ def run(
 ) -> None:
     """Run a whole configuration: teacher, cache, students, evaluation; resumes where it stopped."""
     with reported():
-        from teacher_cache.pipeline.whole_run import run_all
+        from teacher_cache.pipeline.commands import run_all
 
         quiet_libraries()
         run_all(config, settings or [], sections=SECTIONS, console=console)

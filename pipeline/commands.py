@@ -1,11 +1,20 @@
-"""What each command does once its configuration is resolved: call the stage, print its result."""
+"""What each command does once its configuration is resolved: call the stage, print its result.
+
+`pipe run` does it for teacher, cache, one or more students and evaluation, from one YAML file.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.confusion import Confusion
@@ -22,9 +31,17 @@ from teacher_cache.pipeline.presets import (
     held_out_corpus,
     resolve_cache_teacher,
     resolve_finetune_teacher,
+    with_own_cache,
 )
 from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
 from teacher_cache.pipeline.reporting import console
+from teacher_cache.pipeline.settings import (
+    apply_settings,
+    check_sections,
+    read_config_file,
+    require_settings,
+    validate,
+)
 from teacher_cache.pipeline.tables import (
     confusion_line,
     confusion_table,
@@ -42,10 +59,12 @@ from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.cache_teacher import estimate
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
+from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.evaluation.runs import known_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
-from teacher_cache.stages.tasks import TASKS, task_named
+from teacher_cache.stages.tasks import TASKS, KnownTask, task_named
+from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 CACHES = Path("caches")
@@ -197,3 +216,116 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
         run, texts, device=options.evaluation, generation=options.generation, one_a_line=is_stream
     ):
         print(answer)  # not through rich, which would make spaces of the tabs
+
+
+def run_all(
+    config: str, settings: Sequence[str], *, sections: Sequence[str], console: Console
+) -> None:
+    """Run every section that the file has; each stage resumes where an earlier run stopped.
+
+    Args:
+        config: YAML file, or the name of one of the package's.
+        settings: of `--set`, each `section.key=value`.
+        sections: the sections that a file may have.
+        console: where to print.
+
+    Raises:
+        UserError: for an unknown section or key, or anything that a stage refuses.
+    """
+    content = read_config_file(config)
+    apply_settings(content, settings)
+    check_sections(content, sections, f"--config {config}")
+    if "convert" in content:
+        raise UserError(
+            f"--config {config} has a section convert, which `pipe run` has no step for: leave it "
+            "out, and run `pipe convert` on the cache"
+        )
+    if "cache_teacher" not in content:
+        raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
+    stages = _validated(content)
+    task = _refuse_early(stages)
+
+    teacher = stages.get("finetune_teacher")
+    cache_options = stages["cache_teacher"]
+    if teacher is not None:
+        _heading(console, "fine-tuning the teacher")
+        folder = finetune_teacher(teacher)
+        cache_options = cache_options.model_copy(
+            update={"teacher": cache_options.teacher or str(folder)}
+        )
+    _heading(console, "stage one: caching the teacher")
+    cache = cache_teacher(cache_options)
+    assert cache is not None
+    runs: dict[str, Path] = {}
+    for name, student in stages["students"].items():
+        _heading(console, f"stage two: {name}")
+        out = student.training.out or Path("runs") / f"{cache.name}-{_slug(name)}"
+        update = {"cache": cache, "out": out}
+        runs[name] = train_student(student.model_copy(update=update), name=name)
+    if "evaluate" in stages and runs:
+        _heading(console, "evaluation")
+        evaluate(
+            with_own_cache(stages["evaluate"], task, cache),
+            list(runs.values()),
+            json_file=next(iter(runs.values())).parent / f"{cache.name}-evaluation.json",
+            names={folder.name: name for name, folder in runs.items()},
+        )
+
+
+def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Every section's configuration, all checked before anything runs."""
+    stages: dict[str, Any] = {}
+    for section, model in (
+        ("finetune_teacher", FinetuneTeacherOptions),
+        ("cache_teacher", CacheTeacherOptions),
+        ("evaluate", EvaluateCommandOptions),
+    ):
+        if section in content:
+            stages[section] = validate(model, content[section] or {}, where=section)
+    shared = content.get("train_student") or {}
+    named = {str(name): own for name, own in (content.get("students") or {"student": {}}).items()}
+    slugs = Counter(_slug(name) for name in named)
+    if slugs and slugs.most_common(1)[0][1] > 1:
+        raise UserError(
+            f"two students would have the folder name {slugs.most_common(1)[0][0]!r}: name them "
+            "apart in the section students"
+        )
+    for name, own in named.items():
+        require_settings(own, f"the student {name!r}")
+    stages["students"] = {
+        name: validate(TrainStudentConfig, shared | (own or {}), where=f"students.{name}")
+        for name, own in named.items()
+    }
+    if any(student.training.cache is not None for student in stages["students"].values()):
+        raise UserError(
+            "`pipe run` trains from the cache that it makes, and train_student.cache names "
+            "another: leave it out, or use `pipe train-student --config`"
+        )
+    return stages
+
+
+def _refuse_early(stages: Mapping[str, Any]) -> KnownTask:
+    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps.
+
+    Returns:
+        The task of the run.
+    """
+    options = stages["cache_teacher"]
+    if "finetune_teacher" in stages:
+        options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
+    task = TASKS[resolve_cache_teacher(options).task]
+    if "evaluate" in stages:
+        to_come = Path("made by this run")
+        held_out_corpus(with_own_cache(stages["evaluate"], task, to_come), task)
+    for student in stages["students"].values():
+        refuse_foreign_options(student, task=task.name)
+        check_architecture(student.student, task.student)
+    return task
+
+
+def _heading(console: Console, text: str) -> None:
+    console.rule(Text(text, style="bold"), align="left")
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

@@ -20,7 +20,7 @@ from benchmarks.codec_table.rows import TEMPERATURE
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.linear_head import linear_objective
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import StepTotals
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.training.batches import Batch, at
 from teacher_cache.stages.training.targets import CachedTargets

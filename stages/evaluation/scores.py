@@ -19,8 +19,7 @@ from teacher_cache.stages.evaluation.models import LanguageModel
 from teacher_cache.stages.evaluation.references import TEMPERATURE, Reference
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
-from teacher_cache.stages.losses.objective import Targets, distillation_objective
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import StepTotals, Targets, distillation_objective
 from teacher_cache.stages.models.inference import for_each_batch
 from teacher_cache.stages.tokens.support import Support
 

@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
+    StepTotals,
     TargetsByPosition,
     distillation_objective,
 )
-from teacher_cache.stages.losses.step_totals import StepTotals
 
 MAX_LOGITS = 2**24
 """Logits that exist at a time: 64 MB in float32, and as much again for a temporary copy."""

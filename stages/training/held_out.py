@@ -12,8 +12,7 @@ from transformers import EvalPrediction
 
 from teacher_cache.cache.schema import NEXT_LOG_PROB, NO_LABEL
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import ObjectiveTerms
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import ObjectiveTerms, StepTotals
 from teacher_cache.stages.training.batches import Batch
 from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics

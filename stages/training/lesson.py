@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import ObjectiveTerms, weighted_sum
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import ObjectiveTerms, StepTotals, weighted_sum
 from teacher_cache.stages.training.batches import Batch
 from teacher_cache.stages.training.layers import ALL, Schedule
 from teacher_cache.stages.training.terms import Heard, Share, Term

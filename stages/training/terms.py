@@ -24,7 +24,7 @@ from teacher_cache.stages.losses.chunk_likelihood import (
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.layers import pooled_distance
 from teacher_cache.stages.losses.linear_head import linear_next_log_probs
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import StepTotals
 from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.training.layers import Stage, Transfer
 

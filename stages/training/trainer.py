@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.stages.losses.draws import MIN_EFFECTIVE_DRAWS
-from teacher_cache.stages.losses.objective import ObjectiveTerms
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import ObjectiveTerms, StepTotals
 from teacher_cache.stages.training.batches import Batch
 from teacher_cache.stages.training.held_out import HeldOut
 from teacher_cache.stages.training.lesson import Lesson

@@ -20,10 +20,12 @@ from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.linear_head import linear_objective
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
+    StepTotals,
     TargetsByPosition,
+    confidence_weights,
     distillation_objective,
+    top1_log_prob,
 )
-from teacher_cache.stages.losses.step_totals import StepTotals, confidence_weights, top1_log_prob
 from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.training.batches import Batch, at
 

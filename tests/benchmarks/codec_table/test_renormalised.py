@@ -17,8 +17,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.data.packing import pack_tokens
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import distillation_objective
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import StepTotals, distillation_objective
 from teacher_cache.stages.training.targets import CachedTargets
 from tests.tiny_language_models import cached, tiny_teacher, write_cache
 

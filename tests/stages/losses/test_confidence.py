@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from teacher_cache.stages.losses.step_totals import confidence_weights, top1_log_prob
+from teacher_cache.stages.losses.objective import confidence_weights, top1_log_prob
 from tests import reference_losses as reference
 
 

@@ -15,8 +15,12 @@ from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.draws import SampledTargets
 from teacher_cache.stages.losses.linear_head import linear_objective
-from teacher_cache.stages.losses.objective import ObjectiveTerms, distillation_objective
-from teacher_cache.stages.losses.step_totals import StepTotals, confidence_weights
+from teacher_cache.stages.losses.objective import (
+    ObjectiveTerms,
+    StepTotals,
+    confidence_weights,
+    distillation_objective,
+)
 from tests.largest_tensor import LargestTensor
 from tests.sparse_teachers import top_k
 

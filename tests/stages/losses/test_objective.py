@@ -21,10 +21,11 @@ from teacher_cache.stages.losses.divergences import chosen_measure, divergence
 from teacher_cache.stages.losses.draws import SampledTargets, sampled_kl
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
+    StepTotals,
     Targets,
+    confidence_weights,
     distillation_objective,
 )
-from teacher_cache.stages.losses.step_totals import StepTotals, confidence_weights
 from tests import reference_losses as reference
 from tests.sparse_teachers import top_k
 

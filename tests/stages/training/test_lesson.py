@@ -21,10 +21,10 @@ from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.divergences import divergence
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
+    StepTotals,
     distillation_objective,
     smoothed_cross_entropy,
 )
-from teacher_cache.stages.losses.step_totals import StepTotals
 from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.terms import Heard, NextTokens, PooledStates, Term
 from teacher_cache.stages.training.views import SamplesView

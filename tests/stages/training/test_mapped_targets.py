@@ -12,8 +12,7 @@ from torch import Tensor
 from teacher_cache.cache.codecs.sampled import SampledCodec
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.draws import MappedDraws, mapped_draws_kl
-from teacher_cache.stages.losses.objective import distillation_objective
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import StepTotals, distillation_objective
 from teacher_cache.stages.training.targets import CachedTargets, FixedMap, MappedTargets
 
 NUM_TEACHER, NUM_STUDENT, NUM_DRAWS = 7, 6, 5

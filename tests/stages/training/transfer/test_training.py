@@ -16,7 +16,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
 from teacher_cache.stages.losses.config import LAST_STATES, ObjectiveConfig
-from teacher_cache.stages.losses.step_totals import StepTotals
+from teacher_cache.stages.losses.objective import StepTotals
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.student.position_map import PositionMap
