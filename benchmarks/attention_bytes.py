@@ -32,6 +32,7 @@ from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.packaged import austen, reviews
 from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.data.tokenization import tokenize
+from teacher_cache.stages.models.batching import PADDED
 from teacher_cache.stages.models.causal import packed_in_rows
 from teacher_cache.stages.models.pretrained import EAGER
 from teacher_cache.stages.teacher.config import LayersConfig
@@ -135,8 +136,8 @@ def measure(folder: Path, source: str, samples: int, max_length: int) -> list[Ro
     tokenizer = AutoTokenizer.from_pretrained(folder)
     teacher = Teacher(
         name=folder.name, model=model.eval(), tokenizer=tokenizer, pad_id=0,
-        device=torch.device("cpu"), dtype=torch.float32, weights_sha256="", config_sha256="",
-        commit=None,
+        batching=PADDED, device=torch.device("cpu"), dtype=torch.float32, weights_sha256="",
+        config_sha256="", commit=None, how_read={},
     )  # fmt: skip
     config = LayersConfig(attention="full", attention_layers="all")
     plan = LayerPlan.prepared(config, teacher)

@@ -166,13 +166,16 @@ def verify(
     teacher: Annotated[
         str | None, typer.Option(help="Where the teacher lies now, for --deep.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run the model code that the teacher's repository brings.")
+    ] = False,
 ) -> None:
     """Check every byte of a cache against its checksums; exit 1 on damage."""
     with reported():
         from teacher_cache.pipeline import inspection
 
         quiet_libraries()
-        inspection.verify(cache, deep=deep, teacher=teacher)
+        inspection.verify(cache, deep=deep, teacher=teacher, trust_remote_code=trust_remote_code)
 
 
 @_command("evaluate")

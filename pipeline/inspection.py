@@ -95,7 +95,7 @@ def inspect(
         print_sample(console, cache, shown)
 
 
-def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
+def verify(cache: Path, *, deep: int, teacher: str | None, trust_remote_code: bool) -> None:
     """Check every byte, and with `deep` some logits.
 
     Raises:
@@ -120,7 +120,7 @@ def verify(cache: Path, *, deep: int, teacher: str | None) -> None:
         from teacher_cache.stages.verify import verify_deep  # imports torch
 
         with working(console, "running the teacher again"):
-            worst = verify_deep(cache, deep, teacher=teacher)
+            worst = verify_deep(cache, deep, teacher=teacher, trust_remote_code=trust_remote_code)
         console.print(f"✓ {_found(read_manifest(cache), worst)}", style="green")
 
 

@@ -320,6 +320,7 @@ def _manifest(
             "fell_back_from": config.labeled.source
             if corpora["labeled"].config != config.labeled
             else None,
+            "batching": task.teacher.batching.to_json(),
             **task.about(),
         },
         teacher_files={},

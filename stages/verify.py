@@ -23,7 +23,13 @@ from teacher_cache.stages.teacher.load import Teacher
 ATTENTION_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.01}
 
 
-def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) -> float:
+def verify_deep(
+    cache: Path,
+    num_samples: int,
+    *,
+    teacher: str | None = None,
+    trust_remote_code: bool = False,
+) -> float:
     """Compare cached logits, states and attention maps with the teacher's.
 
     On samples that are evenly spaced over all splits.
@@ -32,6 +38,7 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
         cache: the cache's folder.
         num_samples: how many, at most, of each split.
         teacher: where the teacher lies now, if not where the manifest says.
+        trust_remote_code: run the model code that its repository brings.
 
     Returns:
         The largest absolute difference of a logit; of a language model the largest KL of a
@@ -52,7 +59,12 @@ def verify_deep(cache: Path, num_samples: int, *, teacher: str | None = None) ->
         )
     task = TASKS[settings["task"]].teacher
     loaded = task.load(
-        _config(teacher or reader.manifest.about["teacher"], recorded["dtype"]),
+        _config(
+            recorded["dtype"],
+            teacher=teacher or reader.manifest.about["teacher"],
+            max_length=settings["max_length"],
+            trust_remote_code=trust_remote_code,
+        ),
         with_attention="attention" in settings,
     )
     _require_same(loaded, recorded, cache)
@@ -80,9 +92,9 @@ def _require_same(loaded: Teacher, recorded: Mapping[str, Any], cache: Path) -> 
         )
 
 
-def _config(teacher: str, recorded_dtype: str) -> TeacherConfig:
+def _config(recorded_dtype: str, **given: Any) -> TeacherConfig:
     """In the cache's number format, or in float32 where this device does not compute it."""
-    config = TeacherConfig.model_validate({"teacher": teacher, "dtype": recorded_dtype})
+    config = TeacherConfig.model_validate({"dtype": recorded_dtype, **given})
     try:
         resolve_dtype(config, resolve_device(config))
     except UserError:
@@ -104,7 +116,9 @@ def recorded_plan(settings: Mapping[str, Any], teacher: Teacher, *, is_packed: b
         attention=maps["mode"],
         attention_layers=maps["layers"],
     )
-    return LayerPlan.prepared(config, teacher, is_packed=is_packed)
+    return LayerPlan.prepared(
+        config, teacher, is_packed=is_packed, hears_layers="hidden_of" in settings
+    )
 
 
 class LayersApart:

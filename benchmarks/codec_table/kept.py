@@ -181,7 +181,7 @@ class Comparison:
                 self._teacher.model,
                 [one.input_ids for one in samples],
                 [[piece.num_tokens for piece in one.pieces] for one in samples],
-                packs=self._teacher.packs,
+                batching=self._teacher.batching,
             )
             logits = head_logits(self._teacher.model, states)
             log_probs, unmatched = self._support.log_probs(logits, TEMPERATURE)

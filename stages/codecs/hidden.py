@@ -46,8 +46,8 @@ class HiddenRoom(Room[HiddenCodec]):
         return ReducedHidden(hidden=on_host(positions.states.float()), **vars(reduced)), unused
 
     def head_of(self, model: PreTrainedModel) -> LanguageModelHead:
-        """By its output layer and configuration; `check_head` says whether that is all of it."""
-        return LanguageModelHead.of(model)
+        """As measured, since states say nothing without all of it."""
+        return LanguageModelHead.measured(model)
 
     def opened(
         self,

@@ -18,6 +18,9 @@ class EvaluateOptions(DeviceConfig):
         default=None,
         description="Teacher to compare with: folder or hub id, or none. Default: the cache's.",
     )
+    trust_remote_code: bool = Field(
+        default=False, description="Run the model code that the teacher's repository brings."
+    )
     batch_tokens: int = Field(default=8192, ge=1, description="Padded tokens in a forward batch.")
     latency_lengths: Annotated[tuple[Length, ...], BeforeValidator(comma_separated)] = Field(
         default=(32, 128, 512),

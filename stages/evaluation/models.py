@@ -21,10 +21,21 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.evaluation.runs import finished_student, known_task
-from teacher_cache.stages.models.causal import check_language_model, final_states, head_logits
+from teacher_cache.stages.models.batching import Batching
+from teacher_cache.stages.models.causal import (
+    final_states,
+    head_logits,
+    language_model_batching,
+)
 from teacher_cache.stages.models.device import resolve_device, resolve_dtype
-from teacher_cache.stages.models.inference import class_logits
-from teacher_cache.stages.models.pretrained import class_names, num_positions, on_device
+from teacher_cache.stages.models.inference import class_logits, classifier_batching
+from teacher_cache.stages.models.pretrained import (
+    class_names,
+    num_positions,
+    on_device,
+    require_rows,
+)
+from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.tasks import TASKS, TaskName
 from teacher_cache.stages.teacher.config import TeacherConfig
@@ -46,6 +57,7 @@ class EvaluatedModel(ABC):
         model: in evaluation mode, on its device.
         tokenizer: its own.
         max_length: tokens of the longest sample that it is given.
+        batching: which samples share a pass, as measured.
         autocast: number format of the products of a student, whose weights stay float32; a
             teacher's weights are in its format themselves.
     """
@@ -57,6 +69,7 @@ class EvaluatedModel(ABC):
     model: PreTrainedModel
     tokenizer: Tokenizer
     max_length: int
+    batching: Batching
     autocast: torch.dtype = torch.float32
 
     @classmethod
@@ -73,12 +86,14 @@ class EvaluatedModel(ABC):
             raise UserError(f"{run} is {found.kind}: give {TASKS[cls.task].kind}'s run")
         device = resolve_device(config)
         model = _load_model(run, cls.auto)
-        own = cls._of_student(model, str(run))
+        tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
+        max_length = record.about["max_length"]
+        own = cls._of_student(str(run), model.eval(), tokenizer, max_length)
         return cls(
             name=run.name,
-            model=on_device(model, device, torch.float32),
-            tokenizer=load_tokenizer(str(run.resolve()), option="RUN"),
-            max_length=record.about["max_length"],
+            model=on_device(model, device),
+            tokenizer=tokenizer,
+            max_length=max_length,
             autocast=resolve_dtype(config, device),
             **own,
         )
@@ -96,13 +111,16 @@ class EvaluatedModel(ABC):
             model=teacher.model,
             tokenizer=teacher.tokenizer,
             max_length=teacher.max_length(config.max_length),
+            batching=teacher.batching,
             **own,
         )
 
     @classmethod
     @abstractmethod
-    def _of_student(cls, model: PreTrainedModel, where: str) -> dict[str, Any]:
-        """What this kind has besides, of a student just loaded."""
+    def _of_student(
+        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, max_length: int
+    ) -> dict[str, Any]:
+        """Its batching, and what this kind has besides, of a student just loaded."""
 
     @classmethod
     @abstractmethod
@@ -159,8 +177,16 @@ class Classifier(EvaluatedModel):
     id2label: dict[int, str]
 
     @classmethod
-    def _of_student(cls, model: PreTrainedModel, where: str) -> dict[str, Any]:
-        return {"pad_id": model.config.pad_token_id or 0, "id2label": class_names(model)}
+    def _of_student(
+        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, max_length: int
+    ) -> dict[str, Any]:
+        pad_id = model.config.pad_token_id or 0
+        batching = Batching()
+        if not isinstance(model, MambaStudentForSequenceClassification):
+            batching = classifier_batching(
+                where, model, tokenizer, pad_id=pad_id, max_length=max_length, plain=batching
+            )
+        return {"pad_id": pad_id, "id2label": class_names(model), "batching": batching}
 
     @classmethod
     def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
@@ -169,7 +195,10 @@ class Classifier(EvaluatedModel):
 
     def tokenize(self, documents: list[Document]) -> list[Sample]:
         """Samples of the documents that are not empty, in their order."""
-        return tokenize(documents, self.tokenizer, max_length=self.max_length)
+        samples = tokenize(documents, self.tokenizer, max_length=self.max_length)
+        ids = [sample.input_ids for sample in samples]
+        require_rows(self.name, self.model, self.tokenizer, ids)
+        return samples
 
     def logits(self, samples: list[Sample], *, batch_tokens: int) -> np.ndarray:
         """Class logits [N, C] float32, in the samples' order."""
@@ -178,6 +207,7 @@ class Classifier(EvaluatedModel):
             [sample.input_ids for sample in samples],
             num_classes=len(self.id2label),
             pad_id=self.pad_id,
+            batching=self.batching,
             max_tokens=batch_tokens,
             autocast=self.autocast,
         ).logits
@@ -185,27 +215,28 @@ class Classifier(EvaluatedModel):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel(EvaluatedModel):
-    """A causal language model; packed samples have at most its `max_length` tokens.
-
-    Attributes:
-        packs: whether several documents of a sample run in one row; each is one of its own if not.
-    """
+    """A causal language model; packed samples have at most its `max_length` tokens."""
 
     task = "lm"
     auto = AutoModelForCausalLM
 
-    packs: bool
-
     @classmethod
-    def _of_student(cls, model: PreTrainedModel, where: str) -> dict[str, Any]:
-        # Each document of ours is a row of its own, so that nothing of packing has to be trusted.
-        is_ours = isinstance(model, MambaStudentForCausalLM)
-        return {"packs": False if is_ours else check_language_model(where, model.eval())}
+    def _of_student(
+        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, max_length: int
+    ) -> dict[str, Any]:
+        if isinstance(model, MambaStudentForCausalLM):
+            # Each document is a row of its own, so that nothing of packing has to be trusted.
+            return {"batching": Batching()}
+        num_ids = max(tokenizer.get_vocab().values()) + 1
+        return {
+            "batching": language_model_batching(
+                where, model, max_length=max_length, num_ids=num_ids
+            )
+        }
 
     @classmethod
     def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
-        teacher = load_language_model(config)
-        return teacher, {"packs": teacher.packs}
+        return load_language_model(config), {}
 
     def states(self, sequences: Sequence[np.ndarray], lengths: Sequence[Sequence[int]]) -> Tensor:
         """What the head reads of every token, [N, D], the sequences end to end.
@@ -214,9 +245,10 @@ class LanguageModel(EvaluatedModel):
             sequences: token ids, [S_i] each, N in all.
             lengths: of the documents of each, which nothing crosses.
         """
+        require_rows(self.name, self.model, self.tokenizer, sequences)
         is_on = self.autocast is not torch.float32
         with torch.autocast(self.model.device.type, self.autocast, enabled=is_on):
-            return final_states(self.model, sequences, lengths, packs=self.packs)
+            return final_states(self.model, sequences, lengths, batching=self.batching)
 
     def logits(self, states: Tensor) -> Tensor:
         """[n, V] float32 of some of its states [n, D]; the head computes in float32."""
@@ -237,4 +269,4 @@ class TeacherModel(LanguageModel):
     def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
         teacher = load_language_model(config)
         support = Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
-        return teacher, {"packs": teacher.packs, "support": support}
+        return teacher, {"support": support}

@@ -111,6 +111,7 @@ def teacher_beside(runs: Sequence[Path], options: EvaluateOptions) -> TeacherCon
         device=options.device,
         dtype=options.dtype,
         batch_tokens=options.batch_tokens,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teacher_cache.stages.data.collation import length_sorted_batches
 from teacher_cache.stages.data.packing import PackedRow
 from teacher_cache.stages.evaluation.models import LanguageModel
 from teacher_cache.stages.evaluation.references import TEMPERATURE, Reference
@@ -47,8 +48,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Of a token of the model's own tokenizer."""
-        return math.exp(self.nll)
+        """Of a token of the model's own tokenizer; infinite of a model that diverged."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def score(
         sums = sums + found  # only now: where memory ran out, each half comes again
 
     lengths = np.array([len(row.input_ids) for row in rows], np.int64)
-    for_each_batch(run, lengths, max_tokens=batch_tokens)
+    for_each_batch(run, length_sorted_batches(lengths, max_tokens=batch_tokens), lengths)
     means = sums / num_positions
     return Scores(
         num_positions=num_positions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,13 +13,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
+from teacher_cache.stages.data.collation import pad_batch
+from teacher_cache.stages.models.batching import (
+    ALONE,
+    MODEL_FAILURES,
+    PACKED,
+    PADDED,
+    Batching,
+    log_probs_close,
+    measured_batching,
+)
+from teacher_cache.stages.models.pretrained import base_of, is_quantized
 
 FILLER_ID = 0  # fills batches where nothing looks
-_TRIED_LENGTHS = (9, 1, 14, 3, 6)
-_TRIED_TOLERANCE = 1e-3  # of the largest logit; float32 rounds a thousand times finer
-
-logger = logging.getLogger(__name__)
+_TRIED_IDS = 1000
+_TRIED_LENGTH = 14  # tokens
+_TRIED_POSITIONS = 64  # of a long document, whose logits are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,56 +99,104 @@ def one_a_row(
     ]
 
 
-def check_language_model(name: str, model: PreTrainedModel) -> bool:
-    """Whether a model packs, from one small pass; refuse what is no causal language model to us.
+def language_model_batching(
+    name: str, model: PreTrainedModel, *, max_length: int, num_ids: int | None = None
+) -> Batching:
+    """How a model reads documents together, from a few passes; refuse what is none to us.
 
     Args:
         name: it is called in a message.
         model: in float32, in evaluation mode.
+        max_length: the longest sample in tokens.
+        num_ids: whose logits count, those of the tokenizer; None for all.
 
     Raises:
-        UserError: if its logits depend on later tokens, or are not found again by `final_states`
-            and `head_logits`.
+        UserError: if its logits depend on later tokens, are not found again by `final_states` and
+            `head_logits`, or are others each time.
     """
     generator = torch.Generator().manual_seed(0)
-    most = min(1000, own_logits(model, np.zeros(1, np.uint32)).shape[-1])
-    documents = [
-        torch.randint(most, (n,), generator=generator).numpy().astype(np.uint32)
-        for n in _TRIED_LENGTHS
-    ]
-    alone = [own_logits(model, ids) for ids in documents]
-    longest = max(documents, key=len)
-    whole, start = own_logits(model, longest), own_logits(model, longest[: len(longest) // 2])
-    if not _are_close(start, whole[: len(start)]):
+    most = min(_TRIED_IDS, own_logits(model, np.zeros(1, np.uint32)).shape[-1])
+
+    def document(length: int) -> np.ndarray:
+        return torch.randint(most, (length,), generator=generator).numpy().astype(np.uint32)
+
+    def read(documents: Sequence[np.ndarray], batching: Batching) -> list[Tensor]:
+        """The last logits of each, of rows that are filled up to the longest sample."""
+        sequences, lengths = _in_samples(documents, batching, max_length)
+        states = final_states(model, sequences, lengths, batching=batching)
+        of_each = states.split([n for of_one in lengths for n in of_one])
+        last = [one[-_TRIED_POSITIONS:] for one in of_each]
+        logits = head_logits(model, torch.cat(last))[:, :num_ids]
+        return list(logits.split([len(one) for one in last]))
+
+    _require_causal(name, model, document(_TRIED_LENGTH), num_ids)
+    _require_head_on_states(name, model, document(_TRIED_LENGTH), num_ids)
+    return measured_batching(
+        name,
+        model.config,
+        read,
+        document,
+        log_probs_close,
+        max_length=max_length,
+        plain=(PACKED, PADDED),
+    )
+
+
+def _in_samples(
+    documents: Sequence[np.ndarray], batching: Batching, max_length: int
+) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Sequences and the lengths of their documents, as many in one as a sample holds."""
+    groups: list[list[np.ndarray]] = []
+    for ids in documents:
+        has_room = groups and sum(map(len, groups[-1])) + len(ids) <= max_length
+        if batching.rows == "packed" and has_room:
+            groups[-1].append(ids)
+        else:
+            groups.append([ids])
+    return [np.concatenate(one) for one in groups], [[len(ids) for ids in one] for one in groups]
+
+
+def _require_causal(
+    name: str, model: PreTrainedModel, ids: np.ndarray, num_ids: int | None
+) -> None:
+    whole = own_logits(model, ids)[:, :num_ids]
+    half = len(ids) // 2
+    changed = np.append(ids[:-1], (ids[-1] + 1) % _TRIED_IDS if ids[-1] else 1).astype(np.uint32)
+    looks_ahead = not log_probs_close(own_logits(model, changed)[:-1, :num_ids], whole[:-1])
+    if looks_ahead and is_quantized(model):
+        raise UserError(
+            f"what {name} predicts depends on later tokens: it is quantised, and its products "
+            "round by all that share a pass (as bitsandbytes' of 8 bits do): give it in 4 bits or "
+            "in its own number format"
+        )
+    if looks_ahead:
         raise UserError(
             f"{name} ({type(model).__name__}) looks at later tokens, so its predictions of them "
             "say nothing: give a causal language model"
         )
-    joined = np.concatenate(documents)
-    # The second row makes the first one's padding and the batch's order show.
-    *first, last = _TRIED_LENGTHS
-    sequences, lengths = [joined[:-1], joined], [[*first, last - 1], [*first, last]]
-    expected = torch.cat([*alone[:-1], alone[-1][:-1], *alone])
-    for packs in (True, False):
-        try:
-            states = final_states(model, sequences, lengths, packs=packs)
-            found = head_logits(model, states)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            logger.debug("%s, packs=%s: %s", name, packs, error)
-            continue
-        if _are_close(found, expected):
-            if not packs:
-                logger.warning(
-                    "%s (%s) does not keep packed documents apart: each runs as a row of its own, "
-                    "which takes longer",
-                    name,
-                    type(model).__name__,
-                )
-            return packs
+    if not log_probs_close(own_logits(model, ids[:half])[:, :num_ids], whole[:half]):
+        raise UserError(
+            f"what {name} ({type(model).__name__}) predicts at a position depends on how long the "
+            "text goes on behind it, so it is no prediction: give a causal language model"
+        )
+
+
+def _require_head_on_states(
+    name: str, model: PreTrainedModel, ids: np.ndarray, num_ids: int | None
+) -> None:
+    try:
+        states = final_states(model, [ids], [[len(ids)]], batching=ALONE)
+        found = head_logits(model, states)
+    except MODEL_FAILURES as error:
+        reason = f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    else:
+        reason = ""
+        if log_probs_close(found[:, :num_ids], own_logits(model, ids)[:, :num_ids]):
+            return
     raise UserError(
         f"the logits of {name} ({type(model).__name__}) are not those of its head on its base "
-        "model's last states, so they cannot be computed a slice at a time: give a causal "
-        "language model of a more common kind"
+        f"model's last states{reason}, so they cannot be computed a slice at a time: give a "
+        "causal language model of a more common kind"
     )
 
 
@@ -150,7 +206,7 @@ def final_states(
     sequences: Sequence[np.ndarray],
     lengths: Sequence[Sequence[int]],
     *,
-    packs: bool,
+    batching: Batching,
     tap: Tap | None = None,
     sample_idxs: Sequence[int] = (),
 ) -> Tensor:
@@ -160,11 +216,11 @@ def final_states(
         model: in evaluation mode.
         sequences: token ids, [S_i] each, N in all.
         lengths: of the documents of each sequence, which nothing crosses; they add up to S_i.
-        packs: whether the model runs several documents in one row.
+        batching: of the model.
         tap: listens to the layers.
         sample_idxs: what it is told that the sequences are.
     """
-    if packs:
+    if batching.rows == "packed":
         if tap is not None:
             tap.expect(packed_in_rows(sample_idxs, lengths))
         return _states_packed(model, sequences, lengths)
@@ -178,6 +234,7 @@ def final_states(
     return _states_of_rows(
         model,
         rows,
+        batching,
         max_tokens=len(sequences) * max(len(ids) for ids in sequences),
         before_batch=announce,
     )
@@ -185,19 +242,43 @@ def final_states(
 
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """The model's logits [n, V] float32 of some of its final states [n, D]."""
-    headed = copy.copy(model)  # with the same layers, but for the base model
-    headed._modules = {**model._modules, model.base_model_prefix: _Answering()}
     with torch.inference_mode():
+        headed = _on_states(model)
         return headed(inputs_embeds=states[None], use_cache=False).logits[0].float()
 
 
+def _on_states(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the same layers, but for a base that answers with what it is given."""
+    base = base_of(model)
+    *path, last = next(name for name, one in model.named_modules() if one is base).split(".")
+    headed = copy.copy(model)
+    inner: Any = headed
+    for name in path:
+        copied = copy.copy(inner._modules[name])
+        inner._modules = {**inner._modules, name: copied}
+        inner = copied
+    inner._modules = {**inner._modules, last: _Answering(base)}
+    return headed
+
+
 class _Answering(nn.Module):
-    """A base model that gives its input embeddings out as its last hidden states."""
+    """A base model that gives its input embeddings out as its last hidden states.
+
+    Args:
+        base: that it stands for; a head finds its other attributes there (Falcon-H1's multiplier).
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.__dict__["_base"] = base  # none of its layers
 
     @property
     def decoder(self) -> _Answering:
         """Itself: OPT's head asks its base model's decoder."""
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Answer:
         return _Answer(inputs_embeds)
@@ -224,7 +305,7 @@ def _states_packed(
     for row, of_one in enumerate(lengths):
         joined = np.concatenate([np.arange(length) for length in of_one])
         places[row, : len(joined)] = joined
-    output = model.base_model(
+    output = base_of(model)(
         input_ids=torch.from_numpy(padded).to(model.device),  # [B, S]
         position_ids=torch.from_numpy(places).to(model.device),
         use_cache=False,
@@ -235,6 +316,7 @@ def _states_packed(
 def _states_of_rows(
     model: PreTrainedModel,
     rows: Sequence[np.ndarray],
+    batching: Batching,
     *,
     max_tokens: int,
     before_batch: Callable[[np.ndarray], None],
@@ -243,11 +325,11 @@ def _states_of_rows(
     starts = np.cumsum([0, *(len(row) for row in rows)]).tolist()
     found: list[Tensor] = []
     places: list[np.ndarray] = []  # of what is found, among all tokens
-    for batch in length_sorted_batches([len(row) for row in rows], max_tokens=max_tokens):
+    for batch in batching.batches(rows, max_tokens=max_tokens):
         padded, mask = pad_batch([rows[i] for i in batch], FILLER_ID)
         real = torch.from_numpy(mask).to(model.device)
         before_batch(batch)
-        output = model.base_model(
+        output = base_of(model)(
             input_ids=torch.from_numpy(padded).to(model.device),  # [B, S]
             attention_mask=real.long(),
             use_cache=False,
@@ -265,10 +347,3 @@ def own_logits(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
     with torch.inference_mode():
         given = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
         return model(given, use_cache=False).logits[0]
-
-
-def _are_close(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    most = _TRIED_TOLERANCE * expected.abs().max()
-    return bool((found - expected).abs().max() <= most)

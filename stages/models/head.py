@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from teacher_cache.cache.commit import write_bytes_atomically
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.cache.manifest import Manifest, read_teacher_file
+from teacher_cache.stages.models.batching import MODEL_FAILURES, logits_close
+from teacher_cache.stages.models.causal import head_logits
 from teacher_cache.stages.tokens.support import Support
 
 
@@ -57,8 +59,13 @@ class LinearHead:
 
 HEAD_FILE = "language_model_head.safetensors"
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
-DIVISORS = ("logits_scaling",)  # Granite
-SOFT_CAPS = ("final_logit_softcapping",)  # Gemma
+DIVISORS = ("logits_scaling",)  # Granite, MiniCPM3
+MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # whose configuration has it by the same name
+# Gemma, RecurrentGemma, xLSTM.
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+MASKED = -1e6  # a logit below it is of an id that the model leaves out, by whatever number
+_NUM_TRIED = 8  # states
+_LARGEST_TRIED = 200.0  # logit before a cap, which shows whatever cap there is
 # Of the spread of a position's logits; what f16 rounds off states is a tenth of it.
 TOLERANCE = 0.02
 LEAST_TOLERANCE = 1e-3  # nats
@@ -95,16 +102,44 @@ class LanguageModelHead:
         config = model.config.get_text_config()
         scale = 1.0
         for name in MULTIPLIERS:
-            scale *= getattr(config, name, None) or 1.0
+            scale *= _number(config, name) or 1.0
         for name in DIVISORS:
-            scale /= getattr(config, name, None) or 1.0
-        caps = [getattr(config, name, None) for name in SOFT_CAPS]
+            factor = _number(config, name) or 1.0
+            scale *= factor if config.model_type in MULTIPLIES_BY_DIVISOR else 1 / factor
+        caps = [_number(config, name) for name in SOFT_CAPS]
         return cls(
             weight=layer.weight.detach(),
             bias=None if layer.bias is None else layer.bias.detach(),
             scale=float(scale),
             soft_cap=next((float(cap) for cap in caps if cap), None),
         )
+
+    @classmethod
+    def measured(cls, model: PreTrainedModel) -> LanguageModelHead:
+        """The head of a causal language model, which does nothing else, whatever it is given.
+
+        On states whose logits are far beyond any of text, so that a soft cap shows. Ids that the
+        model masks are of no use.
+
+        Raises:
+            UserError: if it does more than a linear layer, a scale and a soft cap.
+        """
+        head = cls.of(model)
+        width = head.weight.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(_NUM_TRIED, width, generator=generator).to(model.device)
+        with torch.inference_mode():
+            plain = replace(head, soft_cap=None)(states)
+            states = states * (_LARGEST_TRIED / plain.abs().max())
+            try:
+                own = head_logits(model, states.to(model.dtype))
+            except MODEL_FAILURES as error:
+                raise UserError(_more_than_linear(model, first_line(error))) from error
+            found = head(states.to(model.dtype))
+        is_masked = (own <= MASKED).all(dim=0)
+        if found.shape != own.shape or not logits_close(found[:, ~is_masked], own[:, ~is_masked]):
+            raise UserError(_more_than_linear(model, "they differ on large states"))
+        return replace(head, unused=tuple(is_masked.nonzero()[:, 0].tolist()))
 
     def of_support(self, support: Support) -> LanguageModelHead:
         """The rows of the support, the ids that it leaves out excluded."""
@@ -117,7 +152,7 @@ class LanguageModelHead:
             self,
             weight=weight,
             bias=None if bias is None else bias[: support.size],
-            unused=support.unused,
+            unused=tuple(sorted({*support.unused, *(i for i in self.unused if i < support.size)})),
         )
 
     def to(self, device: torch.device | str) -> LanguageModelHead:
@@ -206,8 +241,12 @@ def check_head(head: LanguageModelHead, states: Tensor, logits: Tensor) -> float
     """
     with torch.inference_mode():
         exact = logits.float()
-        apart = (head(states.half()) - exact).abs().amax(dim=1)
-        allowed = (TOLERANCE * exact.std(dim=1, correction=0)).clamp(min=LEAST_TOLERANCE)
+        is_masked = exact <= MASKED  # says nothing of the others' spread
+        apart = (head(states.half()) - exact).abs().where(~is_masked, 0.0).amax(dim=1)
+        kept = exact.where(~is_masked, torch.nan)
+        mean = kept.nanmean(dim=1, keepdim=True)
+        spread = (kept - mean).square().nanmean(dim=1).sqrt()
+        allowed = (TOLERANCE * spread).clamp(min=LEAST_TOLERANCE)
     worst = int((apart / allowed).argmax())  # of a NaN: its own place
     if not bool((apart <= allowed).all()):
         raise UserError(
@@ -216,6 +255,19 @@ def check_head(head: LanguageModelHead, states: Tensor, logits: Tensor) -> float
             "does more than a linear layer, a scale and a soft cap, so use --codec topk"
         )
     return float(apart.max())
+
+
+def _number(config: PreTrainedConfig, name: str) -> float | None:
+    """MPT's configuration may hold a word there, which its model does not read."""
+    found = getattr(config, name, None)
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def _more_than_linear(model: PreTrainedModel, how: str) -> str:
+    return (
+        f"the head of {type(model).__name__} does more than a linear layer, a scale and a soft cap "
+        f"({how}), so its logits cannot be had from cached states: use --codec topk"
+    )
 
 
 def _output_layer(model: PreTrainedModel) -> nn.Linear:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.collation import length_sorted_batches, pad_batch
+from teacher_cache.cache.errors import UserError, first_line
+from teacher_cache.stages.data.collation import pad_batch
+from teacher_cache.stages.models.batching import (
+    MODEL_FAILURES,
+    Batching,
+    logits_close,
+    measured_batching,
+)
+from teacher_cache.stages.models.pretrained import class_names
+from teacher_cache.stages.tokens.tokenizers import frame_of, special_ids
+
+_TRIED_IDS = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +64,7 @@ def class_logits(
     *,
     num_classes: int,
     pad_id: int,
+    batching: Batching,
     max_tokens: int,
     autocast: torch.dtype = torch.float32,
     on_batch: OnBatch | None = None,
@@ -63,6 +76,7 @@ def class_logits(
         input_ids: token ids of each sample, [S_i], S_i > 0.
         num_classes: C.
         pad_id: fills the right end of shorter samples; masked.
+        batching: of the model.
         max_tokens: padded positions in a batch; a longer sample is a batch of its own.
         autocast: number format of the products of a model whose weights are float32, as a student
             is trained; float32 leaves the model as it is.
@@ -76,6 +90,7 @@ def class_logits(
         input_ids,
         widths={"logits": num_classes},
         pad_id=pad_id,
+        batching=batching,
         max_tokens=max_tokens,
         on_batch=on_batch,
     )
@@ -88,11 +103,12 @@ def run_in_batches(
     *,
     widths: Mapping[str, int],
     pad_id: int,
+    batching: Batching,
     max_tokens: int,
     before_batch: Callable[[np.ndarray], None] | None = None,
     on_batch: OnBatch | None = None,
 ) -> Outputs:
-    """Run a model over samples in length-sorted batches of at most `max_tokens` positions.
+    """Run a model over samples in batches of at most `max_tokens` positions.
 
     A batch that runs out of memory is halved, and that is said and counted.
 
@@ -101,6 +117,7 @@ def run_in_batches(
         input_ids: token ids of each sample, [S_i], S_i > 0.
         widths: of the vectors that `batch_forward` returns, by name.
         pad_id: fills the right end of shorter samples; masked.
+        batching: of the model.
         max_tokens: padded positions in a batch; a longer sample is a batch of its own.
         before_batch: called before each pass with the indices of the samples in its rows.
         on_batch: called after each batch.
@@ -114,31 +131,33 @@ def run_in_batches(
         padded, mask = pad_batch([input_ids[i] for i in batch], pad_id)
         if before_batch is not None:
             before_batch(batch)
-        found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask))
+        with told_in_a_sentence(lengths[batch]):
+            found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask))
         for name, values in vectors.items():
             values[batch] = found[name].cpu().numpy()
 
     lengths = np.array([len(ids) for ids in input_ids], np.int64)
-    num_halvings = for_each_batch(run, lengths, max_tokens=max_tokens, on_batch=on_batch)
+    batches = batching.batches(input_ids, max_tokens=max_tokens)
+    num_halvings = for_each_batch(run, batches, lengths, on_batch=on_batch)
     return Outputs(vectors=vectors, num_halvings=num_halvings)
 
 
 def for_each_batch(
     run: Callable[[np.ndarray], None],
+    batches: Sequence[np.ndarray],
     lengths: np.ndarray,
     *,
-    max_tokens: int,
     on_batch: OnBatch | None = None,
 ) -> int:
-    """Run length-sorted batches of at most `max_tokens` positions.
+    """Run batches of samples, one after the other.
 
     A batch that runs out of memory is halved, and that is said and counted.
 
     Args:
         run: runs the samples of these indices and keeps what it finds; where memory ran out it is
             run again for each half, so it must not mind having done some of them.
+        batches: indices of samples.
         lengths: tokens of each sample, [N], all positive.
-        max_tokens: padded positions in a batch; a longer sample is a batch of its own.
         on_batch: called after each batch.
 
     Returns:
@@ -148,7 +167,7 @@ def for_each_batch(
         UserError: if a single sample does not fit into memory.
     """
     num_halvings = 0
-    pending = list(reversed(length_sorted_batches(lengths, max_tokens=max_tokens)))
+    pending = list(reversed(batches))
     while pending:
         batch = pending.pop()
         has_room = True
@@ -167,6 +186,27 @@ def for_each_batch(
     return num_halvings
 
 
+@contextmanager
+def told_in_a_sentence(lengths: np.ndarray) -> Iterator[None]:
+    """Where what a model raises of itself becomes a person's sentence; lack of memory does not.
+
+    Args:
+        lengths: tokens of the samples that it is given.
+
+    Raises:
+        UserError: if it fails on them.
+    """
+    try:
+        yield
+    except MODEL_FAILURES as error:
+        if _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the model fails on {len(lengths)} samples of {lengths.min()} to {lengths.max()} "
+            f"tokens ({first_line(error)}): leave such documents out, or give another model"
+        ) from error
+
+
 def forward(
     model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, autocast: torch.dtype
 ) -> torch.Tensor:
@@ -183,6 +223,65 @@ def forward(
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=is_on):
         output = model(input_ids=input_ids.to(device), attention_mask=mask.to(device, torch.int64))
     return output.logits.float()
+
+
+def classifier_batching(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    *,
+    pad_id: int,
+    max_length: int,
+    plain: Batching,
+) -> Batching:
+    """How a classifier reads documents together, from a few passes.
+
+    Args:
+        name: it is called in a message.
+        model: in evaluation mode.
+        tokenizer: its own.
+        pad_id: fills the right end of shorter documents; masked.
+        max_length: the longest sample in tokens.
+        plain: padded rows; what its texts need whatever the model does.
+
+    Raises:
+        UserError: if its logits are others each time, or it reads no short text.
+    """
+
+    def read(documents: Sequence[np.ndarray], batching: Batching) -> list[torch.Tensor]:
+        outputs = class_logits(
+            model,
+            documents,
+            num_classes=len(class_names(model)),
+            pad_id=pad_id,
+            batching=batching,
+            max_tokens=sum(len(ids) for ids in documents) * len(documents),
+        )
+        return list(torch.from_numpy(outputs.logits)[:, None])
+
+    return measured_batching(
+        name,
+        model.config,
+        read,
+        _texts(tokenizer, {pad_id}),
+        logits_close,
+        max_length=max_length,
+        plain=(plain,),
+    )
+
+
+def _texts(tokenizer: Tokenizer, unused: set[int]) -> Callable[[int], np.ndarray]:
+    """Documents of random tokens between the special tokens of any text."""
+    before, after = frame_of(tokenizer)
+    special = special_ids(tokenizer) | unused
+    ids = sorted(one for one in tokenizer.get_vocab().values() if one not in special)[:_TRIED_IDS]
+    generator = np.random.default_rng(0)
+
+    def document(length: int) -> np.ndarray:
+        num = max(1, length - len(before) - len(after))
+        return np.array([*before, *generator.choice(ids, num), *after], np.uint32)
+
+    return document
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -39,9 +39,11 @@ from transformers.utils.hub import has_file
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.data.labels import is_generic
-from teacher_cache.stages.models.causal import check_language_model, final_states, head_logits
+from teacher_cache.stages.models.batching import PADDED, Batching
+from teacher_cache.stages.models.causal import language_model_batching
 from teacher_cache.stages.models.head import LanguageModelHead, LinearHead
 from teacher_cache.stages.models.pretrained import (
+    base_of,
     described_config,
     hash_weights,
     num_positions,
@@ -72,8 +74,6 @@ TOKENIZERS = (
     "sentencepiece.bpe.model",
 )
 
-_PROBED_IDS = 16
-_TOLERANCE = 1e-4  # of the largest logit; both sides are float32
 
 logger = logging.getLogger(__name__)
 
@@ -276,11 +276,11 @@ class PretrainedLanguageModel:
 
     Attributes:
         model: in float32, on the CPU.
-        packs: whether it runs several documents in one row.
+        batching: which documents share a pass.
     """
 
     model: PreTrainedModel
-    packs: bool
+    batching: Batching
 
 
 def language_model_config(name: str) -> PreTrainedConfig:
@@ -299,7 +299,7 @@ def language_model_config(name: str) -> PreTrainedConfig:
 
 
 def pretrained_language_model(
-    name: str, *, tokenizer: Tokenizer, seed: int
+    name: str, *, tokenizer: Tokenizer, max_length: int, seed: int
 ) -> PretrainedLanguageModel:
     """A causal language model in float32 with its own weights.
 
@@ -309,6 +309,7 @@ def pretrained_language_model(
     Args:
         name: hub id or folder.
         tokenizer: the student's, of which every id must have an embedding and a logit.
+        max_length: the longest sample in tokens.
         seed: of fresh weights.
 
     Raises:
@@ -330,9 +331,12 @@ def pretrained_language_model(
         raise UserError(could_not_load("language model", name, error, option=OPTION)) from error
     highest_id = max(tokenizer.get_vocab().values())
     refuse_missing_rows(name, model, highest_id)
-    packs = check_language_model(f"hf:{name}", model.eval())
-    _check_head(name, model, packs=packs, highest_id=highest_id)
-    return PretrainedLanguageModel(model=model, packs=packs)
+    longest = min(max_length, num_positions(model) or max_length)  # `refuse_too_long` follows
+    batching = language_model_batching(
+        f"hf:{name}", model.eval(), max_length=longest, num_ids=highest_id + 1
+    )
+    _check_head(name, model, highest_id=highest_id)
+    return PretrainedLanguageModel(model=model, batching=batching)
 
 
 def _load_language_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
@@ -354,7 +358,7 @@ def _load_language_model(name: str, config: PreTrainedConfig) -> PreTrainedModel
     return model
 
 
-def _check_head(name: str, model: PreTrainedModel, *, packs: bool, highest_id: int) -> None:
+def _check_head(name: str, model: PreTrainedModel, *, highest_id: int) -> None:
     """Refuse a head that the loss, which runs it on a few positions at a time, could not be."""
     layer: Any = model.get_output_embeddings()
     remedy = "choose a model whose head is a linear layer, with a scale and a soft cap at most"
@@ -368,16 +372,12 @@ def _check_head(name: str, model: PreTrainedModel, *, packs: bool, highest_id: i
             f"hf:{name} has logits for {len(layer.weight):,} tokens, and the student's tokenizer "
             f"has ids up to {highest_id:,}: choose a model of the cache's tokenizer"
         )
-    ids = np.arange(min(_PROBED_IDS, highest_id + 1), dtype=np.uint32)
-    states = final_states(model, [ids], [[len(ids)]], packs=packs)
-    own = head_logits(model, states)
-    with torch.inference_mode():
-        apart = float((LanguageModelHead.of(model)(states) - own).abs().max() / own.abs().max())
-    if not apart <= _TOLERANCE:
+    try:
+        LanguageModelHead.measured(model)
+    except UserError as error:
         raise UserError(
-            f"the logits of hf:{name} ({type(model).__name__}) are {apart:.1g} of the largest away "
-            f"from those of its output layer, so its head does more than training knows: {remedy}"
-        )
+            f"hf:{name}: the loss runs the head on a few positions at a time, and {error}; {remedy}"
+        ) from error
 
 
 @dataclass
@@ -401,13 +401,13 @@ class PackedLanguageModel(nn.Module):
 
     Args:
         student: to be trained; shared, not copied.
-        packs: whether it runs several documents in one row.
+        batching: which documents share a pass.
     """
 
-    def __init__(self, student: PreTrainedModel, *, packs: bool) -> None:
+    def __init__(self, student: PreTrainedModel, *, batching: Batching) -> None:
         super().__init__()
         self.student = student
-        self._packs = packs
+        self._batching = batching
         hold_tied_weights_once(self)
 
     @property
@@ -438,7 +438,7 @@ class PackedLanguageModel(nn.Module):
             use_cache: training keeps no cache.
             states_only: logits are the loss's to compute.
         """
-        run = self._packed if self._packs else self._row_a_document
+        run = self._packed if self._batching.rows == "packed" else self._row_a_document
         head = self.output_head
         parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
         return PackedStates(
@@ -447,24 +447,44 @@ class PackedLanguageModel(nn.Module):
         )
 
     def _packed(self, input_ids: Tensor, _: Tensor, seq_idx: Tensor) -> Tensor:
-        base: Any = self.student.base_model
+        base: Any = base_of(self.student)
         output = base(input_ids=input_ids, position_ids=places(seq_idx), use_cache=False)
         return output.last_hidden_state
 
     def _row_a_document(self, input_ids: Tensor, attention_mask: Tensor, seq_idx: Tensor) -> Tensor:
-        base: Any = self.student.base_model
         # Padding becomes a document of its own, so that no row is longer for it.
         plan = plan_rows(torch.where(attention_mask != 0, seq_idx, -1))
         if plan is None:
-            return base(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+            return self._rows(input_ids, attention_mask)
         groups = []
         for group in plan.groups:
             mask = group.padding.logical_not().to(attention_mask.dtype)
-            output = base(input_ids=group.rows_of(input_ids), attention_mask=mask, use_cache=False)
-            groups.append(output.last_hidden_state)
+            groups.append(self._rows(group.rows_of(input_ids), mask))
         return lay_end_to_end(groups)[plan.places].unflatten(0, input_ids.shape)
+
+    def _rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """States [R, S, D] of rows [R, S] that are padded on the right.
+
+        Those of padding are 0 where not all rows share a pass.
+        """
+        base: Any = base_of(self.student)
+        if self._batching == PADDED:
+            return base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        lengths = mask.sum(dim=1).tolist()
+        kinds = [np.empty(int(length), np.uint32) for length in lengths]
+        states = torch.zeros(())
+        for batch in self._batching.batches(kinds, max_tokens=mask.numel()):
+            rows = torch.from_numpy(batch).to(ids.device)
+            width = len(kinds[batch[0]])  # the longest stands first
+            found = base(
+                input_ids=ids[rows, :width], attention_mask=mask[rows, :width], use_cache=False
+            ).last_hidden_state
+            if not states.ndim:
+                states = found.new_zeros(*ids.shape, found.shape[-1])
+            states = states.index_put(
+                (rows[:, None], torch.arange(width, device=ids.device)), found
+            )
+        return states
 
 
 def places(seq_idx: Tensor) -> Tensor:

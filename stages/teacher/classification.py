@@ -27,6 +27,7 @@ from teacher_cache.cache.schema import (
 from teacher_cache.stages.data.corpus import Corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.models.batching import ALONE
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import find_pooled_width, run_teacher
@@ -145,7 +146,9 @@ class Classification(Task[ClassificationTeacher, Sample]):
 
     def samples(self, documents: Sequence[Document]) -> list[Sample]:
         """Those that are not empty."""
-        return tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+        samples = tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+        self.teacher.require_rows([sample.input_ids for sample in samples])
+        return samples
 
     def say(self, samples: Sequence[Sample], tap: LayerTap, on_batch: OnBatch) -> Said:
         """Class logits, exactly, and pooled states in float16.
@@ -284,12 +287,13 @@ class ClassesApart:
         self._logit = self._pooled = 0.0
 
     def compare(self, samples: Sequence[StoredSample], tap_of: TapOf) -> None:
-        """All samples together, in batches."""
+        """Each sample alone, which is what its values stand for, however they were cached."""
         again = run_teacher(
             self._teacher,
             [sample["input_ids"] for sample in samples],
             batch_tokens=VERIFIED_BATCH_TOKENS,
             pooled_width=self._pooled_width,
+            batching=ALONE,
             tap=tap_of(samples),
         ).vectors
         cached = np.stack([sample["class_logits"] for sample in samples])

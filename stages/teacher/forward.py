@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import POOLED
+from teacher_cache.stages.data.collation import length_sorted_batches
 from teacher_cache.stages.data.packing import PackedSample, next_ids
+from teacher_cache.stages.models.batching import Batching
 from teacher_cache.stages.models.causal import final_states, head_logits, packed_in_rows
 from teacher_cache.stages.models.inference import (
     OnBatch,
@@ -31,8 +33,10 @@ from teacher_cache.stages.models.inference import (
     for_each_batch,
     forward,
     run_in_batches,
+    told_in_a_sentence,
 )
-from teacher_cache.stages.teacher.layers import LayerTap
+from teacher_cache.stages.models.pretrained import base_of
+from teacher_cache.stages.teacher.layers import TRIED_TEXT, LayerTap
 from teacher_cache.stages.teacher.load import ClassificationTeacher, LanguageModelTeacher
 
 SLICE_LOGITS = 2**25  # 128 MiB in float32
@@ -44,6 +48,7 @@ def run_teacher(
     *,
     batch_tokens: int,
     pooled_width: int | None,
+    batching: Batching | None = None,
     tap: LayerTap | None = None,
     on_batch: OnBatch | None = None,
 ) -> Outputs:
@@ -54,6 +59,7 @@ def run_teacher(
         input_ids: token ids of each sample, [S_i], S_i > 0.
         batch_tokens: padded positions in a batch.
         pooled_width: D; None leaves the pooled states out.
+        batching: instead of the teacher's.
         tap: listens to the layers; its samples are those of `input_ids`.
         on_batch: called after each batch.
 
@@ -80,6 +86,7 @@ def run_teacher(
             input_ids,
             widths=widths if pooled_width is None else {**widths, POOLED: pooled_width},
             pad_id=teacher.pad_id,
+            batching=batching or teacher.batching,
             max_tokens=batch_tokens,
             before_batch=announce,
             on_batch=on_batch,
@@ -92,7 +99,7 @@ def find_pooled_width(teacher: ClassificationTeacher) -> int:
     Raises:
         UserError: if its pooled state cannot be told.
     """
-    ids = torch.tensor([teacher.tokenizer("a")["input_ids"]])
+    ids = torch.tensor([teacher.tokenizer(TRIED_TEXT)["input_ids"]])
     _, pooled = logits_and_pooled(teacher.model, ids, torch.ones_like(ids))
     return pooled.shape[1]
 
@@ -133,7 +140,7 @@ def logits_and_pooled(
 
 def _head_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """Linear layers that are not of the base model."""
-    in_base = {id(module) for module in model.base_model.modules()}
+    in_base = {id(module) for module in base_of(model).modules()}
     return [
         module
         for module in model.modules()
@@ -212,6 +219,7 @@ def run_positions(
     reduce: Callable[[Slice], Kept],
     *,
     batch_tokens: int,
+    batching: Batching | None = None,
     slice_logits: int = SLICE_LOGITS,
     tap: LayerTap | None = None,
     on_batch: OnBatch | None = None,
@@ -223,6 +231,7 @@ def run_positions(
         samples: of one shard.
         reduce: sees every position, in slices; after memory ran out, some of them again.
         batch_tokens: padded positions in a batch.
+        batching: instead of the teacher's.
         slice_logits: at most so many logits at a time, but those of one position.
         tap: listens to the layers; its samples are those of `samples`.
         on_batch: called after each batch with its samples and tokens.
@@ -231,6 +240,7 @@ def run_positions(
         UserError: if a single sample does not fit into memory, or a position's logits are no
             numbers.
     """
+    batching = batching or teacher.batching
     lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
     starts = np.cumsum([0, *lengths]).tolist()
     pieces: list[list[Kept]] = [[] for _ in samples]
@@ -242,7 +252,7 @@ def run_positions(
         borders = np.cumsum([0, *lengths[batch]]).tolist()
         start = 0
         with torch.inference_mode():
-            for part in _slices(teacher, chosen, places, slice_logits, tap):
+            for part in _slices(teacher, batching, chosen, places, slice_logits, tap):
                 kept, stop = reduce(part), start + len(part.places)
                 for idx, i in enumerate(chosen):
                     first, last = max(start, borders[idx]), min(stop, borders[idx + 1])
@@ -253,7 +263,8 @@ def run_positions(
             pieces[i] = parts
 
     with tap or nullcontext():
-        num_halvings = for_each_batch(run, lengths, max_tokens=batch_tokens, on_batch=on_batch)
+        batches = length_sorted_batches(lengths, max_tokens=batch_tokens)
+        num_halvings = for_each_batch(run, batches, lengths, on_batch=on_batch)
     return PositionOutputs(pieces=pieces, num_halvings=num_halvings)
 
 
@@ -274,7 +285,7 @@ def listen_to_packed(
             teacher.model,
             [sample.input_ids for sample in samples],
             [np.bincount(sample.segment).tolist() for sample in samples],
-            packs=teacher.packs,
+            batching=teacher.batching,
             tap=tap,
             sample_idxs=range(len(samples)),
         )
@@ -282,6 +293,7 @@ def listen_to_packed(
 
 def _slices(
     teacher: LanguageModelTeacher,
+    batching: Batching,
     batch: Mapping[int, PackedSample],
     places: np.ndarray,
     slice_logits: int,
@@ -293,14 +305,16 @@ def _slices(
         UserError: if the logits of a position are no numbers.
     """
     samples = list(batch.values())
-    states = final_states(
-        teacher.model,
-        [sample.input_ids for sample in samples],
-        [[piece.num_tokens for piece in sample.pieces] for sample in samples],
-        packs=teacher.packs,
-        tap=tap,
-        sample_idxs=list(batch),
-    )
+    lengths = [[piece.num_tokens for piece in sample.pieces] for sample in samples]
+    with told_in_a_sentence(np.concatenate(lengths)):
+        states = final_states(
+            teacher.model,
+            [sample.input_ids for sample in samples],
+            lengths,
+            batching=batching,
+            tap=tap,
+            sample_idxs=list(batch),
+        )
     nexts = [next_ids(sample.input_ids, sample.segment) for sample in samples]
     following = _on(teacher, np.concatenate(nexts))
     where = _on(teacher, places)

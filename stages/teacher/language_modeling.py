@@ -44,6 +44,7 @@ from teacher_cache.stages.data.packing import (
     packing_settings,
     packing_version,
 )
+from teacher_cache.stages.models.batching import ALONE
 from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.models.inference import OnBatch
@@ -288,7 +289,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 self.teacher.model,
                 [sample.input_ids for sample in chosen],
                 [self.lengths(sample) for sample in chosen],
-                packs=self.teacher.packs,
+                batching=self.teacher.batching,
             )[torch.from_numpy(places).to(self.teacher.device)]
             logits = head_logits(self.teacher.model, states)
         drawn_at = draws_of(self.codec, chosen)
@@ -323,6 +324,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             max_length=self.max_length,
             version=self.packing,
         )
+        self.teacher.require_rows([sample.input_ids for sample in packed.samples])
         known = self.support.teacher.size
         largest = max((int(one.input_ids.max()) for one in packed.samples), default=0)
         if largest >= known:
@@ -374,7 +376,10 @@ class PositionsApart:
         self._kl = self._log_prob = 0.0
 
     def compare(self, samples: Sequence[StoredSample], tap_of: TapOf) -> None:
-        """A sample at a time: rows of one codec can differ in width."""
+        """A sample at a time: rows of one codec can differ in width.
+
+        Each document alone, which is what its values stand for, however they were cached.
+        """
         for sample in samples:
             apart = partial(self._apart, sample=sample, rows=self._codec.expand(sample))
             outputs = run_positions(
@@ -382,6 +387,7 @@ class PositionsApart:
                 [_packed(sample)],
                 apart,
                 batch_tokens=VERIFIED_BATCH_TOKENS,
+                batching=ALONE,
                 tap=tap_of([sample]),
             )
             kl, log_prob = np.concatenate(outputs.pieces[0]).max(axis=0)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -23,8 +24,9 @@ from teacher_cache.cache.codecs.attention import AttentionCodec, PooledAt, atten
 from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import Fields, FieldSpec, Ragged, Schema
+from teacher_cache.stages.models.batching import MODEL_FAILURES
 from teacher_cache.stages.models.causal import PlacedPiece
-from teacher_cache.stages.models.pretrained import EAGER
+from teacher_cache.stages.models.pretrained import EAGER, base_of
 from teacher_cache.stages.teacher.config import LayersConfig
 from teacher_cache.stages.teacher.load import Teacher
 from teacher_cache.stages.teacher.options import (
@@ -34,6 +36,7 @@ from teacher_cache.stages.teacher.options import (
     require_states,
 )
 
+HEARD_AT_LAYERS = "layers"
 LARGEST_HALF = float(np.finfo(np.float16).max)  # 65,504
 
 
@@ -46,16 +49,25 @@ class LayerPlan:
         source: where the model makes them; None where none are stored.
         hidden: states that are asked for; pooled ones are a classifier's, and not of this plan.
         widths: D of each field of states, by its name.
+        at_layers: modules of layers whose output is no state that the model gives out: of the last
+            one it gives the state behind its final norm (which is `last`), and Mamba's and RWKV's
+            states begin behind the first layer.
     """
 
     attention: AttentionCodec | None
     source: AttentionSource | None
     hidden: HiddenOptions
     widths: Mapping[str, int]
+    at_layers: Mapping[int, nn.Module]
 
     @classmethod
     def prepared(
-        cls, config: LayersConfig, teacher: Teacher, *, is_packed: bool = False
+        cls,
+        config: LayersConfig,
+        teacher: Teacher,
+        *,
+        is_packed: bool = False,
+        hears_layers: bool = True,
     ) -> LayerPlan:
         """Look at the teacher and settle what the options mean for it.
 
@@ -63,19 +75,22 @@ class LayerPlan:
             config: that `check_options` let pass.
             teacher: on its device.
             is_packed: samples hold several documents.
+            hears_layers: states are those behind the layers; older caches have the model's list.
 
         Raises:
             UserError: if the teacher gives no maps or states, or not those of a layer asked for.
         """
         source = None if config.attention == "none" else find_attention(teacher)
         hidden = hidden_options(config)
+        widths, at_layers = _states_of(hidden, teacher)
         return cls(
             attention=None
             if source is None
             else _attention_codec(config, teacher, source, is_packed=is_packed),
             source=source,
             hidden=hidden,
-            widths=_widths(hidden, teacher),
+            widths=widths,
+            at_layers=at_layers if hears_layers else {},
         )
 
     @property
@@ -97,6 +112,8 @@ class LayerPlan:
         """For the fingerprint; absent where nothing is asked for, so older caches keep theirs."""
         named = self.hidden.named()
         found: dict[str, Any] = {} if named is None else {"hidden": named}
+        if self.at_layers:
+            found["hidden_of"] = HEARD_AT_LAYERS
         if self.attention is not None:
             found["attention"] = self.attention.settings | {"implementation": EAGER}
         return found
@@ -128,7 +145,7 @@ class LayerPlan:
         return self.attention.encode(values)
 
 
-NO_LAYERS = LayerPlan(attention=None, source=None, hidden=HiddenOptions(), widths={})
+NO_LAYERS = LayerPlan(attention=None, source=None, hidden=HiddenOptions(), widths={}, at_layers={})
 """Neither maps nor states."""
 
 
@@ -186,7 +203,7 @@ def _pooled_at(teacher: Teacher, source: AttentionSource) -> PooledAt:
     """
     if source.is_causal:
         return "last"
-    ids = teacher.tokenizer(PROBE_TEXT)["input_ids"]
+    ids = teacher.tokenizer(TRIED_TEXT)["input_ids"]
     cls_id = teacher.tokenizer.cls_token_id
     if cls_id in (ids[0], ids[-1]):
         return "first" if cls_id == ids[0] else "last"
@@ -196,22 +213,81 @@ def _pooled_at(teacher: Teacher, source: AttentionSource) -> PooledAt:
     )
 
 
-def _widths(hidden: HiddenOptions, teacher: Teacher) -> dict[str, int]:
-    """D of each field of states, from one short text."""
+def _states_of(
+    hidden: HiddenOptions, teacher: Teacher
+) -> tuple[dict[str, int], dict[int, nn.Module]]:
+    """D of each field of states, and the layers that are heard themselves, from one short text.
+
+    Raises:
+        UserError: if the teacher gives none, or not those of a layer asked for.
+    """
     if not (hidden.last or hidden.layers):
-        return {}
-    ids = torch.tensor([teacher.tokenizer(PROBE_TEXT)["input_ids"]], device=teacher.device)
-    with torch.inference_mode():
-        output = teacher.model.base_model(input_ids=ids, output_hidden_states=True)
+        return {}, {}
+    base = base_of(teacher.model)
+    ids = torch.tensor([teacher.tokenizer(TRIED_TEXT)["input_ids"]], device=teacher.device)
+    layers = _layer_modules(base)
+    behind: dict[int, Tensor] = {}
+
+    def remember(layer: int, _: nn.Module, __: Any, output: Any) -> None:
+        behind[layer] = first_tensor(output)
+
+    hooks = [one.register_forward_hook(partial(remember, i)) for i, one in enumerate(layers)]
+    try:
+        with torch.inference_mode():
+            output = base(input_ids=ids, output_hidden_states=True)
+    except MODEL_FAILURES:  # encoder-decoders ask for more
+        output = None
+    finally:
+        for hook in hooks:
+            hook.remove()
     states = getattr(output, "hidden_states", None)
-    if not states or output.last_hidden_state is None:
+    last = getattr(output, "last_hidden_state", None)
+    if not states or last is None:
         raise UserError(
             f"{teacher.name} ({type(teacher.model).__name__}) gives no hidden states of its "
             f"layers: leave --hidden {hidden.named()} out"
         )
     require_states(hidden, len(states) - 1, teacher.name)
-    last = {HIDDEN: output.last_hidden_state.shape[-1]} if hidden.last else {}
-    return last | {hidden_field(i): states[i + 1].shape[-1] for i in hidden.layers}
+    at_layers = {
+        i: layers[i]
+        for i in hidden.layers
+        if i in behind and not _same_states(behind[i], states[i + 1])
+    }
+    chosen = {i: behind[i] if i in at_layers else states[i + 1] for i in hidden.layers}
+    found = ({HIDDEN: last} if hidden.last else {}) | {hidden_field(i): chosen[i] for i in chosen}
+    for name, one in found.items():
+        if one.shape[:-1] != ids.shape:
+            raise UserError(
+                f"the states of {teacher.name} ({type(teacher.model).__name__}) are no vector a "
+                f"token ({name} of {ids.shape[1]} tokens has the shape {tuple(one.shape)}): leave "
+                f"--hidden {hidden.named()} out"
+            )
+    return {name: one.shape[-1] for name, one in found.items()}, at_layers
+
+
+def _layer_modules(base: PreTrainedModel) -> list[nn.Module]:
+    """A model's layers in their order; none where it cannot be told which they are."""
+    num = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    lists = [one for one in base.modules() if isinstance(one, nn.ModuleList) and len(one) == num]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
+def _same_states(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one, other))
+
+
+def leaves(output: Any) -> list[Any]:
+    """What a module puts out, however it is nested, in one order."""
+    if isinstance(output, Mapping):
+        return [leaf for one in output.values() for leaf in leaves(one)]
+    if isinstance(output, (tuple, list)):
+        return [leaf for one in output for leaf in leaves(one)]
+    return [output]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A layer's states: what it puts out first."""
+    return next(one for one in leaves(output) if isinstance(one, Tensor))
 
 
 def maps_of(attention: AttentionCodec) -> dict[int, str]:
@@ -219,7 +295,7 @@ def maps_of(attention: AttentionCodec) -> dict[int, str]:
     return {layer: attention_field(layer) for layer in attention.layers}
 
 
-PROBE_TEXT = "It was a fine film, and then it was not."
+TRIED_TEXT = "It was a fine film, and then it was not."
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -233,6 +309,8 @@ class AttentionSource:
         layers: of each call, from 0.
         num_heads: H of each.
         is_causal: whether no position looks behind itself, in any layer.
+        is_asked: whether they are only made where the model is asked for all of them, which it
+            then keeps until the batch ends.
     """
 
     modules: tuple[nn.Module, ...]
@@ -240,6 +318,7 @@ class AttentionSource:
     layers: tuple[int, ...]
     num_heads: tuple[int, ...]
     is_causal: bool
+    is_asked: bool
 
 
 def find_attention(teacher: Teacher) -> AttentionSource:
@@ -251,24 +330,24 @@ def find_attention(teacher: Teacher) -> AttentionSource:
     Raises:
         UserError: if it gives no attention maps, or they cannot be traced to modules.
     """
-    base = teacher.model.base_model
-    ids = torch.tensor([teacher.tokenizer(PROBE_TEXT)["input_ids"]], device=teacher.device)
+    base = base_of(teacher.model)
+    ids = torch.tensor([teacher.tokenizer(TRIED_TEXT)["input_ids"]], device=teacher.device)
     seen: list[tuple[nn.Module, int, Tensor]] = []
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            seen.extend(
-                (module, place, one)
-                for place, one in enumerate(output)
-                if isinstance(one, Tensor) and one.shape[2:] == (ids.shape[1], ids.shape[1])
-            )
+        seen.extend(
+            (module, place, one) for place, one in enumerate(leaves(output)) if _is_map(one, ids)
+        )
 
     hooks = [module.register_forward_hook(remember) for module in base.modules()]
     try:
         with torch.inference_mode():
+            base(input_ids=ids)
+            unasked = {(id(module), place) for module, place, _ in seen}
+            seen.clear()
             output = base(input_ids=ids, output_attentions=True)
-        maps = [one for one in getattr(output, "attentions", None) or () if one is not None]
-    except TypeError:  # of a model that knows no such argument
+        maps = [one for one in getattr(output, "attentions", None) or () if _is_map(one, ids)]
+    except MODEL_FAILURES:  # of a model that knows no such argument, or asks for more
         maps = []
     finally:
         for hook in hooks:
@@ -293,7 +372,13 @@ def find_attention(teacher: Teacher) -> AttentionSource:
         layers=_layers([names[id(module)] for module, _, _ in calls]),
         num_heads=tuple(one.shape[1] for _, _, one in calls),
         is_causal=all(not one.triu(diagonal=1).any() for _, _, one in calls),
+        is_asked=any((id(module), place) not in unasked for module, place, _ in calls),
     )
+
+
+def _is_map(one: Any, ids: Tensor) -> bool:
+    """[1, H, S, S], of a sequence [1, S]."""
+    return isinstance(one, Tensor) and one.ndim == 4 and one.shape[2:] == 2 * ids.shape[1:]
 
 
 def _layers(names: Sequence[str]) -> tuple[int, ...]:
@@ -328,10 +413,12 @@ class LayerTap:
         self._names = {} if plan.attention is None else maps_of(plan.attention)
 
     def __enter__(self) -> LayerTap:
-        base = self._model.base_model
+        base = base_of(self._model)
         hooks = [base.register_forward_pre_hook(self._begin, with_kwargs=True)]
         if self._plan.widths:
             hooks.append(base.register_forward_hook(self._hear_states))
+        for layer, module in self._plan.at_layers.items():
+            hooks.append(module.register_forward_hook(partial(self._hear_layer, layer)))
         if self._plan.source is not None:
             modules = {id(module): module for module in self._plan.source.modules}
             hooks += [one.register_forward_hook(self._hear_map) for one in modules.values()]
@@ -353,15 +440,24 @@ class LayerTap:
 
     def _begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._num_calls = 0
-        return (args, kwargs | {"output_hidden_states": True}) if self._plan.widths else None
+        asked: dict[str, Any] = {"output_hidden_states": True} if self._plan.widths else {}
+        if self._plan.source is not None and self._plan.source.is_asked:
+            asked["output_attentions"] = True
+        return (args, kwargs | asked) if asked else None
 
     def _hear_states(self, _: nn.Module, __: Any, output: Any) -> None:
         for name, layer in self._plan.states.items():
-            of_layer = (
-                output.last_hidden_state if layer is None else output.hidden_states[layer + 1]
-            )
-            for one in self._pieces:
-                self._tell(name, one, of_layer[one.row, one.start : one.stop])
+            if layer is None:
+                self._tell_states(name, output.last_hidden_state)
+            elif layer not in self._plan.at_layers:
+                self._tell_states(name, output.hidden_states[layer + 1])
+
+    def _hear_layer(self, layer: int, _: nn.Module, __: Any, output: Any) -> None:
+        self._tell_states(hidden_field(layer), first_tensor(output))
+
+    def _tell_states(self, name: str, states: Tensor) -> None:
+        for one in self._pieces:
+            self._tell(name, one, states[one.row, one.start : one.stop])
 
     def _hear_map(self, _: nn.Module, __: Any, output: Any) -> None:
         source = self._plan.source
@@ -370,12 +466,7 @@ class LayerTap:
         name = self._names.get(source.layers[call])
         if name is None:
             return
-        found = output[source.places[call]] if isinstance(output, tuple) else None
-        if found is None:
-            raise UserError(
-                f"{type(self._model).__name__} gives its attention maps only where all are kept "
-                "at once, which takes too much memory: leave --attention out"
-            )
+        found = leaves(output)[source.places[call]]
         for one in self._pieces:
             inside = slice(one.start, one.stop)
             self._tell(name, one, self._reduced(found[one.row, :, inside, inside]))

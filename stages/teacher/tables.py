@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
@@ -24,6 +24,7 @@ from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.models.device import dtype_name
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.load import ClassificationTeacher
+from teacher_cache.stages.tokens.tokenizers import frame_of, special_ids
 
 MAX_RELATIVE_ERROR = 1e-3
 
@@ -165,8 +166,8 @@ def token_states(
     Raises:
         UserError: if not even one such text fits into memory.
     """
-    before, after = _frame(teacher.tokenizer)
-    special = _special_ids(teacher.tokenizer)
+    before, after = frame_of(teacher.tokenizer)
+    special = special_ids(teacher.tokenizer)
     ids = sorted(teacher.tokenizer.get_vocab().values())
     known = [token_id for token_id in ids if token_id < num_ids and token_id not in special]
     logger.info("the teacher reads each of %s tokens by itself", f"{len(known):,}")
@@ -207,19 +208,3 @@ def read_token_states(cache: Path, manifest: Manifest) -> Tensor:
             f"{cache} was made without: {remedy}"
         )
     return read_table(cache, manifest, STATES)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """With a role (`cls_token`, ...) or without one, as a decoder's reserved tokens are."""
-    without_role = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return without_role | set(tokenizer.all_special_ids)
-
-
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that stand before and behind a text."""
-    found = tokenizer("a", return_special_tokens_mask=True)
-    ids, is_special = list(found["input_ids"]), list(found["special_tokens_mask"])
-    if 0 not in is_special:
-        return ids, []
-    first, last = is_special.index(0), len(ids) - is_special[::-1].index(0)
-    return ids[:first], ids[last:]

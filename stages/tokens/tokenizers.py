@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_TIMEOUT_S = 10.0
+WEIGHT_FILES = (".safetensors", ".bin")
+LFS_POINTER = b"version https://git-lfs"
 
 
 def load_tokenizer(
@@ -30,13 +32,13 @@ def load_tokenizer(
         trust_remote_code: run the code that a hub repository brings.
 
     Raises:
-        UserError: if it is not there or cannot be loaded.
+        UserError: if it is not there, cannot be loaded or has no words.
     """
     from transformers import AutoTokenizer  # slow to import
 
     require_folder(name, "a tokenizer", option=option)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=is_local_only(name)
         )
     except Exception as error:  # whatever the libraries under it raise at files they cannot read
@@ -47,6 +49,30 @@ def load_tokenizer(
                 f"{library.package}, which is not installed: pip install {library.package}"
             ) from error
         raise UserError(could_not_load("tokenizer", name, error, option=option)) from error
+    # Where no file of a tokenizer is found, transformers makes one of its special tokens alone.
+    if not set(tokenizer.get_vocab().values()) - special_ids(tokenizer):
+        raise UserError(
+            f"the tokenizer of {name!r} has special tokens and no others, as where its files are "
+            f"missing: save the tokenizer beside the model, or give {_given(option, 'DIR')} with "
+            "both"
+        )
+    return tokenizer
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """With a role (`cls_token`, ...) or without one, as a decoder's reserved tokens are."""
+    without_role = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return without_role | set(tokenizer.all_special_ids)
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that stand before and behind a text."""
+    found = tokenizer("a", return_special_tokens_mask=True)
+    ids, is_special = list(found["input_ids"]), list(found["special_tokens_mask"])
+    if 0 not in is_special:
+        return ids, []
+    first, last = is_special.index(0), len(ids) - is_special[::-1].index(0)
+    return ids[:first], ids[last:]
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,7 @@ def _missing_library(folder: Path) -> _Library | None:
 
 def _is_there(library: _Library) -> bool:
     try:
-        return importlib.util.find_spec(library.module) is not None
+        return find_spec(library.module) is not None
     except ModuleNotFoundError:  # not even the package that the module is in
         return False
 
@@ -103,16 +129,46 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def require_folder(name: str, content: str, *, option: str) -> None:
-    """Refuse a name that can only be a folder, by its form, and is none.
+    """Refuse a name that can only be a folder, by its form, and is none that transformers reads.
 
     Raises:
-        UserError: naming the folder.
+        UserError: naming the folder, or the file that is a pointer of git-lfs, a GGUF file or an
+            adapter.
     """
+    given, path = _given(option, name), Path(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(_is_gguf(path, content))
+    if looks_local and not path.is_dir():
+        raise UserError(f"{given} is no folder: give a folder with {content}, or a hub id")
+    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else []
+    for one in files:
+        if _begins_with(one, LFS_POINTER):
+            raise UserError(
+                f"{one} is a pointer of git-lfs and not the file itself: run `git lfs pull` in "
+                f"{path}, or download it again"
+            )
+    gguf = [one for one in files if one.suffix == ".gguf"]
+    if gguf and not any(one.suffix in WEIGHT_FILES for one in files):
+        raise UserError(_is_gguf(gguf[0], content))
+    if (path / "adapter_config.json").is_file() and find_spec("peft") is None:
         raise UserError(
-            f"{_given(option, name)} is no folder: give a folder with {content}, or a hub id"
+            f"{name} is an adapter of PEFT and no whole model: `pip install peft`, or merge it "
+            "into its base (merge_and_unload) and save that with its tokenizer"
         )
+
+
+def _is_gguf(path: Path, content: str) -> str:
+    return (
+        f"{path} is a GGUF file, which is not read here: give a folder with {content}, or make one "
+        f"of it with transformers (from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}) "
+        "and save_pretrained, of model and tokenizer)"
+    )
+
+
+def _begins_with(path: Path, content: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(content)) == content
 
 
 @functools.cache

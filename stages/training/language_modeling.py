@@ -217,7 +217,10 @@ class LanguageModelStudents(StudentTask):
     ) -> tuple[StartingStudent, PackedLanguageModel]:
         """Its own weights, and its own way of keeping packed documents apart."""
         loaded = pretrained_language_model(
-            name, tokenizer=joined.tokenizer, seed=self._config.training.seed
+            name,
+            tokenizer=joined.tokenizer,
+            max_length=joined.max_length,
+            seed=self._config.training.seed,
         )
         longest = max(int(reader.lengths().max()) for reader in self._readers)
         refuse_too_long(name, loaded.model, longest_sample=longest, max_length=joined.max_length)
@@ -225,9 +228,12 @@ class LanguageModelStudents(StudentTask):
             model=loaded.model,
             pad_id=filler_id(joined.tokenizer),
             settings={"task": self.name, "arch": "hf", "start": identity(loaded.model)} | recorded,
-            about={"start": self._config.student.arch, "packs": loaded.packs},
+            about={
+                "start": self._config.student.arch,
+                "packs": loaded.batching.rows == "packed",
+            },
         )
-        return student, PackedLanguageModel(loaded.model, packs=loaded.packs)
+        return student, PackedLanguageModel(loaded.model, batching=loaded.batching)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data import views
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.tokenization import Reading, Sample, tokenize
+from teacher_cache.stages.models.batching import PADDED
 from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.teacher.classification import Classification
 from teacher_cache.stages.teacher.config import TeacherConfig
@@ -78,7 +79,14 @@ def test_a_decoder_pools_alike_in_a_batch_and_alone(
     assert teacher.pad_id == 0
     ids = [sample.input_ids for sample in SAMPLES]
     batched, alone = (
-        class_logits(teacher.model, ids, num_classes=2, pad_id=teacher.pad_id, max_tokens=budget)
+        class_logits(
+            teacher.model,
+            ids,
+            num_classes=2,
+            pad_id=teacher.pad_id,
+            batching=PADDED,
+            max_tokens=budget,
+        )
         for budget in (1000, 1)
     )
     np.testing.assert_allclose(batched.logits, alone.logits, atol=1e-5)

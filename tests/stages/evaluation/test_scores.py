@@ -19,6 +19,7 @@ from teacher_cache.stages.data.packing import PackedRow, PackedSample, pack_toke
 from teacher_cache.stages.evaluation.models import LanguageModel, TeacherModel
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.scores import score
+from teacher_cache.stages.models.batching import PACKED, PADDED, Batching
 from teacher_cache.stages.models.head import LanguageModelHead
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
@@ -59,21 +60,21 @@ def student(arch: str = "mamba2", seed: int = 0) -> LanguageModel:
     return of_model(model)
 
 
-def of_model(model: Any, *, packs: bool = False) -> LanguageModel:
+def of_model(model: Any, *, batching: Batching = PADDED) -> LanguageModel:
     tokenizer: Any = None  # ids alone are read
     return LanguageModel(
-        name="student", model=model, tokenizer=tokenizer, max_length=MAX_LENGTH, packs=packs
+        name="student", model=model, tokenizer=tokenizer, max_length=MAX_LENGTH, batching=batching
     )
 
 
-def live(*, packs: bool) -> LiveReference:
+def live(*, batching: Batching) -> LiveReference:
     tokenizer: Any = None
     teacher = TeacherModel(
         name="teacher",
         model=TEACHER.model,
         tokenizer=tokenizer,
         max_length=MAX_LENGTH,
-        packs=packs,
+        batching=batching,
         support=TEACHER.support,
     )
     return LiveReference(teacher=teacher, rows=ROWS)
@@ -133,15 +134,15 @@ def test_only_positions_with_a_next_token_count() -> None:
 
 @pytest.mark.parametrize("arch", ["mamba", "mamba2"])
 @pytest.mark.parametrize(
-    ("batch_tokens", "slice_logits", "packs"),
-    [(1, 1, True), (60, 5 * VOCAB_SIZE, False), (10_000, 2**24, True)],
+    ("batch_tokens", "slice_logits", "batching"),
+    [(1, 1, PACKED), (60, 5 * VOCAB_SIZE, PADDED), (10_000, 2**24, PACKED)],
 )
 def test_a_student_beside_its_teacher(
-    arch: str, batch_tokens: int, slice_logits: int, packs: bool
+    arch: str, batch_tokens: int, slice_logits: int, batching: Batching
 ) -> None:
     one = student(arch)
     found = score(
-        [one], ROWS, live(packs=packs), batch_tokens=batch_tokens, slice_logits=slice_logits
+        [one], ROWS, live(batching=batching), batch_tokens=batch_tokens, slice_logits=slice_logits
     )
     slow = slow_score(one.model)
     assert found.teacher is not None
@@ -155,7 +156,7 @@ def test_a_student_beside_its_teacher(
 
 
 def test_a_teacher_agrees_with_itself() -> None:
-    found = score([of_model(TEACHER.model)], ROWS, live(packs=True), batch_tokens=100)
+    found = score([of_model(TEACHER.model)], ROWS, live(batching=PACKED), batch_tokens=100)
     (its,) = found.models
     assert its.kl == pytest.approx(0, abs=1e-6)
     # Where an unused row, which only the student may choose, is not the most probable.
@@ -169,9 +170,12 @@ def positions_of_teacher() -> list[tuple[list[float], int]]:
 
 def test_several_models_are_scored_as_each_alone() -> None:
     models = [student(seed=0), student(seed=1)]
-    together = score(models, ROWS, live(packs=True), batch_tokens=50)
+    together = score(models, ROWS, live(batching=PACKED), batch_tokens=50)
     for i, one in enumerate(models):
-        assert score([one], ROWS, live(packs=True), batch_tokens=50).models[0] == together.models[i]
+        assert (
+            score([one], ROWS, live(batching=PACKED), batch_tokens=50).models[0]
+            == together.models[i]
+        )
     assert together.models[0] != together.models[1]
 
 

@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from teacher_cache.stages.models.causal import check_language_model
+from teacher_cache.stages.models.batching import PACKED
+from teacher_cache.stages.models.causal import language_model_batching
 from teacher_cache.stages.student.pretrained import PackedLanguageModel, places
 from tests.tiny_models import tiny_language_model
 
@@ -63,9 +64,9 @@ def make(name: str) -> PackedLanguageModel:
     for one in model.parameters():
         if one.ndim == 1:
             one.data += 0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(3))
-    packs = check_language_model(name, model)
-    assert packs == (name not in ROW_A_DOCUMENT)
-    return PackedLanguageModel(model.double(), packs=packs)
+    batching = language_model_batching(name, model, max_length=24)
+    assert (batching == PACKED) == (name not in ROW_A_DOCUMENT)
+    return PackedLanguageModel(model.double(), batching=batching)
 
 
 def batch() -> dict[str, Tensor]:

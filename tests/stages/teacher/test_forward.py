@@ -90,7 +90,7 @@ ARCHITECTURES = {bert: pooler, roberta: first, distilbert: first, gpt2: last, ll
 
 def started(make: Callable[[], PreTrainedModel], dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return on_device(make(), CPU, dtype)
+    return on_device(make().bfloat16() if dtype is torch.bfloat16 else make(), CPU)
 
 
 def batch(*lengths: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
+from teacher_cache.stages.models.batching import PACKED, PADDED, Batching
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import (
     PositionOutputs,
@@ -113,19 +114,19 @@ def check(outputs: PositionOutputs[Named], expected: dict[str, np.ndarray]) -> N
             assert np.array_equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("batching", [PACKED, PADDED])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 @pytest.mark.parametrize("slice_logits", [1, 200_000, 10**9])
 def test_every_position_is_reduced_in_order(
     teacher: LanguageModelTeacher,
     samples: list[PackedSample],
-    packs: bool,
+    batching: Batching,
     batch_tokens: int,
     slice_logits: int,
 ) -> None:
     done: list[tuple[int, int]] = []
     found = run_positions(
-        replace(teacher, packs=packs),
+        replace(teacher, batching=batching),
         samples,
         reduced,
         batch_tokens=batch_tokens,

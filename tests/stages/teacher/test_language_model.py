@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.models.causal import check_language_model, final_states, head_logits
+from teacher_cache.stages.models.batching import PACKED, PADDED, Batching
+from teacher_cache.stages.models.causal import final_states, head_logits, language_model_batching
 from teacher_cache.stages.models.pretrained import on_device
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
@@ -121,10 +122,12 @@ def one_at_a_time(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("name", [*PACKING, *NOT_PACKING])
 def test_packed_documents_are_as_if_alone(name: str) -> None:
     model = (PACKING | NOT_PACKING)[name]()
-    packs = check_language_model(name, model)
-    assert packs == (name in PACKING or PACKING_FROM.get(name, NEVER) <= TRANSFORMERS)
+    batching = language_model_batching(name, model, max_length=24)
+    assert (batching == PACKED) == (
+        name in PACKING or PACKING_FROM.get(name, NEVER) <= TRANSFORMERS
+    )
     expected = one_at_a_time(model)
-    states = final_states(model, sequences_of(LENGTHS), LENGTHS, packs=packs)
+    states = final_states(model, sequences_of(LENGTHS), LENGTHS, batching=batching)
     found = head_logits(model, states)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
@@ -134,21 +137,22 @@ def test_packed_documents_are_as_if_alone(name: str) -> None:
 def test_rows_say_the_same_as_packed_sequences(name: str) -> None:
     model = PACKING[name]()
     packed, rows = (
-        final_states(model, sequences_of(LENGTHS), LENGTHS, packs=packs) for packs in (True, False)
+        final_states(model, sequences_of(LENGTHS), LENGTHS, batching=batching)
+        for batching in (PACKED, PADDED)
     )
     torch.testing.assert_close(packed, rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3-moe"])
-@pytest.mark.parametrize("packs", [True, False])
-def test_no_document_sees_another(name: str, packs: bool) -> None:
+@pytest.mark.parametrize("batching", [PACKED, PADDED])
+def test_no_document_sees_another(name: str, batching: Batching) -> None:
     """Other tokens in one document change the states of that document alone."""
     model = PACKING[name]()
     sequences = sequences_of(LENGTHS)
-    before = final_states(model, sequences, LENGTHS, packs=packs)
+    before = final_states(model, sequences, LENGTHS, batching=batching)
     changed = [ids.copy() for ids in sequences]
     changed[0][8:17] = 3 + (changed[0][8:17] - 2) % 57  # the third document of the first
-    after = final_states(model, changed, LENGTHS, packs=packs)
+    after = final_states(model, changed, LENGTHS, batching=batching)
     differs = (before - after).abs().amax(dim=1) > 1e-6
     assert not differs[:8].any() and not differs[17:].any()
     assert differs[8:17].all()
@@ -157,8 +161,8 @@ def test_no_document_sees_another(name: str, packs: bool) -> None:
 def test_eager_attention_keeps_documents_apart_too() -> None:
     model = PACKING["llama"]()
     model.set_attn_implementation("eager")
-    assert check_language_model("llama", model)
-    states = final_states(model, sequences_of(LENGTHS), LENGTHS, packs=True)
+    assert language_model_batching("llama", model, max_length=24)
+    states = final_states(model, sequences_of(LENGTHS), LENGTHS, batching=PACKED)
     torch.testing.assert_close(head_logits(model, states), one_at_a_time(model), rtol=0, atol=1e-5)
 
 
@@ -178,11 +182,11 @@ def test_slices_of_the_head_are_the_models_own_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2-capped", "phi-bias"])
 def test_the_head_of_a_half_precision_model_is_in_float32(name: str) -> None:
-    model = on_device(PACKING[name](), CPU, torch.bfloat16)
+    model = on_device(PACKING[name]().bfloat16(), CPU)
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
     assert (head.weight.dtype, table.weight.dtype) == (torch.float32, torch.bfloat16)
-    states = final_states(model, sequences_of(LENGTHS), LENGTHS, packs=True)
+    states = final_states(model, sequences_of(LENGTHS), LENGTHS, batching=PACKED)
     assert states.dtype == torch.bfloat16
     logits = head_logits(model, states)
     assert (logits.bfloat16().float() != logits).any()
@@ -196,7 +200,7 @@ def test_the_head_of_a_half_precision_model_is_in_float32(name: str) -> None:
 
 
 def test_a_shared_weight_is_shared_still_in_float32() -> None:
-    model = on_device(PACKING["llama-tied"](), CPU, torch.float32)
+    model = on_device(PACKING["llama-tied"](), CPU)
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
     assert head.weight is table.weight
@@ -205,7 +209,7 @@ def test_a_shared_weight_is_shared_still_in_float32() -> None:
 def test_a_model_that_looks_ahead_is_refused() -> None:
     model = tiny_language_model(BertConfig(**SHAPE))  # an encoder, by its configuration
     with pytest.raises(UserError, match=r"looks at later tokens.*causal language model"):
-        check_language_model("it", model)
+        language_model_batching("it", model, max_length=24)
 
 
 def test_a_head_that_reads_more_than_the_last_states_is_refused() -> None:
@@ -222,7 +226,7 @@ def test_a_head_that_reads_more_than_the_last_states_is_refused() -> None:
 
     model.forward = with_embeddings
     with pytest.raises(UserError, match="are not those of its head"):
-        check_language_model("it", model)
+        language_model_batching("it", model, max_length=24)
 
 
 def load(folder: Path, **changes: Any) -> LanguageModelTeacher:
@@ -235,13 +239,14 @@ def test_what_is_known_of_a_language_model(
 ) -> None:
     folder = write_tiny_language_model(tmp_path / "a", gpt2_tokenizer)
     teacher = load(folder)
-    assert teacher.packs and teacher.num_logits == len(gpt2_tokenizer)
+    assert teacher.batching == PACKED and teacher.num_logits == len(gpt2_tokenizer)
     assert (teacher.max_length(None), teacher.max_length(300)) == (512, 300)
     assert not teacher.model.training
     known = identity(teacher, "")
     assert known["architecture"] == "GPT2LMHeadModel" and len(known["weights_sha256"]) == 64
     half = load(folder, dtype="bfloat16")
-    assert identity(half, "") == {**known, "dtype": "bfloat16"}
+    kept = {"float32_parts": "as transformers keeps them"}
+    assert identity(half, "") == {**known, **kept, "dtype": "bfloat16"}
     other = load(write_tiny_language_model(tmp_path / "b", gpt2_tokenizer, seed=1))
     assert identity(other, "")["weights_sha256"] != known["weights_sha256"]
     assert identity(other, "")["config_sha256"] == known["config_sha256"]
@@ -254,8 +259,9 @@ def test_a_model_that_does_not_pack_is_told_of(
     model.save_pretrained(tmp_path)
     gpt2_tokenizer.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="teacher_cache"):
-        assert not load(tmp_path).packs
-    assert "OPTForCausalLM) does not keep packed documents apart: each runs as a row" in caplog.text
+        assert load(tmp_path).batching == PADDED
+    assert "OPTForCausalLM) does not keep documents apart" in caplog.text
+    assert "each document runs as a row of its own, which takes longer" in caplog.text
 
 
 def test_untrained_weights_and_missing_models_are_refused(
@@ -275,7 +281,7 @@ def test_the_library_finds_it_again(
     folder = write_tiny_language_model(tmp_path, gpt2_tokenizer)
     teacher = load(folder)
     fresh = AutoModelForCausalLM.from_pretrained(folder).eval()
-    states = final_states(teacher.model, sequences_of(LENGTHS), LENGTHS, packs=True)
+    states = final_states(teacher.model, sequences_of(LENGTHS), LENGTHS, batching=PACKED)
     torch.testing.assert_close(
         head_logits(teacher.model, states), one_at_a_time(fresh), rtol=0, atol=1e-5
     )

@@ -30,6 +30,7 @@ from teacher_cache.cache.fingerprint import hash_files
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.stages.codecs.capture import reduce_positions
 from teacher_cache.stages.codecs.measure import reconstruction_error
+from teacher_cache.stages.models.batching import PACKED
 from teacher_cache.stages.models.causal import final_states
 from teacher_cache.stages.models.head import (
     HEAD_FILE,
@@ -72,7 +73,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     ids = torch.randint(NUM_IDS, (2, 11))
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
-        states = final_states(model, list(ids.numpy()), [[11], [11]], packs=True)
+        states = final_states(model, list(ids.numpy()), [[11], [11]], batching=PACKED)
     return model, states, logits.reshape(-1, NUM_IDS)
 
 

@@ -16,9 +16,11 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerBase,
+    T5Config,
 )
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.batching import PADDED
 from teacher_cache.stages.models.inference import class_logits
 from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
 from teacher_cache.stages.teacher.config import TeacherConfig
@@ -102,7 +104,12 @@ def test_gpt2_without_a_padding_token(tiny_gpt2: Path) -> None:
 
     def run(max_tokens: int) -> np.ndarray:
         return class_logits(
-            teacher.model, ids, num_classes=2, pad_id=teacher.pad_id, max_tokens=max_tokens
+            teacher.model,
+            ids,
+            num_classes=2,
+            pad_id=teacher.pad_id,
+            batching=PADDED,
+            max_tokens=max_tokens,
         ).logits
 
     fresh: Any = AutoModelForSequenceClassification.from_pretrained(tiny_gpt2).eval()
@@ -217,8 +224,8 @@ def test_the_limit_is_the_models_or_its_tokenizers(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.model_max_length = tokenizer_limit
-    config = BertConfig(max_position_embeddings=positions) if positions else SimpleNamespace()
-    model: Any = SimpleNamespace(config=config)
+    config = BertConfig(max_position_embeddings=positions) if positions else T5Config()
+    model: Any = SimpleNamespace(config=config, base_model=None)
     assert longest_sample("it", model, tokenizer, None) == expected
     assert longest_sample("it", model, tokenizer, 100) == 100
 
@@ -237,7 +244,7 @@ def test_what_fills_batches(
     """The model's own padding before the tokenizer's: by it a decoder finds the last token."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.pad_token, tokenizer.eos_token = pad_token, eos_token
-    config: Any = SimpleNamespace(pad_token_id=of_model)
+    config = BertConfig(pad_token_id=of_model)
     assert settle_pad_id("it", config, tokenizer) == expected
     assert config.pad_token_id == expected
 
@@ -245,7 +252,7 @@ def test_what_fills_batches(
 def test_nothing_to_fill_batches_with(tiny_bert: Path) -> None:
     bare = AutoTokenizer.from_pretrained(tiny_bert)
     bare.pad_token = bare.eos_token = None
-    config: Any = SimpleNamespace(pad_token_id=None)
+    config = BertConfig(pad_token_id=None)
     with pytest.raises(UserError, match=r"the tokenizer of it has neither.*set its pad_token"):
         settle_pad_id("it", config, bare)
 

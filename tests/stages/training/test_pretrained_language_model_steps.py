@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from teacher_cache.cache.codecs.interface import Codec
-from teacher_cache.stages.models.causal import check_language_model
+from teacher_cache.stages.models.batching import PACKED
+from teacher_cache.stages.models.causal import language_model_batching
 from teacher_cache.stages.student.pretrained import PackedLanguageModel
 from tests.stages.training.test_language_model_trainer import (
     CODECS,
@@ -68,8 +69,8 @@ def check(name: str, codec: Codec, folder: Path) -> None:
     samples = make_samples(codec)
     data = make_data(samples)
     expected = slow_step(codec, make(name), samples)
-    assert check_language_model(name, make(name).float())
-    trained = PackedLanguageModel(make(name), packs=True)
+    assert language_model_batching(name, make(name).float(), max_length=24)
+    trained = PackedLanguageModel(make(name), batching=PACKED)
     trainer = make_trainer(folder, codec, data, student=trained)
     unlabeled = list(range(NUM_LABELED, len(samples)))
     order = [[2], [3, 0], unlabeled[:1], [1], unlabeled[1:]]
