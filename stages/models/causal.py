@@ -165,9 +165,9 @@ def _require_causal(
     looks_ahead = not log_probs_close(own_logits(model, changed)[:-1, :num_ids], whole[:-1])
     if looks_ahead and is_quantized(model):
         raise UserError(
-            f"what {name} predicts depends on later tokens: it is quantised, and its products "
-            "round by all that share a pass (as bitsandbytes' of 8 bits do): give it in 4 bits or "
-            "in its own number format"
+            f"what {name} predicts at a position changes with all that shares its pass: it is "
+            "quantised, and its products round by the largest of all (as bitsandbytes' of 8 bits "
+            "do): give it in 4 bits or in its own number format"
         )
     if looks_ahead:
         raise UserError(
