@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.config import ComposedConfig, Part
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
+from teacher_cache.stages.data.survey import survey
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.losses.distributions import widened
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
@@ -116,6 +117,7 @@ def run(
     observer, training = observer or TrainingObserver(), config.training
     refuse_what_cannot_start(training)
     corpus = load_corpus(config.labeled)
+    logger.info("training: %s", survey(corpus).describe())
     validation = load_corpus(config.validation) if config.validation else None
     tokenizer = load_tokenizer(config.model, option="--model")
     set_seed(training.seed)  # the new head is drawn

@@ -43,6 +43,7 @@ _PARTNER = re.compile(
     r"|.*_pair|pair|(text|sentence|question)_?[12ab]"
 )
 _NUM_NAMED = 5  # files in a message
+_NUM_LOOKED_AT = 100  # texts, for labels in them
 # One `=` on each side; a heading of a lower level has more.
 _TITLE = re.compile(r"= (?!=)(?:.*[^ =]|[^ =]) =")
 
@@ -255,6 +256,8 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         table = _articles(config, table, text_column)
     _say(config, source, text_column, label_column)
     labels = None
+    if config.labeled and label_column is None:
+        _refuse_hidden_labels(config, table[:_NUM_LOOKED_AT][text_column])
     if label_column is not None:
         labels = read_labels(_arrow(table), table.features, label_column, config.label_names)
     # RandomState's streams never change between numpy versions, unlike Generator's.
@@ -285,6 +288,26 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     )
 
 
+def _refuse_hidden_labels(config: CorpusConfig, texts: Sequence[str | None]) -> None:
+    """Refuse labels that stand in the texts: as fastText writes them, or before a tab.
+
+    Raises:
+        UserError: saying how to write them instead.
+    """
+    found = [text for text in texts if text and text.strip()]
+    num_tabs = {text.count("\t") for text in found}
+    if found and all(text.startswith("__label__") for text in found):
+        what = "begin with their labels (__label__...)"
+    elif len(found) > 1 and len(num_tabs) == 1 and num_tabs != {0}:
+        what = f"are rows of a table ({num_tabs.pop() + 1} fields between tabs)"
+    else:
+        return
+    raise UserError(
+        f"the texts of {config.source} {what}: write texts and labels as columns with a header, as "
+        "in a .tsv, or read them as they are with --unlabeled alone"
+    )
+
+
 def _arrow(table: datasets.Dataset) -> pa.Table:
     """Its rows, chosen ones in their order."""
     found = table.flatten_indices() if table._indices is not None else table
@@ -294,6 +317,7 @@ def _arrow(table: datasets.Dataset) -> pa.Table:
 def _columns_of(config: CorpusConfig, schema: pa.Schema) -> tuple[str, str | None]:
     """The columns of texts and, where there are any, of labels."""
     text_column = find_text_column(schema, config.text_column)
+    _check_pair(config, schema, text_column)
     if not config.labeled:
         return text_column, None
     named = [name for name in schema.names if name.strip()]
@@ -305,13 +329,13 @@ def _columns_of(config: CorpusConfig, schema: pa.Schema) -> tuple[str, str | Non
             text_column,
         )
         return text_column, None
-    label_column = find_label_column(schema, config.label_column)
-    _check_pair(config, schema, text_column)
-    return text_column, label_column
+    return text_column, find_label_column(schema, config.label_column)
 
 
 def _check_pair(config: CorpusConfig, schema: pa.Schema, text_column: str) -> None:
-    """Refuse, or where the text is named warn of, a second text that a teacher of pairs reads.
+    """Refuse a second text that a teacher of pairs reads; warn where the text is named.
+
+    Text without labels may be read for its own sake: there, too, a warning.
 
     Raises:
         UserError: naming both columns.
@@ -326,7 +350,7 @@ def _check_pair(config: CorpusConfig, schema: pa.Schema, text_column: str) -> No
     if not partners:
         return
     listed = " and ".join(sorted([*partners, text_column], key=schema.names.index))
-    if config.text_column is None:
+    if config.text_column is None and config.labeled:
         raise UserError(
             f"the columns {listed} of {config.source} look like a pair, and a sample is one text: "
             f"write both into one column, or read {text_column!r} alone with --text-column "
@@ -420,11 +444,12 @@ def find_label_column(schema: pa.Schema, wanted: str | None) -> str:
     Raises:
         UserError: if it is not there; the columns there are get named.
     """
-    return _find_column(schema, wanted, LABEL_COLUMNS, option="--label-column")
+    without = "; or give text without labels as --unlabeled alone"
+    return _find_column(schema, wanted, LABEL_COLUMNS, option="--label-column", or_else=without)
 
 
 def _find_column(
-    schema: pa.Schema, wanted: str | None, usual: Sequence[str], *, option: str
+    schema: pa.Schema, wanted: str | None, usual: Sequence[str], *, option: str, or_else: str = ""
 ) -> str:
     names = schema.names
     if wanted is not None and wanted not in names:
@@ -436,7 +461,7 @@ def _find_column(
     if called is None:
         raise UserError(
             f"no column is called {', '.join(usual[:-1])} or {usual[-1]}: name the right one with "
-            f"{option} ({_listed(schema)})"
+            f"{option} ({_listed(schema)}){or_else}"
         )
     alike = [one for one in names if one.strip().lower() == called.strip().lower()]
     if names.count(called) > 1 or (wanted is None and len(alike) > 1):

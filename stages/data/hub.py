@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,11 +141,10 @@ def _builder(source: str, *, is_streamed: bool) -> datasets.DatasetBuilder:
 
 
 def _parts(source: str) -> tuple[str, str | None, str | None]:
-    """Id, subset and revision of `id:subset@revision`, or of `id@revision:subset`."""
-    found = re.fullmatch(r"([^:@]+)(?:[:@].*)?", source)
-    assert found is not None, "the source has an id"
-    subset, revision = (re.search(rf"{sign}([^:@]+)", source) for sign in ":@")
-    return found[1], subset and subset[1], revision and revision[1]
+    """Id, subset and revision of `id:subset@revision`."""
+    named, _, revision = source.partition("@")
+    name, _, subset = named.partition(":")
+    return name, subset or None, revision or None
 
 
 def _cached_builder(

@@ -168,12 +168,12 @@ def read_labels(
     values = table.column(column)
     feature = features[column]
     if isinstance(feature, ClassLabel):
-        ids = _with_missing(pc.cast(values, pa.int64()))
+        ids = _with_missing(values, column)
         return _reorder(Labels(ids, tuple(feature.names), names_are_ordered=True), label_names)
     if _holds_text(values.type):
         return _read_text(values, column, label_names)
     if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
-        return _from_integers(_with_missing(pc.cast(values, pa.int64())), column, label_names)
+        return _from_integers(_with_missing(values, column), column, label_names)
     numeric = (pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
     if any(is_kind(values.type) for is_kind in numeric):
         return _from_integers(_whole_numbers(values, column), column, label_names)
@@ -232,8 +232,14 @@ def _holds_text(column_type: pa.DataType) -> bool:
     return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
 
 
-def _with_missing(values: pa.ChunkedArray) -> np.ndarray:
-    return pc.fill_null(values, MISSING_LABEL).to_numpy().copy()
+def _with_missing(values: pa.ChunkedArray, column: str) -> np.ndarray:
+    try:
+        return pc.fill_null(pc.cast(values, pa.int64()), MISSING_LABEL).to_numpy().copy()
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"the label column {column!r} holds integers that are no classes ({error}): name "
+            "another one with --label-column"
+        ) from error
 
 
 def _whole_numbers(values: pa.ChunkedArray, column: str) -> np.ndarray:
@@ -271,6 +277,7 @@ def _read_text(values: pa.ChunkedArray, column: str, label_names: Sequence[str] 
     # A number among names that is no label, as in the integers.
     written = ["" if name == str(MISSING_LABEL) else name for name in written]
     present = [name for name in written if name]
+    _refuse_several(present, column)
     names = tuple(label_names) if label_names is not None else tuple(sorted(present))
     id_of = {spelled(name): class_id for class_id, name in enumerate(names)}
     id_of |= {name: class_id for class_id, name in enumerate(names)} | {"": MISSING_LABEL}
@@ -283,6 +290,22 @@ def _read_text(values: pa.ChunkedArray, column: str, label_names: Sequence[str] 
     ids = [id_of[name] if name in id_of else id_of[spelled(name)] for name in written]
     found = np.array(ids, dtype=np.int64)[codes]
     return Labels(found, names, names_are_ordered=label_names is not None)
+
+
+def _refuse_several(names: Sequence[str], column: str) -> None:
+    """Refuse what names several labels: a list, or a name made of the others.
+
+    Raises:
+        UserError: naming one.
+    """
+    for name in names:
+        parts = [part.strip() for part in re.split(r"[,;|]", name)]
+        is_list = name[0] in "[(" and name[-1] in ")]"
+        if is_list or (len(parts) > 1 and set(parts) <= {*names}):
+            raise UserError(
+                f"the label column {column!r} holds {name!r}, several labels a document "
+                "(multi-label), which are not served: write one of them"
+            )
 
 
 def _from_integers(ids: np.ndarray, column: str, label_names: Sequence[str] | None) -> Labels:

@@ -213,12 +213,14 @@ class Delimiteds(Table):
 
 def _columns(rows: Iterable[Sequence[Any]], num: int) -> Iterator[list[list[Any]]]:
     columns: list[list[Any]] = [[] for _ in range(num)]
+    num_characters = 0
     for row in rows:
         for column, value in zip(columns, row, strict=True):
             column.append(value)
-        if len(columns[0]) == _ROWS:
+            num_characters += len(value) if isinstance(value, str) else 0
+        if len(columns[0]) == _ROWS or num_characters > _CHARACTERS:
             yield columns
-            columns = [[] for _ in range(num)]
+            columns, num_characters = [[] for _ in range(num)], 0
     yield columns
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import load_corpus
 from teacher_cache.stages.data.documents import Document
 from teacher_cache.stages.data.labels import MISSING_LABEL, is_generic
+from teacher_cache.stages.data.survey import survey
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored
 from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
+
+logger = logging.getLogger(__name__)
 
 MAJORITY = "majority"
 PREDICTION_TOKENS = 8192  # padded, in a forward batch
@@ -124,6 +128,7 @@ class Classification:
         """
         assert config.corpus is not None, "asked before"
         corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
+        logger.info("held out: %s", survey(corpus).describe())
         documents = corpus.documents_with_text()
         return LabeledDocuments(
             students=students,

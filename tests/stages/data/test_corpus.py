@@ -214,5 +214,32 @@ def test_settings_that_cannot_be(settings):
         CorpusConfig.model_validate({"source": "reviews", **settings})
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "saying"),
+    [
+        ("t.txt", "__label__pos good\n__label__neg bad\n", "begin with their labels"),
+        ("t.txt", "ham\tgood\nspam\tbad\n", "rows of a table .2 fields"),
+        ("t.csv", 'text,label\na,joy\nb,"joy,anger"\nc,anger\n', "holds 'joy,anger', several"),
+        ("t.csv", 'text,label\na,"[0, 1]"\nb,[0]\n', "several labels a document"),
+        ("t.csv", "text,mood\na,1\n", "columns are text, mood.; or give text without labels"),
+    ],
+)
+def test_labels_that_stand_where_none_are_read(tmp_path, name, content, saying):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=saying):
+        _load(tmp_path / name)
+
+
+def test_names_with_commas_of_their_own_are_one_label(tmp_path):
+    (tmp_path / "t.csv").write_text('text,label\na,"food, drink"\nb,"sports"\n')
+    assert _load(tmp_path / "t.csv").label_names == ("food, drink", "sports")
+
+
+def test_text_that_is_asked_for_as_text_is_read_as_it_is(tmp_path):
+    (tmp_path / "t.txt").write_text("ham\tgood\nspam\tbad\n")
+    corpus = _load(tmp_path / "t.txt", labeled=False)
+    assert {one.text for one in corpus.documents(0, 2)} == {"ham\tgood", "spam\tbad"}
+
+
 def test_every_setting_is_described():
     assert all(field.description for field in CorpusConfig.model_fields.values())

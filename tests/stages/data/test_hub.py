@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] -- httpx's or httpx2's
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from teacher_cache.cache.errors import UserError
@@ -182,6 +183,58 @@ def test_a_subset_is_named_behind_a_colon(tmp_path, monkeypatch):
     corpus = _load(source="Salesforce/wikitext:wikitext-2-raw-v1", labeled=False)
     assert asked == [("Salesforce/wikitext",), ("Salesforce/wikitext", "wikitext-2-raw-v1")]
     assert corpus.identity["name"] == "Salesforce/wikitext:wikitext-2-raw-v1"
+
+
+def test_a_revision_is_named_behind_an_at_sign(tmp_path, monkeypatch):
+    files = {"train": _texts(tmp_path, "train", 3)}
+    builder = datasets.load_dataset_builder("parquet", data_files=files, cache_dir=str(tmp_path))
+    asked: list[object] = []
+
+    def load(*names: str, **pinned: str) -> datasets.DatasetBuilder:
+        asked.append((*names, pinned))
+        return builder
+
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda _, name, **asked_: asked.append(asked_))
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    pinned = _load(source="some/texts:small@v1.0", labeled=False)
+    timeout = {"timeout": hub.PROBE_TIMEOUT_S}
+    assert asked == [timeout | {"revision": "v1.0"}, ("some/texts", "small", {"revision": "v1.0"})]
+    # What was read says the revision, however it was asked for.
+    assert pinned.identity == _load(source="some/texts:small", labeled=False).identity
+
+
+def test_a_revision_that_the_hub_does_not_have(monkeypatch):
+    def refuse(self: HfApi, name: str, **_: object) -> None:
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    with pytest.raises(SourceUnavailable, match="'some/texts' has no revision 'v2'"):
+        _load(source="some/texts@v2")
+
+
+def test_without_a_hub_a_commit_is_found_again_and_a_branch_is_not(tmp_path, monkeypatch):
+    other = "0" * 40
+    for number, commit in enumerate((REVISION, other)):
+        folder = tmp_path / str(number)
+        builder = _builder(write_hub_parquet(folder / "hub", num_train=20 + number), folder / "x")
+        builder.dataset_name = "imdb"
+        cached = tmp_path / "cache" / "stanfordnlp___imdb" / "plain_text" / "0.0.0" / commit
+        builder.download_and_prepare(str(cached))
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = [_load(source=f"stanfordnlp/imdb@{commit}") for commit in (REVISION, other)]
+    assert [len(one) for one in found] == [20, 21]
+    assert [one.identity["revision"] for one in found] == [REVISION, other]
+    for asked in ("main", "1" * 40):
+        with pytest.raises(SourceUnavailable, match=rf"whole commit alone, and it is not {asked}"):
+            _load(source=f"stanfordnlp/imdb@{asked}")
+
+
+def test_a_part_of_a_hub_split(reachable_hub):
+    part, whole = _load(split="train[:50%]"), _load()
+    assert len(part) == 30
+    assert part.identity == whole.identity | {"part": "[:50%]"}
 
 
 @pytest.fixture

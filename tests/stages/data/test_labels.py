@@ -147,3 +147,8 @@ def test_labels_that_are_all_missing():
     assert settle_missing(labels, "unlabeled", "label", 2)[0] is None
     with pytest.raises(UserError, match="2 of 2 documents have no label"):
         settle_missing(labels, "drop", "label", 2)
+
+
+def test_integers_of_any_size_are_read_or_refused():
+    with pytest.raises(UserError, match="integers that are no classes"):
+        _read([2**63 + 1, 0], feature=datasets.Value("uint64"))
