@@ -120,8 +120,9 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     console.print(manifest_table(result.manifest))
     confusion = Confusion.recorded(result.manifest)
     if confusion is not None:
-        console.print(confusion_line(confusion), soft_wrap=True)
-        console.print(confusion_table(confusion, result.manifest.about["id2label"]))
+        names = result.manifest.about["id2label"]
+        console.print(confusion_line(confusion, names), soft_wrap=True)
+        console.print(confusion_table(confusion, names))
     console.print(f"✓ cache {result.cache} is complete ({done})", style="green")
     return result.cache
 

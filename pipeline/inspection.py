@@ -78,10 +78,10 @@ def inspect(
     filled = next((reader for reader in readers if len(reader)), None)
     confusion = Confusion.recorded(manifest) or Confusion.counted(manifest, readers[0].batches())
     if confusion is not None:
-        console.print(confusion_line(confusion), soft_wrap=True)
-        console.print(confusion_table(confusion, manifest.about["id2label"]))
+        names = manifest.about["id2label"]
+        console.print(confusion_line(confusion, names), soft_wrap=True)
+        console.print(confusion_table(confusion, names))
         if fits := confusion.fitting():
-            names = manifest.about["id2label"]
             means = ", ".join(f"{names[str(i)]} is {names[str(j)]}" for i, j in fits.items())
             console.print(f"! the teacher's ids seem to mean: {means}", style="yellow")
     if filled is not None and layer_fields(manifest):

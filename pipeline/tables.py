@@ -173,11 +173,13 @@ def manifest_table(manifest: Manifest) -> Table:
     return table
 
 
-def confusion_line(confusion: Confusion) -> str:
-    """How often the teacher gives a document its label."""
+def confusion_line(confusion: Confusion, names: Mapping[str, str]) -> str:
+    """How often the teacher gives a document its label, and classes that no document has."""
+    absent = [names[str(i)] for i in np.flatnonzero(confusion.counts.sum(axis=1) == 0)]
+    without = f"; no document has the label {' or '.join(absent[:MOST_CLASSES])}" if absent else ""
     return (
         f"teacher against {confusion.num:,} labels: accuracy {_percent(confusion.accuracy)} %, by "
-        f"chance {_percent(confusion.chance)} %"
+        f"chance {_percent(confusion.chance)} %{without}"
     )
 
 

@@ -214,6 +214,9 @@ def test_integers_beside_a_teacher_of_more_classes(teacher: Teacher, tmp_path: P
     said = " ".join(pipe(*command, "--out", "cache").stderr.split())
     assert "no document of two.jsonl has the class positive of the teacher's 3" in said
     assert "--label-map 0=0,1=2 --overwrite would fit" in said
+    printed = done("inspect", "cache")
+    assert "no document has the label positive" in printed
+    assert "negative is negative, neutral is positive" in printed
 
 
 def test_what_is_recorded_is_what_the_shards_say_however_often_it_was_killed(
