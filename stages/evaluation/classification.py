@@ -207,7 +207,10 @@ def _row(
     likeness = {} if teacher_logits is None else agreement_metrics(logits, teacher_logits)
     return Evaluation(
         name=name,
-        **quality,
+        accuracy=quality.get("accuracy"),
+        f1=quality.get("f1"),
+        ece=quality.get("ece"),
+        nll=quality.get("nll"),
         agreement=likeness.get("agreement"),
         kl=likeness.get("kl"),
     )
