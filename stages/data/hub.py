@@ -113,7 +113,7 @@ def _builder(source: str, *, is_streamed: bool) -> datasets.DatasetBuilder:
     retry with growing pauses before it says that there is none.
     """
     name, subset, revision = _parts(source)
-    pinned = {"revision": revision} if revision else {}
+    pinned: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         if datasets_config.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
@@ -151,7 +151,7 @@ def _cached_builder(
     name: str, subset: str | None, revision: str | None, reason: Exception
 ) -> datasets.DatasetBuilder:
     """The builder of what was fetched last, or of one commit: nothing here tells a branch's."""
-    own = {"dataset_name": name.split("/")[-1], "repo_id": name}
+    own: dict[str, Any] = {"dataset_name": name.split("/")[-1], "repo_id": name}
     try:
         newest = Cache(**own, config_name=subset, version="auto", hash="auto")
         if revision is None:
