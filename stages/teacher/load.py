@@ -176,7 +176,7 @@ def _refuse_other_problems(name: str, model: PreTrainedModel) -> None:
     Raises:
         UserError: saying what it is.
     """
-    kind, num = getattr(model.config, "problem_type", None), model.config.num_labels
+    kind, num = getattr(model.config, "problem_type", None), len(class_names(model))
     if kind == "multi_label_classification":
         raise UserError(
             f"{name} is a multi-label classifier (its problem_type says so), which gives each of "
