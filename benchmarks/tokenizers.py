@@ -465,10 +465,12 @@ def how_read(reader: Reader) -> str:
     return kind + (f"; `{' text '.join(frame).strip()}`" if any(frame) else "")
 
 
-def read_all(more: Path | None) -> tuple[dict[str, Reader], dict[str, str], dict[str, str]]:
+def read_all(
+    more: Path | None, names: Sequence[str] | None
+) -> tuple[dict[str, Reader], dict[str, str], dict[str, str]]:
     """The tokenizers, the refusals and where each comes from, by name."""
     origins = OWN | {one.name.removeprefix("tokenizer-"): one.requirement for one in PACKAGES}
-    folders: dict[str, Path | None] = dict.fromkeys(origins)
+    folders: dict[str, Path | None] = dict.fromkeys(origins if names is None else names)
     if more is not None:
         found = sorted(path for path in more.iterdir() if path.is_dir())
         folders |= {path.name: path for path in found}
@@ -487,6 +489,7 @@ def read_all(more: Path | None) -> tuple[dict[str, Reader], dict[str, str], dict
 def main(
     more: Annotated[Path | None, typer.Option(help="folder of further tokenizers")] = None,
     students_only: Annotated[bool, typer.Option(help="five students, not all pairs")] = False,
+    sample_only: Annotated[bool, typer.Option(help="the ten that the tests read")] = False,
     fetch_sample: Annotated[bool, typer.Option(help="fetch what the tests read, and stop")] = False,
 ) -> None:
     """Read and join all tokenizers, print the faults, and write the page."""
@@ -495,7 +498,7 @@ def main(
         if fetch_sample:
             console.print("\n".join(str(folder_of(name)) for name in SAMPLE))
             return
-        readers, refused, origins = read_all(more)
+        readers, refused, origins = read_all(more, SAMPLE if sample_only else None)
         rows = {name: row_of(reader) | {"from": origins[name]} for name, reader in readers.items()}
         pairs = {
             f"{teacher} {student}": check_pair(readers[teacher], readers[student])
