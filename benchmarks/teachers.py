@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import logging
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ VOCAB_SIZE = 120
 WORDS = [f"w{i}" for i in range(VOCAB_SIZE - 5)]
 LENGTHS = (30, 3, 12, 30, 7, 3, 18, 41)  # words of the documents
 MAX_LENGTH = 48
+SECONDS = 60  # for a row
 CLASS_LOGIT = 1e-3
 LOG_PROB = 0.02  # nats, beyond what the formats round
 HALF = 2.0**-9  # of a log-prob
@@ -96,6 +98,7 @@ FEW = (
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "xlnet": {"d_head": 8},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
     "deberta": {"pooler_hidden_size": 32},
     "deberta-v2": {"pooler_hidden_size": 32},
 }
@@ -156,8 +159,28 @@ def quiet() -> None:
     logging.getLogger("teacher_cache").setLevel(logging.ERROR)
 
 
+class TooLong(BaseException):
+    """A row that takes longer than `SECONDS`; no error that anything handles."""
+
+
 def tried(task: TaskName, name: str, log: Path | None) -> Found | None:
     """An architecture's row; None where transformers itself does not build or run it that small."""
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(SECONDS)
+    try:
+        return _tried(task, name, log)
+    except TooLong:
+        print(f"{task} {name}: not built (more than {SECONDS} s)", flush=True)
+        return None
+    finally:
+        signal.alarm(0)
+
+
+def _stop(*_: Any) -> None:
+    raise TooLong
+
+
+def _tried(task: TaskName, name: str, log: Path | None) -> Found | None:
     with tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher"
         try:

@@ -335,9 +335,9 @@ def find_attention(teacher: Teacher) -> AttentionSource:
     seen: list[tuple[nn.Module, int, Tensor]] = []
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:
-        seen.extend(
-            (module, place, one) for place, one in enumerate(leaves(output)) if _is_map(one, ids)
-        )
+        found = [(place, one) for place, one in enumerate(leaves(output)) if _is_map(one, ids)]
+        # What puts out several has them of others, or makes them when all layers are through.
+        seen.extend((module, place, one) for place, one in found if len(found) == 1)
 
     hooks = [module.register_forward_hook(remember) for module in base.modules()]
     try:
