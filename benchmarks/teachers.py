@@ -41,7 +41,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.codecs.named import open_codec
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.models.pretrained import base_of
+from teacher_cache.stages.models.pretrained import EAGER, base_of
 from teacher_cache.stages.tasks import TaskName
 
 ROOT = Path(__file__).parents[1]
@@ -325,17 +325,23 @@ def auto_class(task: TaskName) -> Any:
 def write_tiny(task: TaskName, name: str, folder: Path) -> None:
     """A small model of a type, saved with its tokenizer.
 
-    Where a class does not take all small values together, only layers and vocabulary are few.
+    Where a class does not take all small values together, others are tried.
     """
-    try:
-        build(task, name, folder, SMALL)
-        plain(task, folder)
-    except Exception as error:
+    tried_values = (
+        SMALL,
+        {**SMALL, "num_key_value_heads": SMALL["num_attention_heads"]},
+        {key: value for key, value in SMALL.items() if "head_dim" not in key},
+        {key: SMALL[key] for key in FEW.split()},
+    )
+    reasons = []
+    for small in tried_values:
         try:
-            build(task, name, folder, {key: SMALL[key] for key in FEW.split()})
+            build(task, name, folder, small)
             plain(task, folder)
-        except Exception as again:
-            raise ValueError(f"{error}; and {again}") from again
+            return
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {str(error)[:80]}")
+    raise ValueError("; ".join(dict.fromkeys(reasons)))
 
 
 def build(task: TaskName, name: str, folder: Path, small: Mapping[str, Any]) -> None:
@@ -381,7 +387,10 @@ def kinds(listed: Sequence[Any], num: int) -> list[Any]:
 
 def plain(task: TaskName, folder: Path) -> list[dict[str, Any]]:
     """What the model says of each document alone."""
-    model = auto_class(task).from_pretrained(folder, dtype=torch.float32).eval()
+    auto = auto_class(task)
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    # Maps come of attention that forms them, as stage one loads it.
+    eager = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation=EAGER).eval()
     tokenizer = tokenizer_of(task)
     found = []
     for text in texts():
@@ -392,7 +401,7 @@ def plain(task: TaskName, folder: Path) -> list[dict[str, Any]]:
             logits = model(input_ids=given, **kwargs).logits[0].float()
             base = None
             with contextlib.suppress(Exception):  # of models whose base asks for more
-                base = base_of(model)(input_ids=given, output_attentions=True)
+                base = base_of(eager)(input_ids=given, output_attentions=True)
         found.append({"ids": given[0].numpy(), "logits": logits, "base": base})
     return found
 
