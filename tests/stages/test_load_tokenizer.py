@@ -23,7 +23,7 @@ FILES = {
 def test_a_library_that_is_missing_is_named(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(tokenizers, "find_spec", lambda _: None)
     name, content = FILES[package]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} needs {package}.*pip install {package}"):
