@@ -365,6 +365,11 @@ def find_attention(teacher: Teacher) -> AttentionSource:
             f"the attention maps of {teacher.name} ({type(teacher.model).__name__}) cannot be "
             "traced to the parts of it that make them: leave --attention out"
         )
+    if not all(_are_weights(one) for _, _, one in calls):
+        raise UserError(
+            f"what {teacher.name} ({type(teacher.model).__name__}) gives as its attention are no "
+            "weights, which are positive and sum to 1 at most: leave --attention out"
+        )
     names = {id(module): name for name, module in base.named_modules()}
     return AttentionSource(
         modules=tuple(module for module, _, _ in calls),
@@ -379,6 +384,11 @@ def find_attention(teacher: Teacher) -> AttentionSource:
 def _is_map(one: Any, ids: Tensor) -> bool:
     """[1, H, S, S], of a sequence [1, S]."""
     return isinstance(one, Tensor) and one.ndim == 4 and one.shape[2:] == 2 * ids.shape[1:]
+
+
+def _are_weights(one: Tensor) -> bool:
+    """Rows of a map that are positive and sum to 1, or with a sink to less."""
+    return bool((one >= 0).all()) and bool((one.float().sum(dim=-1) <= 1 + 1e-2).all())
 
 
 def _layers(names: Sequence[str]) -> tuple[int, ...]:
