@@ -15,7 +15,7 @@ from teacher_cache.cache.reader import CacheReader
 _OF_ONE_MAKING = ("completed_at", "created_at", "sha256", "versions")
 _OF_ONE_PLACE = ("sources", "teacher")
 # What manifests say since the artefacts were made; tests of their own look at it.
-_ADDED = ("teacher_on_labels", "num_without_label", "num_dropped", "longest")
+_ADDED = ("batching", "teacher_on_labels", "num_without_label", "num_dropped", "longest")
 _CLOCK = ("runtime", "per_second")
 
 Json = dict[str, Any]
