@@ -393,6 +393,7 @@ def _fetched(url: str) -> Path:
             system.get_file(path, str(local))
         else:
             system.get(path, str(local), recursive=True)
+    # Each file system of fsspec raises what its own library does.
     except (OSError, ValueError, ImportError, NotImplementedError, RuntimeError) as error:
         raise SourceUnavailable(
             f"{url} could not be fetched ({root_cause(error)}): check it, install what `fsspec` "

@@ -129,7 +129,10 @@ def language_model_batching(
         logits = head_logits(model, torch.cat(last))[:, :num_ids]
         return list(logits.split([len(one) for one in last]))
 
-    _require_causal(name, model, document(_TRIED_LENGTH), num_ids)
+    ids = document(_TRIED_LENGTH)
+    changed = ids.copy()
+    changed[-1] = (ids[-1] + 1) % most
+    _require_causal(name, model, ids, changed, num_ids)
     _require_head_on_states(name, model, document(_TRIED_LENGTH), num_ids)
     return measured_batching(
         name,
@@ -157,11 +160,15 @@ def _in_samples(
 
 
 def _require_causal(
-    name: str, model: PreTrainedModel, ids: np.ndarray, num_ids: int | None
+    name: str,
+    model: PreTrainedModel,
+    ids: np.ndarray,
+    changed: np.ndarray,
+    num_ids: int | None,
 ) -> None:
+    """Of a document, and of the same one with another last token."""
     whole = own_logits(model, ids)[:, :num_ids]
     half = len(ids) // 2
-    changed = np.append(ids[:-1], (ids[-1] + 1) % _TRIED_IDS if ids[-1] else 1).astype(np.uint32)
     looks_ahead = not log_probs_close(own_logits(model, changed)[:-1, :num_ids], whole[:-1])
     if looks_ahead and is_quantized(model):
         raise UserError(

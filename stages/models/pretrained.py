@@ -252,7 +252,8 @@ def load_model(
         config = AutoConfig.from_pretrained(
             name, local_files_only=is_local_only(name), trust_remote_code=trust_remote_code
         )
-        placed = {} if not hasattr(config, "quantization_config") else {"device_map": str(device)}
+        is_plain = getattr(config, "quantization_config", None) is None
+        placed = {} if is_plain else {"device_map": str(device)}
         model, info = auto_class.from_pretrained(
             name,
             local_files_only=is_local_only(name),

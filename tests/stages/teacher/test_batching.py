@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.models.batching import ALONE, PADDED, Batching, log_probs_close
+from teacher_cache.stages.models.batching import ALONE, PACKED, PADDED, Batching, log_probs_close
 from teacher_cache.stages.models.causal import language_model_batching
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import run_teacher
@@ -184,6 +184,13 @@ def test_a_decoder_without_padding_pools_at_the_last_token(
         with torch.no_grad():
             alone = fresh(torch.from_numpy(one.astype(np.int64))[None]).logits[0].numpy()
         np.testing.assert_allclose(of_one, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_ids", range(2, 10))
+def test_a_vocabulary_may_be_small(num_ids: int) -> None:
+    """Whatever the last token of the document that is tried is, another one takes its place."""
+    model = tiny_language_model(LlamaConfig(vocab_size=num_ids, **SHAPE))
+    assert language_model_batching("it", model, max_length=24) == PACKED
 
 
 def test_batches_of_each_kind() -> None:
