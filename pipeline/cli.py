@@ -214,6 +214,26 @@ def predict(*, run: Path, text: str, **given: Any) -> None:
         commands.predict(options, run, text)
 
 
+@_command("export")
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    to: Annotated[
+        str, typer.Option(help="gguf, a language model with its tokenizer, which llama.cpp runs.")
+    ],
+    ids_only: Annotated[
+        bool,
+        typer.Option(help="Leave the tokenizer out of a gguf: it takes and gives token ids."),
+    ] = False,
+) -> None:
+    """Write a trained student as one file that other programs run."""
+    with reported():
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.export(run, out, to=to, ids_only=ids_only)
+
+
 @_command("report")
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.confusion import Confusion
-from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.pipeline.options import (
@@ -59,15 +59,17 @@ from teacher_cache.stages import finetune_teacher as finetuning
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.cache_teacher import estimate
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
-from teacher_cache.stages.config import refuse_foreign_options
+from teacher_cache.stages.config import DeviceConfig, refuse_foreign_options
 from teacher_cache.stages.evaluation.runs import known_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
+from teacher_cache.stages.student.interchange.llama_cpp import write_gguf
 from teacher_cache.stages.tasks import TASKS, KnownTask, task_named
 from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 CACHES = Path("caches")
+EXPORTS = {"gguf": write_gguf}
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +219,19 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
         run, texts, device=options.evaluation, generation=options.generation, one_a_line=is_stream
     ):
         print(answer)  # not through rich, which would make spaces of the tabs
+
+
+def export(run: Path, out: Path, *, to: str, ids_only: bool = False) -> None:
+    """Write a student as a file of another format.
+
+    Raises:
+        UserError: if there is no such format, or the student has no counterpart in it.
+    """
+    if to not in EXPORTS:
+        raise UserError(f"there is no format --to {to}: {did_you_mean(to, EXPORTS)}")
+    student = known_task([run]).evaluation.student.of_run(run, DeviceConfig(device="cpu"))
+    EXPORTS[to](student.model, None if ids_only else student.tokenizer, out, source=str(run))
+    console.print(f"✓ export {out}", style="green", soft_wrap=True)
 
 
 def run_all(

@@ -1,0 +1,47 @@
+"""A trained run becomes a file of another program, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import TINY_STUDENT, done, refused
+from tests.ready_made import ReadyMade
+
+
+@pytest.fixture(scope="module")
+def run(ready_made: ReadyMade, small_language_model: Path, tmp_path_factory) -> Path:
+    """A language model that was trained on three paragraphs; only to be read."""
+
+    def make(folder: Path) -> None:
+        text, cache = (tmp_path_factory.mktemp("export") / one for one in ("t.txt", "cache"))
+        text.write_text("Emma Woodhouse, handsome, clever, and rich.\n\n" * 3)
+        named = ("--data", text, "--txt-unit", "paragraph", "--max-length", "24")
+        done(
+            *("cache-teacher", "--task", "lm", "--teacher", small_language_model, "--out", cache),
+            *named,
+        )
+        done("train-student", "--cache", cache, "--out", folder, *TINY_STUDENT)
+
+    return ready_made.folder("runs/to-export", make)
+
+
+def test_a_language_model_becomes_a_gguf(run: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+    out = tmp_path / "new" / "student.gguf"
+    assert "student.gguf" in done("export", run, out, "--to", "gguf")
+    read = gguf.GGUFReader(out)
+    num_rows = json.loads((run / "config.json").read_text())["vocab_size"]
+    assert len(read.get_field("tokenizer.ggml.tokens").contents()) == num_rows
+    done("export", run, out, "--to", "gguf", "--ids-only")  # in its place
+    assert gguf.GGUFReader(out).get_field("tokenizer.ggml.model").contents() == "none"
+
+
+def test_what_cannot_be_written_is_refused(run: Path, bert_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.gguf"
+    refused("export", run, out, "--to", "ggfu", saying="no format --to ggfu: did you mean 'gguf'")
+    refused("export", bert_run, out, "--to", "gguf", saying="from a cache of --task lm")
+    refused("export", tmp_path, out, "--to", "gguf", saying="is no run")
+    assert not out.exists()
