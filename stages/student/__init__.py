@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from teacher_cache.stages.student.backbone import MambaStudentModel
 from teacher_cache.stages.student.build import build_student
@@ -22,6 +23,9 @@ AutoModelForCausalLM.register(MambaStudentConfig, MambaStudentForCausalLM)
 AutoModelForSequenceClassification.register(
     MambaStudentConfig, MambaStudentForSequenceClassification
 )
+# transformers' Trainer shifts the labels of `label_smoothing_factor` for the classes in this table
+# alone, and no registration enters it; elsewhere it has each position learn its own token.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MambaStudentConfig.model_type] = MambaStudentForCausalLM.__name__
 
 __all__ = [
     "MambaStudentConfig",

@@ -5,6 +5,7 @@ Names of modules and parameters are those of mamba_ssm's `MixerModel`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.mixers import (
+    CausalConvolution,
     Direction,
     LayerState,
     Layout,
     Mamba,
     Mamba2,
+    StepProjection,
+    places_of,
+    real_first,
     reversed_positions,
 )
 from teacher_cache.stages.student.norms import RMSNorm
@@ -35,6 +41,10 @@ class OutputWithCache(ModelOutput):
     Up to 5.23 transformers' Mamba models and `generate` say `cache_params`, from 5.24 on every
     model says `cache`. A student answers to both under every release.
     """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """By name; a guided generation asks for its own state by `past_key_values`, thus alone."""
+        return super().get(_NEW if key in (_OLD, "past_key_values") else key, default)
 
     if not hasattr(ModelOutput, _OLD):  # from 5.24 on every output does all of this
 
@@ -52,18 +62,72 @@ class OutputWithCache(ModelOutput):
             return getattr(self, _NEW)
 
 
-def the_cache(cache: Cache | None, cache_params: Cache | None) -> Cache | None:
-    """The one of the two that was given, if any was.
+def the_cache(*caches: Cache | None) -> Cache | None:
+    """What was given under one of a cache's names, if anything was.
 
     Raises:
-        ValueError: if both were.
+        ValueError: if it was under two.
     """
-    if cache is not None and cache_params is not None:
-        raise ValueError("cache and cache_params are two names of one thing: give one")
-    return cache_params if cache is None else cache
+    given = [cache for cache in caches if cache is not None]
+    if len(given) > 1:
+        raise ValueError(
+            "cache, cache_params and past_key_values are names of one thing: give one of them"
+        )
+    return given[0] if given else None
+
+
+def has_begun(cache: Cache) -> bool:
+    """Whether something was read into a cache since it was made or reset."""
+    return LayerState(cache, 0).convolution is not None
+
+
+def refuse_foreign(keywords: Mapping[str, Any]) -> None:
+    """Refuse keywords that mean nothing to a student and would change what another model does.
+
+    transformers, PEFT and TRL hand `TransformersKwargs` to every model, and what concerns
+    attention alone has nothing to say here.
+
+    Raises:
+        TypeError: for a keyword that no model of transformers takes.
+        ValueError: for one whose meaning a student cannot serve.
+    """
+    for name, value in keywords.items():
+        if name not in TransformersKwargs.__optional_keys__ and value is not None:
+            raise TypeError(f"a Mamba student's forward takes no {name!r}")
+    if keywords.get("is_causal") is False:
+        raise ValueError("a student's direction is its configuration's bidirectional, not a call's")
+    if keywords.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "cu_seq_lens_q tells a student nothing of where documents begin: give seq_idx or "
+            "position_ids"
+        )
+
+
+def documents_of(position_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
+    """The `seq_idx` of positions that begin anew with each document packed into a row.
+
+    Args:
+        position_ids: [B, S], or [1, S] for all rows; or none.
+        cache: the states of an earlier call, or none.
+
+    Returns:
+        [B, S], or none where a row is one document.
+
+    Raises:
+        ValueError: if a document is to begin right behind a state, which cannot forget.
+    """
+    if position_ids is None:
+        return None
+    begins = position_ids == 0
+    if torch.compiler.is_compiling():
+        return begins.cumsum(-1)
+    if cache is not None and has_begun(cache) and begins[:, 0].any():
+        raise ValueError("position_ids begin at 0 behind a state: give positions that go on")
+    return begins.cumsum(-1) if begins[:, 1:].any() else None
 
 
 MIXERS: dict[str, type[Mamba] | type[Mamba2]] = {"mamba": Mamba, "mamba2": Mamba2}
+OWN_START = (nn.Linear, nn.LayerNorm, RMSNorm, CausalConvolution, StepProjection, Direction)
 
 
 @dataclass
@@ -84,7 +148,7 @@ class MambaStudentOutput(OutputWithCache):
     mixers: tuple[RecordedMixer, ...] | None = None
 
 
-class MambaLayer(nn.Module):
+class MambaLayer(GradientCheckpointingLayer):
     """One mixer behind its norm."""
 
     def __init__(self, config: MambaStudentConfig) -> None:
@@ -110,13 +174,14 @@ class MambaStudentPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     _no_split_modules: ClassVar[list[str]] = ["MambaLayer"]
     _is_stateful = True  # a state cannot be rolled back, so no assisted decoding
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As mamba_ssm: embeddings from N(0, 0.02), linear maps as torch does, without bias."""
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Linear | nn.Conv1d | nn.LayerNorm | RMSNorm | Direction):
+        elif isinstance(module, OWN_START):
             module.reset_parameters()
         if isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
@@ -152,11 +217,14 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
         *,
         inputs_embeds: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
         cache_params: Cache | None = None,
-        use_cache: bool = False,
-        output_hidden_states: bool = False,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        output_hidden_states: bool | None = None,
         output_mixers: bool = False,
+        **kwargs: Any,
     ) -> MambaStudentOutput:
         """Run all layers; padding on either side changes nothing at real positions.
 
@@ -166,50 +234,93 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             inputs_embeds: [B, S, d_model] in place of `input_ids`.
             seq_idx: [B, S] integers that number the samples packed into one row, or none; neither
                 state nor convolution crosses a change of value.
+            position_ids: [B, S], which say the same by beginning at 0 with each sample; a student
+                knows no positions otherwise.
             cache: the states of an earlier call, to go on from; updated in place.
             cache_params: the same, as transformers calls it up to 5.23.
+            past_key_values: the same, as it calls that of a model whose name lacks "mamba".
             use_cache: start a new cache where none is given.
-            output_hidden_states: return the residual stream too.
-            output_mixers: return what the scans ran with too, for `mixing_matrices`.
+            output_hidden_states: return the residual stream too; the configuration's if not said.
+            output_mixers: return what the scans ran with too, for `mixing_matrices`; of padded
+                rows with a cache, in the order of `real_first`.
+            kwargs: what transformers hands to every model, and concerns attention alone.
 
         Returns:
             States in the weights' dtype; the residual stream within is float32.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if both
-                names of the cache are, or if a bidirectional student is asked for one.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if two
+                names of the cache are, if a bidirectional student is asked for one, or if
+                gradient checkpointing is to run with one.
+            TypeError: for an unknown keyword.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
-        cache = the_cache(cache, cache_params)
-        if self.config.bidirectional and (use_cache or cache is not None):
-            raise ValueError("a bidirectional student has no state to go on from")
+        refuse_foreign(kwargs)
+        cache = self._cache_for(use_cache, the_cache(cache, cache_params, past_key_values))
         residual = cast(
             Tensor, self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         )
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        layout = self._layout(residual, attention_mask, seq_idx)
-        streams = [residual]
+        mask = None if attention_mask is None else attention_mask.bool()
+        if seq_idx is None:
+            seq_idx = documents_of(position_ids, cache)
+        seq_idx = None if seq_idx is None else seq_idx.expand(residual.shape[:2])
+        # A state goes on from real positions to real ones, so padding stands behind them.
+        turned = None if cache is None else mask
+        if turned is not None:
+            residual, seq_idx, mask = _padded_on_the_right(residual, seq_idx, turned)
+        layout = self._layout(residual, mask, seq_idx)
         record: list[RecordedMixer] | None = [] if output_mixers else None
+        streams = [residual]
         for layer_idx, layer in enumerate(self.layers):
             state = None if cache is None else LayerState(cache, layer_idx)
-            residual = layer(residual, layout, state, record)
-            streams.append(residual)
+            streams.append(layer(streams[-1], layout, state, record))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        kept = [self.norm_f(streams[-1]), *(streams if output_hidden_states else ())]
+        if turned is not None:
+            kept = [_taken(rows, places_of(turned)) for rows in kept]
         return MambaStudentOutput(
-            last_hidden_state=self.norm_f(residual),
+            last_hidden_state=kept[0],
             cache=cache,
-            hidden_states=tuple(streams) if output_hidden_states else None,
+            hidden_states=tuple(kept[1:]) or None,
             mixers=None if record is None else tuple(record),
         )
 
-    def _layout(
-        self, rows: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None
-    ) -> Layout:
-        mask = None if attention_mask is None else attention_mask.bool()
+    def _cache_for(self, use_cache: bool | None, cache: Cache | None) -> Cache | None:
+        """The given cache, or a new one where one is asked for."""
+        if not use_cache and cache is None:
+            return None
+        if self.config.bidirectional:
+            raise ValueError("a bidirectional student has no state to go on from")
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+            raise ValueError(
+                "gradient checkpointing computes each layer twice and would move the state twice: "
+                "train with use_cache=False"
+            )
+        return DynamicCache(config=self.config) if cache is None else cache
+
+    def _layout(self, rows: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Layout:
         if not self.config.bidirectional:
             return Layout(seq_idx=seq_idx, mask=mask)
         is_real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         positions = reversed_positions(is_real if mask is None else mask)
         return Layout(seq_idx=seq_idx, mask=mask, reversed_positions=positions)
+
+
+def _padded_on_the_right(
+    rows: Tensor, seq_idx: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows [B, S, D], their `seq_idx` and mask [B, S] with the real positions in front."""
+    order = real_first(mask)
+    if seq_idx is not None:  # padding counts to the last sample, whose state is to stay
+        last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+        position = torch.arange(mask.shape[1], device=mask.device).minimum(last)
+        seq_idx = seq_idx.gather(1, order.gather(1, position))
+    return _taken(rows, order), seq_idx, mask.gather(1, order)
+
+
+def _taken(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows [B, S, D] with their positions in another order [B, S]."""
+    return rows.gather(1, order[..., None].expand_as(rows))

@@ -59,6 +59,31 @@ class Layout:
             mask=None if self.mask is None else self.reverse(self.mask),
         )
 
+    def to(self, device: torch.device | str | int, **how: Any) -> Layout:
+        """The layout on another device: accelerate moves a layer's arguments by this name."""
+        moved = {name: one.to(device, **how) for name, one in vars(self).items() if one is not None}
+        return Layout(**moved)
+
+
+def real_first(mask: Tensor) -> Tensor:
+    """The index that puts each row's real positions in front, in their order, and padding behind.
+
+    Args:
+        mask: [B, S] bool, True at real positions, wherever in the row they stand.
+
+    Returns:
+        [B, S] int64; a permutation of each row's positions.
+    """
+    position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    return torch.zeros_like(position).scatter(1, places_of(mask), position)
+
+
+def places_of(mask: Tensor) -> Tensor:
+    """Where each position [B, S] stands once the real ones are in front: undoes `real_first`."""
+    num_real = mask.sum(dim=1, keepdim=True)
+    padding = mask.logical_not()
+    return torch.where(mask, mask.cumsum(1) - 1, num_real + padding.cumsum(1) - 1)
+
 
 def reversed_positions(mask: Tensor) -> Tensor:
     """The index that reverses each row's real positions among themselves and leaves the others.
@@ -71,9 +96,9 @@ def reversed_positions(mask: Tensor) -> Tensor:
     Returns:
         [B, S] int64.
     """
-    real_first = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     rank = mask.cumsum(dim=1)  # from 1, at real positions
-    mirrored = real_first.gather(1, (rank[:, -1:] - rank).clamp(min=0, max=mask.shape[1] - 1))
+    mirror = (rank[:, -1:] - rank).clamp(min=0, max=mask.shape[1] - 1)
+    mirrored = real_first(mask).gather(1, mirror)
     return torch.where(mask, mirrored, torch.arange(mask.shape[1], device=mask.device))
 
 
@@ -107,14 +132,24 @@ class LayerState:
     def _has_begun(self) -> bool:
         return self._layer.has_previous_state[0]  # a reset cache keeps its tensors
 
-    def update(self, conv_inputs: Tensor, scan_state: Tensor, *, reach: int) -> None:
+    def update(
+        self, conv_inputs: Tensor, scan_state: Tensor, *, mask: Tensor | None, reach: int
+    ) -> None:
         """Move on behind the positions that were just computed.
 
         Args:
             conv_inputs: [B, S, D], of the positions just computed.
             scan_state: after the last of them.
+            mask: [B, S] bool, False at padding, which stands on the right; or none.
             reach: W - 1, earlier inputs that the convolution sees.
         """
+        if mask is not None:  # the last real inputs of each row, and what came before where few are
+            before = self.convolution
+            if before is None:
+                before = conv_inputs.new_zeros(len(mask), reach, conv_inputs.shape[-1])
+            window = torch.arange(reach, device=mask.device) + mask.sum(1, keepdim=True)  # [B, W-1]
+            index = window[..., None].expand(-1, -1, conv_inputs.shape[-1])
+            conv_inputs = torch.cat([before.to(conv_inputs.dtype), conv_inputs], 1).gather(1, index)
         # The convolution's state comes last: it marks the layer as one that has begun.
         self._cache.update_recurrent_state(scan_state.detach(), self._layer_idx)
         self._cache.update_conv_state(
@@ -145,8 +180,71 @@ def reset_output_projection(projection: nn.Linear, config: MambaStudentConfig) -
     init.uniform_(projection.weight, -bound, bound)
 
 
+class CausalConvolution(nn.Module):
+    """A convolution per channel that sees W positions up to its own, and its SiLU.
+
+    No `nn.Conv1d`, although its parameters are one's: what adapts or replaces those (PEFT,
+    quantisers) would take its input for [B, D, S] and what it adds for what comes before the SiLU.
+
+    Args:
+        channels: D.
+        width: W.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as `nn.Conv1d` does."""
+        _reset_as_torch(self.weight, self.bias)
+
+    def forward(self, x: Tensor, seq_idx: Tensor | None, initial_state: Tensor | None) -> Tensor:
+        """Of [B, S, D]; `dispatch.convolve` says what the others are."""
+        return dispatch.convolve(
+            x, self.weight, self.bias, seq_idx=seq_idx, initial_state=initial_state
+        )
+
+
+class StepProjection(nn.Module):
+    """Mamba-1's step sizes from their low rank; the bias is added later, in float32.
+
+    No `nn.Linear`, since an adapter's or a quantiser's takes its bias before it is rounded.
+
+    Args:
+        rank: R.
+        channels: D.
+    """
+
+    def __init__(self, rank: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, rank))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as `nn.Linear` does, until `Direction` knows better."""
+        _reset_as_torch(self.weight, self.bias)
+
+    def forward(self, low_rank: Tensor) -> tuple[Tensor, Tensor]:
+        """Of [B, S, R]: [B, S, D] without the bias, and the bias [D]."""
+        return F.linear(low_rank, self.weight), self.bias
+
+
+def _reset_as_torch(weight: Tensor, bias: Tensor) -> None:
+    """As torch starts a linear map or a convolution: uniform up to the root of 1 / fan-in."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # torch's, which transformers may silence
+    bound = weight[0].numel() ** -0.5
+    nn.init.uniform_(bias, -bound, bound)
+
+
 class Direction(nn.Module, ABC):
     """What one direction has for itself: the convolution and the scan's own parameters.
+
+    A mixer is the direction that runs forwards. The other is a module inside it and is called as
+    one: hooks that bring a module's weights (accelerate's offloading) hear of calls alone.
 
     Args:
         config: of the student.
@@ -156,7 +254,7 @@ class Direction(nn.Module, ABC):
     def __init__(self, config: MambaStudentConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.conv1d = nn.Conv1d(width, width, config.d_conv, groups=width)
+        self.conv1d = CausalConvolution(width, config.d_conv)
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -177,15 +275,14 @@ class Direction(nn.Module, ABC):
             [B, S, inner width], and what the scan ran with.
         """
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `scan`."""
+        return self.scan(*args, **kwargs)
+
     def convolved(self, x: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """Causal convolution and SiLU of [B, S, width] whose padding is 0."""
-        return dispatch.convolve(
-            x,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            seq_idx=layout.seq_idx,
-            initial_state=None if state is None else state.convolution,
-        )
+        before = None if state is None else state.convolution
+        return self.conv1d(x, layout.seq_idx, before)
 
 
 class BothWays(Direction):
@@ -236,7 +333,7 @@ class BothWays(Direction):
         backwards = None
         if self.reverse is not None:
             turned = tuple(layout.reverse(one) for one in inputs)
-            reversed_y, backwards = self.reverse.scan(turned, layout.reversed(), None)
+            reversed_y, backwards = self.reverse(turned, layout.reversed(), None)
             y = y + layout.reverse(reversed_y)
         if record is not None:
             record.append(RecordedMixer(forwards, backwards, layout.reversed_positions))
@@ -252,7 +349,7 @@ class MambaDirection(Direction):
         # Order of the projection's outputs: dt, B, C.
         self.widths = (rank, num_states, num_states)
         self.x_proj = nn.Linear(inner, sum(self.widths), bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.dt_proj = StepProjection(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, num_states))
         self.D = nn.Parameter(torch.empty(inner))
 
@@ -275,10 +372,10 @@ class MambaDirection(Direction):
             x = x * layout.mask[..., None]
         convolved = self.convolved(x, layout, state)
         low_rank, B, C = self.x_proj(convolved).split(self.widths, dim=-1)
-        dt = F.linear(low_rank, self.dt_proj.weight)  # its bias is added in float32, with softplus
+        dt, dt_bias = self.dt_proj(low_rank)  # the scan adds the bias in float32, with softplus
         if layout.mask is not None:  # padding neither writes a state nor lets it decay
             dt = dt.masked_fill(~layout.mask[..., None], -torch.inf)
-        A, dt_bias = -torch.exp(self.A_log), self.dt_proj.bias
+        A = -torch.exp(self.A_log)
         y, final_state = dispatch.selective(
             convolved,
             dt,
@@ -291,7 +388,7 @@ class MambaDirection(Direction):
             initial_state=None if state is None else state.scan,
         )
         if state is not None:
-            state.update(x, final_state, reach=self.config.d_conv - 1)
+            state.update(x, final_state, mask=layout.mask, reach=self.config.d_conv - 1)
         return y, RecordedScan(dt=dt, dt_bias=dt_bias, A=A, B=B, C=C, seq_idx=layout.seq_idx)
 
 
@@ -364,7 +461,7 @@ class Mamba2Direction(Direction):
             chunk_size=config.chunk_size,
         )
         if state is not None:
-            state.update(xBC, final_state, reach=config.d_conv - 1)
+            state.update(xBC, final_state, mask=layout.mask, reach=config.d_conv - 1)
         return y.flatten(-2), RecordedScan(
             dt=dt, dt_bias=self.dt_bias, A=A, B=B, C=C, seq_idx=layout.seq_idx
         )
@@ -380,7 +477,7 @@ class Mamba2(BothWays, Mamba2Direction):
     def __init__(self, config: MambaStudentConfig) -> None:
         Mamba2Direction.__init__(self, config)
         # Order of the projection's outputs: z, xBC, dt.
-        self.widths = (config.d_inner, self.conv1d.in_channels, self.num_heads)
+        self.widths = (config.d_inner, len(self.conv1d.bias), self.num_heads)
         self.in_proj = nn.Linear(config.d_model, sum(self.widths), bias=False)
         self.reverse = Mamba2Direction(config) if config.bidirectional else None
         self.norm = RMSNorm(config.d_inner, epsilon=config.norm_epsilon, num_groups=config.ngroups)

@@ -49,7 +49,8 @@ def test_forward_is_the_recurrence_written_out() -> None:
     conv = (windows * module.conv1d.weight[:, 0]).sum(-1) + module.get_parameter("conv1d.bias")
     u = torch.nn.functional.silu(conv)
     low_rank, B, C = module.x_proj(u).split((2, 3, 3), dim=-1)
-    dt = torch.nn.functional.softplus(module.dt_proj(low_rank))  # [2, 11, 16]
+    steps, bias = module.dt_proj(low_rank)
+    dt = torch.nn.functional.softplus(steps + bias)  # [2, 11, 16]
     state = torch.zeros(2, 16, 3, dtype=torch.float64)
     outputs = []
     for t in range(11):
