@@ -1,6 +1,6 @@
 # Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ci test-all test-gpu test-latest check format assets tokenizers clean
+.PHONY: help setup demo test test-ci test-all test-gpu test-latest test-oldest test-kernels check format assets tokenizers clean
 
 PYTHON ?=
 export PYTHON
@@ -34,13 +34,26 @@ test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results 
 	@mkdir -p benchmarks/results
 	bash -o pipefail -c "$(VENV_PYTHON) -m pytest -m gpu -s -ra 2>&1 | tee benchmarks/results/gpu-tests.log"
 
-# Its own environment, so that what is pinned and what is newest can be told apart.
-test-latest: VENV_PYTHON := .venv-latest/bin/python
+# Environments of their own, so that what is pinned, newest and oldest can be told apart.
+test-latest: RELEASES := newest
+test-oldest: RELEASES := oldest
+test-latest test-oldest: VENV_PYTHON = .venv-$*/bin/python
 test-latest: ## the default tests with the newest releases that the bounds admit
-	VENV=.venv-latest RELEASES=newest scripts/setup-venv
+test-oldest: ## the default tests with those bounds themselves
+test-latest test-oldest: test-%:
+	VENV=.venv-$* RELEASES=$(RELEASES) scripts/setup-venv
 	$(VENV_PYTHON) -m teacher_cache.stages.data.packaged.packages
 	$(VENV_PYTHON) -m pip list --format=freeze | grep -iE '^(torch|transformers|datasets|zarr|tokenizers|pyarrow|numpy)='
 	$(PYTEST)
+
+test-kernels: VENV_PYTHON := .venv-kernels/bin/python
+test-kernels: ## build the CUDA kernels without a GPU, and the tests that can run beside them
+	VENV=.venv-kernels RELEASES=kernels CUDA_KERNELS=no scripts/setup-venv
+	VENV=.venv-kernels scripts/build-kernels
+	$(VENV_PYTHON) -m teacher_cache.stages.data.packaged.packages
+	$(VENV_PYTHON) -c 'import torch, causal_conv1d, mamba_ssm, selective_scan_cuda'
+	$(PYTEST) tests/stages/student tests/stages/teacher tests/stages/test_device.py
+	TRITON_INTERPRET=1 MAMBA_DETERMINISTIC=1 $(PYTEST) -m slow tests/stages/student/scans
 
 check: setup ## ruff, the pre-commit hooks and pyright
 	$(VENV_PYTHON) -m pre_commit run --all-files

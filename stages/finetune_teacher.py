@@ -26,7 +26,12 @@ from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.survey import survey
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.losses.distributions import widened
-from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.models.device import (
+    dtype_name,
+    recurrences_by_device,
+    resolve_device,
+    resolve_dtype,
+)
 from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.tokenizers import (
@@ -246,7 +251,7 @@ def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
             *(name, model.config.problem_type),
         )
         model.config.problem_type = ONE_OF_SEVERAL
-    return model
+    return recurrences_by_device(model)
 
 
 def _record(

@@ -13,9 +13,16 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.join import Joined, join
-from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
+from teacher_cache.stages.models.device import (
+    dtype_name,
+    missing_libraries,
+    resolve_device,
+    resolve_dtype,
+    warn_of_missing_kernels,
+)
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.pretrained import own_tokenizer
+from teacher_cache.stages.student.scans.dispatch import missing_kernels
 from teacher_cache.stages.tasks import task_named
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.tokenizers import save_tokenizer
@@ -218,6 +225,15 @@ def _trainer(
         measure=task.measure,
         uses_all_weights=config.student.pretrained is None,
     )
+    student = course.student.model
+    if args.device.type == "cuda":
+        is_ours = isinstance(student.config, MambaStudentConfig)
+        warn_of_missing_kernels(
+            student,
+            missing_kernels(student.config.arch, args.device)
+            if is_ours
+            else missing_libraries(student),
+        )
     return StudentTrainer(
         model=course.trained,
         args=args,

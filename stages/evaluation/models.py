@@ -27,7 +27,11 @@ from teacher_cache.stages.models.causal import (
     head_logits,
     language_model_batching,
 )
-from teacher_cache.stages.models.device import resolve_device, resolve_dtype
+from teacher_cache.stages.models.device import (
+    recurrences_by_device,
+    resolve_device,
+    resolve_dtype,
+)
 from teacher_cache.stages.models.inference import class_logits, classifier_batching
 from teacher_cache.stages.models.pretrained import (
     class_names,
@@ -153,7 +157,8 @@ class EvaluatedModel(ABC):
 
 def _load_model(run: Path, auto: Any) -> PreTrainedModel:
     try:
-        return auto.from_pretrained(str(run.resolve()), dtype=torch.float32)
+        model = auto.from_pretrained(str(run.resolve()), dtype=torch.float32)
+        return recurrences_by_device(model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the model in {run} cannot be loaded ({first_line(error)}): its files are damaged or "

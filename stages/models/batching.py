@@ -9,8 +9,9 @@ end (XLNet). So it is measured: documents alone against documents together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -59,12 +60,15 @@ class Batching:
             is not.
         counted_id: sequences share a pass only if they have it equally often.
         end_id: a sequence that ends with it shares a pass only with those of its length.
+        cost: how many times as long as the usual way it took when it was measured; None where that
+            way failed or nothing was measured.
     """
 
     rows: Rows = "padded"
     borders: tuple[int, ...] = ()
     counted_id: int | None = None
     end_id: int | None = None
+    cost: float | None = field(default=None, compare=False)
 
     def batches(self, sequences: Sequence[np.ndarray], *, max_tokens: int) -> list[np.ndarray]:
         """Indices of the sequences of each pass, the longest first; each index once.
@@ -104,7 +108,8 @@ class Batching:
         """For the log."""
         borders = " and ".join(f"{border:,}" for border in self.borders)
         of_one_side = f", never on both sides of {borders} tokens" if borders else ""
-        return SAID[self.rows] + of_one_side
+        cost = "" if self.cost is None else f" ({self.cost:.1f} times as long when it was measured)"
+        return SAID[self.rows] + of_one_side + cost
 
     def _kind(self, ids: np.ndarray) -> tuple[int, ...]:
         """Sequences of one kind share a pass."""
@@ -167,16 +172,35 @@ def measured_batching(
             "cached: give a model whose passes are repeatable (with hash_seed set, where its "
             "configuration has one)"
         )
+    usual: list[float] = []
     for candidate in candidates:
+        seconds: list[float] = []
         try:
-            if all(
-                _all_close(is_close, [list(read(trial, candidate))], [expected])
-                for trial, expected in zip(trials, alone, strict=True)
-            ):
-                return candidate
+            if _agrees(read, candidate, zip(trials, alone, strict=True), is_close, seconds):
+                times = sum(seconds[: len(usual)]) / sum(usual) if usual else None
+                return replace(candidate, cost=times)
         except (*MODEL_FAILURES, UserError) as error:
             logger.debug("%s, %s: %s", name, candidate, error)
+        if candidate is plain[0]:
+            usual = seconds
     raise AssertionError("the last candidate is what all were measured by")
+
+
+def _agrees(
+    read: Read,
+    batching: Batching,
+    trials: Iterable[tuple[Sequence[np.ndarray], Sequence[Tensor]]],
+    is_close: IsClose,
+    seconds: list[float],
+) -> bool:
+    """Whether trials are read as their documents alone; notes the seconds of each, to the last."""
+    for trial, expected in trials:
+        began = time.perf_counter()
+        found = list(read(trial, batching))
+        seconds.append(time.perf_counter() - began)
+        if not _all_close(is_close, [found], [expected]):
+            return False
+    return True
 
 
 def logits_close(found: Tensor, expected: Tensor) -> bool:

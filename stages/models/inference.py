@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput
 
 from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.stages.data.collation import pad_batch
@@ -223,6 +227,32 @@ def forward(
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=is_on):
         output = model(input_ids=input_ids.to(device), attention_mask=mask.to(device, torch.int64))
     return output.logits.float()
+
+
+def read_in_passes(model: PreTrainedModel, batching: Batching) -> None:
+    """Let a classifier in training read a batch in the passes that its batching asks for.
+
+    Its forward then takes `input_ids` [B, S], padded on the right, and `attention_mask`, and gives
+    logits [B, C].
+    """
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def run(input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> ModelOutput:
+        lengths = attention_mask.sum(dim=1).tolist()
+        rows = zip(input_ids.cpu().numpy(), lengths, strict=True)
+        sequences = [ids[:length] for ids, length in rows]
+        batches = batching.batches(sequences, max_tokens=input_ids.numel())
+        logits = []
+        for batch in batches:
+            idxs = torch.from_numpy(batch).to(input_ids.device)
+            width = len(sequences[batch[0]])  # the longest stands first
+            ids, mask = input_ids[idxs, :width], attention_mask[idxs, :width]
+            logits.append(whole(input_ids=ids, attention_mask=mask, **kwargs).logits)
+        back = torch.from_numpy(np.argsort(np.concatenate(batches))).to(input_ids.device)
+        return SequenceClassifierOutput(logits=torch.cat(logits)[back])
+
+    model.forward = run
 
 
 def classifier_batching(

@@ -18,6 +18,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.device import (
+    missing_libraries,
+    recurrences_by_device,
+    warn_of_missing_kernels,
+)
 from teacher_cache.stages.tokens.tokenizers import (
     WEIGHT_FILES,
     could_not_load,
@@ -144,6 +149,8 @@ def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
                 else:
                     parameter.data = parameter.data.float()
             module.register_forward_pre_hook(_widen)
+    if device.type == "cuda":
+        warn_of_missing_kernels(model, missing_libraries(model))
     return model.eval()
 
 
@@ -265,7 +272,7 @@ def load_model(
         )
     except LOADING_FAILURES as error:
         raise UserError(could_not_load(what, name, error, option="--teacher")) from error
-    return model, sorted(info["missing_keys"])
+    return recurrences_by_device(model), sorted(info["missing_keys"])
 
 
 def settle_pad_id(name: str, config: PreTrainedConfig, tokenizer: Tokenizer) -> int:

@@ -41,6 +41,7 @@ from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.data.labels import is_generic
 from teacher_cache.stages.models.batching import PADDED, Batching
 from teacher_cache.stages.models.causal import language_model_batching
+from teacher_cache.stages.models.device import recurrences_by_device
 from teacher_cache.stages.models.head import LanguageModelHead, LinearHead
 from teacher_cache.stages.models.pretrained import (
     base_of,
@@ -148,7 +149,7 @@ def pretrained_classifier(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load("classifier", name, error, option=OPTION)) from error
     refuse_missing_rows(name, model, max(max(tokenizer.get_vocab().values()), pad_id))
-    return model
+    return recurrences_by_device(model)
 
 
 def refuse_too_long(
@@ -333,7 +334,10 @@ def pretrained_language_model(
     refuse_missing_rows(name, model, highest_id)
     longest = min(max_length, num_positions(model) or max_length)  # `refuse_too_long` follows
     batching = language_model_batching(
-        f"hf:{name}", model.eval(), max_length=longest, num_ids=highest_id + 1
+        f"hf:{name}",
+        recurrences_by_device(model.eval()),
+        max_length=longest,
+        num_ids=highest_id + 1,
     )
     _check_head(name, model, highest_id=highest_id)
     return PretrainedLanguageModel(model=model, batching=batching)

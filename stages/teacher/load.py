@@ -363,8 +363,7 @@ class _Loading:
         """
         if batching.rows != self.kind.usual or batching.borders:
             logger.warning(
-                "%s (%s) does not keep documents apart that share a pass in the usual way: %s, "
-                "which takes longer",
+                "%s (%s) does not keep documents apart that share a pass in the usual way: %s",
                 self.config.teacher,
                 type(self.model).__name__,
                 batching,

@@ -19,6 +19,8 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.models.batching import Batching
+from teacher_cache.stages.models.inference import classifier_batching, read_in_passes
 from teacher_cache.stages.student import pretrained
 from teacher_cache.stages.student.build import build_student
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
@@ -167,10 +169,22 @@ def _pretrained(
     )
     pad_id = model.config.pad_token_id
     assert isinstance(pad_id, int), "pretrained_classifier settles it"
+    batching = classifier_batching(
+        f"hf:{name}",
+        model.eval(),
+        joined.tokenizer,
+        pad_id=pad_id,
+        max_length=joined.max_length,
+        plain=Batching(),
+    )
+    apart = batching.settings()
+    if apart:
+        logger.warning("hf:%s reads a text otherwise beside longer ones: %s", name, batching)
+        read_in_passes(model, batching)
     return StartingStudent(
         model=model,
         pad_id=pad_id,
-        settings={"arch": "hf", "start": pretrained.identity(model)},
+        settings={"arch": "hf", "start": pretrained.identity(model)} | apart,
         about={"start": config.student.arch},
     )
 

@@ -67,8 +67,16 @@ def samples_sha256(cache: Path, split: str) -> str:
         for name, value in sorted(sample.items()):
             if isinstance(value, np.ndarray):
                 value = f"{value.dtype} {value.shape} {value.tobytes().hex()}"
-            digest.update(f"{name}: {value!r}\n".encode())
+            digest.update(f"{name}: {_shown(value)}\n".encode())
     return digest.hexdigest()
+
+
+def _shown(value: Any) -> str:
+    """As NumPy 2 shows it; NumPy 1 shows a number as Python does, and bytes by another name."""
+    shown = repr(value)
+    if not isinstance(value, np.generic) or shown.startswith("np."):
+        return shown
+    return f"np.{shown}" if isinstance(value, np.void) else f"np.{type(value).__name__}({shown})"
 
 
 def run_values(run: Path) -> Json:

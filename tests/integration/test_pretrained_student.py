@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, TrainerCallback, pipeline
+from transformers import BertConfig, FNetConfig, TrainerCallback, pipeline
 
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
@@ -70,6 +70,24 @@ def test_the_folder_works_as_every_student(run: Path, bert_cache: Path, acl_imdb
     classify: Any = pipeline("text-classification", model=str(run), device="cpu")
     (found,) = classify("A fine film.")
     assert found["label"] in ("neg", "pos") and 0.5 <= found["score"] <= 1
+
+
+def test_one_that_minds_its_neighbours_is_trained_without_them(
+    tmp_path: Path, bert_cache: Path, bert_tokenizer: Any
+) -> None:
+    start, out = tmp_path / "fnet", tmp_path / "run"
+    FNetConfig(
+        vocab_size=len(bert_tokenizer),
+        pad_token_id=bert_tokenizer.pad_token_id,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+    ).save_pretrained(start)
+    bert_tokenizer.save_pretrained(start)
+    printed = done(*command(bert_cache, start, out))
+    assert "reads a text otherwise beside longer ones: only documents of equal length" in printed
+    record = read_run(out)
+    assert record.complete and record.settings["batching"] == {"rows": "equal", "borders": []}
 
 
 def test_training_moved_it_from_where_it_started(run: Path, start: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.device import recurrences_by_device
 from teacher_cache.stages.student.backbone import MambaStudentModel
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.interchange.weights import (
@@ -165,4 +166,4 @@ def _moved(
     moved = filled(target, config, tensors, source=source)
     if model.can_generate():
         moved.generation_config = copy.deepcopy(model.generation_config)
-    return moved.train(model.training)
+    return recurrences_by_device(moved.train(model.training))

@@ -78,6 +78,15 @@ def objection(kernel: Kernel, call: Call) -> str | None:
     return call.limit
 
 
+def missing_kernels(arch: str, device: torch.device) -> list[str]:
+    """What of a student's two kernels cannot be used on a GPU, and why: of each a note."""
+    scan = kernels.SSD if arch == "mamba2" else kernels.SELECTIVE
+    found = [
+        kernels.find(one, torch.empty(0, device=device)) for one in (scan, kernels.CONVOLUTION)
+    ]
+    return [one.note for one in found if one.function is None]
+
+
 def ssd(
     x: Tensor,
     dt: Tensor,

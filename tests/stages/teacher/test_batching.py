@@ -29,6 +29,7 @@ from transformers import (
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.models.batching import ALONE, PACKED, PADDED, Batching, log_probs_close
 from teacher_cache.stages.models.causal import language_model_batching
+from teacher_cache.stages.models.inference import read_in_passes
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.load import ClassificationTeacher, load_teacher
@@ -217,3 +218,34 @@ def test_close_logits() -> None:
     assert not log_probs_close(torch.tensor([[1.0, 2.1, -torch.inf, -1e9]]), exact)
     assert not log_probs_close(torch.tensor([[1.0, 2.0, 0.0, -1e9]]), exact)
     assert not log_probs_close(exact * torch.nan, exact)
+
+
+def test_a_classifier_in_training_reads_each_text_as_if_it_stood_alone() -> None:
+    torch.manual_seed(0)
+    config = FNetConfig(**SHAPE, vocab_size=50, hidden_dropout_prob=0.0)
+    model: Any = AutoModelForSequenceClassification.from_config(config)
+    names, ids = list(model.state_dict()), torch.randint(4, 50, (4, 9))
+    lengths = [4, 9, 7, 4]
+    mask = torch.stack([torch.arange(9) < length for length in lengths]).long()
+    alone = [model(ids[i : i + 1, :n]).logits for i, n in enumerate(lengths)]
+    together = model(ids, attention_mask=mask).logits
+    assert not torch.allclose(together, torch.cat(alone), atol=1e-3), "it minds its neighbours"
+
+    read_in_passes(model, Batching(rows="equal"))
+    found = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, torch.cat(alone))
+    weight = model.classifier.weight
+    (expected,) = torch.autograd.grad(torch.cat(alone).square().sum(), weight)
+    (gradient,) = torch.autograd.grad(found.square().sum(), weight)
+    torch.testing.assert_close(gradient, expected)
+    assert list(model.state_dict()) == names, "checkpoints are as they were"
+
+
+def test_what_a_batching_costs_is_measured_and_said() -> None:
+    model = tiny_language_model(FalconConfig(vocab_size=60, **SHAPE, alibi=True))
+    found = language_model_batching("it", model, max_length=90)
+    assert found == PADDED and found.cost is not None and found.cost > 0
+    assert f"({found.cost:.1f} times as long" in str(found)
+    assert found.to_json() == PADDED.to_json(), "a time is no property of a cache"
+    packs = tiny_language_model(LlamaConfig(vocab_size=60, **SHAPE))
+    assert language_model_batching("it", packs, max_length=90).cost is None
