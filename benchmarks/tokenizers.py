@@ -33,7 +33,7 @@ from benchmarks import machine
 from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.pipeline.reporting import quiet_libraries, reported
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packaged.packages import PackagedAsset, assets_folder, fetch
 from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.stages.data.packing import PackedSample, pack

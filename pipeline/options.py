@@ -32,6 +32,7 @@ from teacher_cache.stages.training.config import FinetuneOptions
 
 MissingLabels = Literal["refuse", "drop", "unlabeled"]
 TxtUnit = Literal["line", "paragraph", "document", "article"]
+Quoting = Literal["doubled", "escaped", "single", "none"]
 Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
 
 
@@ -73,6 +74,16 @@ class DataOptions(StageConfig):
         default="refuse",
         description="Documents without a label (null, empty or -1): refuse the data; drop them; or "
         "unlabeled, keep them for what the teacher says of them.",
+    )
+    quoting: Quoting | None = Field(
+        default=None,
+        description="How fields of csv and tsv are quoted: in quotes that are doubled inside them "
+        "or escaped by a backslash, in single quotes, or none, so that a quote is text. Default: "
+        "what the whole file is written in.",
+    )
+    columns: Names | None = Field(
+        default=None,
+        description="Names of all columns of csv and tsv without a header, comma-separated.",
     )
     max_samples: int | None = Field(
         default=None, ge=1, description="At most so many labelled documents, of a shuffled order."

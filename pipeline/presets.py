@@ -28,9 +28,10 @@ if TYPE_CHECKING:  # they import torch
 
 UNLABELED_SPLITS = ("unsupervised",)
 HELD_OUT_SPLITS = ("test", "validation")
-OF_COLUMNS = ("split", "text_column", "label_column")
+OF_FILES = ("quoting", "columns")
+OF_COLUMNS = ("split", "text_column", "label_column", *OF_FILES)
 OF_MEANING = ("label_names", "label_map", "missing_labels")
-OF_TEXT = ("data", "split", "text_column", "txt_unit", "max_samples")
+OF_TEXT = ("data", "split", "text_column", *OF_FILES, "txt_unit", "max_samples")
 OF_SECOND_CORPUS = ("unlabeled_split", "unlabeled_max_samples")
 
 
@@ -317,6 +318,7 @@ def _fallback_corpus(options: CacheTeacherOptions, data: str, task: KnownTask) -
 def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusConfig | None:
     """The corpus of `--unlabeled`, or the text without labels that comes with `--data`."""
     from teacher_cache.stages.data.corpus import CorpusConfig
+    from teacher_cache.stages.data.layout import file_kind
 
     takes_own = task.takes_unlabeled
     if options.unlabeled == "none" or (options.unlabeled is None and not takes_own):
@@ -335,6 +337,10 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
         own["split"], own["text_column"] = _own_unlabeled_split(data), options.corpus.text_column
         if own["split"] is None:
             return None
+    if data == options.corpus.data or options.corpus.data is None:
+        own |= {name: options.corpus.given.get(name) for name in OF_FILES}
+    elif file_kind(Path(data)) in (".csv", ".tsv"):
+        own["quoting"] = options.corpus.quoting
     if options.unlabeled_split:
         own["split"] = options.unlabeled_split
     if options.text.txt_unit:

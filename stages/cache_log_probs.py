@@ -32,7 +32,7 @@ from teacher_cache.cache.plan import LABELED, UNLABELED, ShardPlan
 from teacher_cache.cache.schema import Fields, language_model_schema
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.codecs.capture import packed_fields
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import pack_tokens, packing_settings
 from teacher_cache.stages.data.survey import CorpusReport
 from teacher_cache.stages.data.tokenization import token_ids, tokenize

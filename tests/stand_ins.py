@@ -6,8 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import CorpusConfig, Document, load_corpus
 
 CLASS_NAMES = ("neg", "pos")
 # Title and paragraphs of each article, by split.

@@ -18,7 +18,7 @@ from teacher_cache.cache.schema import Fields, Ragged, language_model_schema
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.codecs.capture import reduce_positions
 from teacher_cache.stages.codecs.sampled import uniforms
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.teacher_folder import write_tokenization
 from teacher_cache.stages.models.head import LanguageModelHead

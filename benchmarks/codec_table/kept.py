@@ -30,8 +30,7 @@ from teacher_cache.stages.codecs.capture import draws_of, reduce_positions
 from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.measure import kl_to_decoded
 from teacher_cache.stages.codecs.named import codec_of, room_of
-from teacher_cache.stages.data.corpus import load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document, load_corpus
 from teacher_cache.stages.data.packing import PackedSample, next_ids, pack
 from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import LanguageModelHead

@@ -26,8 +26,7 @@ from benchmarks.codec_table.rows import MAX_LENGTH, Scale
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.collation import pad_batch
-from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import CorpusConfig, Document, load_corpus
 from teacher_cache.stages.data.packing import pack
 from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.timing import interleaved
 from teacher_cache.stages.data.collation import pad_batch
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.evaluation.models import Classifier
 from teacher_cache.stages.models.inference import forward
 

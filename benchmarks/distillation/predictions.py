@@ -13,8 +13,7 @@ from torch import nn
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import CorpusConfig, Document, load_corpus
 from teacher_cache.stages.evaluation.config import EvaluateOptions
 from teacher_cache.stages.evaluation.models import (
     Classifier,

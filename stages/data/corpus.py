@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +19,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import SAMPLE_ID_BYTES
 from teacher_cache.stages.config import StageConfig
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.columns import (
+    columns_of,
+    refuse_a_document_as_header,
+    refuse_hidden_labels,
+)
+from teacher_cache.stages.data.delimited import Quoting
 from teacher_cache.stages.data.hub import Beginning
 from teacher_cache.stages.data.labels import (
     MISSING_LABEL,
@@ -31,17 +38,12 @@ from teacher_cache.stages.data.labels import (
 )
 from teacher_cache.stages.data.opening import SourceUnavailable
 from teacher_cache.stages.data.sources import Source, open_source
-from teacher_cache.stages.data.tables import plain_type
+from teacher_cache.stages.data.tables import Format
 
 logger = logging.getLogger(__name__)
 
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "document", "body", "comment")
-LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "target", "rating")
-# What the other text of a pair is called: by GLUE, SNLI, SQuAD, FEVER and sentence-transformers.
-_PARTNER = re.compile(
-    r"question|query|premise|hypothesis|context|passage|claim|evidence|answer"
-    r"|.*_pair|pair|(text|sentence|question)_?[12ab]"
-)
+# What of an id decides whether its sample is held out.
+PLACE_BYTES = 8
 _NUM_NAMED = 5  # files in a message
 _NUM_LOOKED_AT = 100  # texts, for labels in them
 # One `=` on each side; a heading of a lower level has more.
@@ -71,6 +73,13 @@ class CorpusConfig(StageConfig):
         description="what of a .txt file is a document: a line, a paragraph (between empty lines) "
         "or the whole file; or an article of WikiText, whose lines a table may hold too",
     )
+    quoting: Quoting | None = Field(
+        default=None,
+        description="how fields of csv and tsv are quoted; by default found out, or asked for",
+    )
+    columns: tuple[str, ...] | None = Field(
+        default=None, description="of csv and tsv without a header, the names of all columns"
+    )
     streamed: bool = Field(
         default=False,
         description="read no more of a hub data set than `max_samples` documents, the first in its "
@@ -95,6 +104,39 @@ class CorpusConfig(StageConfig):
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="of the documents' order, whatever the limit"
     )
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus.
+
+    Attributes:
+        text: as the source holds it.
+        source: a packaged or hub name with its revision, or a content hash; never a path.
+        split: the split it was read from.
+        position: its index in that split, before any shuffling or limit.
+        label: the class id, None in an unlabelled corpus.
+    """
+
+    text: str
+    source: str
+    split: str
+    position: int
+    label: int | None = None
+
+    @property
+    def sample_id(self) -> bytes:
+        """16 bytes that stay the same on every machine, in any order and under any limit.
+
+        Each part is hashed with its length in front, so no two different documents are encoded
+        alike: the start of SHA-256 over source, split, position and text.
+        """
+        digest = hashlib.sha256()
+        for part in (self.source, self.split, str(self.position), self.text):
+            encoded = part.encode("utf-8")
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+        return digest.digest()[:SAMPLE_ID_BYTES]
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,12 +281,16 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     source = open_source(
         config.source,
         config.split,
-        txt_unit="line" if config.txt_unit == "article" else config.txt_unit,
+        written=Format(
+            txt_unit="line" if config.txt_unit == "article" else config.txt_unit,
+            quoting=config.quoting,
+            columns=config.columns,
+        ),
         beginning=Beginning(num_rows=config.max_samples) if config.streamed else None,
     )
     if not source.schema.names:
         raise SourceUnavailable(f"{config.source!r} holds no documents: give another")
-    text_column, label_column = _columns_of(config, source.schema)
+    text_column, label_column = columns_of(config, source)
     table = source.read([text_column, *([label_column] if label_column else [])])
     if len(table) == 0:
         raise SourceUnavailable(
@@ -257,9 +303,12 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     _say(config, source, text_column, label_column)
     labels = None
     if config.labeled and label_column is None:
-        _refuse_hidden_labels(config, table[:_NUM_LOOKED_AT][text_column])
+        refuse_hidden_labels(config, table[:_NUM_LOOKED_AT][text_column])
     if label_column is not None:
-        labels = read_labels(_arrow(table), table.features, label_column, config.label_names)
+        labels = read_labels(
+            _arrow(table), table.features, label_column, config.label_names, config.label_map
+        )
+        refuse_a_document_as_header(config, source.schema, labels)
     # RandomState's streams never change between numpy versions, unlike Generator's.
     order = np.random.RandomState(config.seed).permutation(len(table))
     if config.streamed:  # of which no more is known than what was read
@@ -288,80 +337,10 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     )
 
 
-def _refuse_hidden_labels(config: CorpusConfig, texts: Sequence[str | None]) -> None:
-    """Refuse labels that stand in the texts: as fastText writes them, or before a tab.
-
-    Raises:
-        UserError: saying how to write them instead.
-    """
-    found = [text for text in texts if text and text.strip()]
-    num_tabs = {text.count("\t") for text in found}
-    if found and all(text.startswith("__label__") for text in found):
-        what = "begin with their labels (__label__...)"
-    elif len(found) > 1 and len(num_tabs) == 1 and num_tabs != {0}:
-        what = f"are rows of a table ({num_tabs.pop() + 1} fields between tabs)"
-    else:
-        return
-    raise UserError(
-        f"the texts of {config.source} {what}: write texts and labels as columns with a header, as "
-        "in a .tsv, or read them as they are with --unlabeled alone"
-    )
-
-
 def _arrow(table: datasets.Dataset) -> pa.Table:
     """Its rows, chosen ones in their order."""
     found = table.flatten_indices() if table._indices is not None else table
     return found.data.table
-
-
-def _columns_of(config: CorpusConfig, schema: pa.Schema) -> tuple[str, str | None]:
-    """The columns of texts and, where there are any, of labels."""
-    text_column = find_text_column(schema, config.text_column)
-    _check_pair(config, schema, text_column)
-    if not config.labeled:
-        return text_column, None
-    named = [name for name in schema.names if name.strip()]
-    if config.label_column is None and set(named) == {text_column}:
-        logger.info(
-            "%s has one column, %r: read as text without labels, of which the teacher alone is "
-            "learned",
-            config.source,
-            text_column,
-        )
-        return text_column, None
-    return text_column, find_label_column(schema, config.label_column)
-
-
-def _check_pair(config: CorpusConfig, schema: pa.Schema, text_column: str) -> None:
-    """Refuse a second text that a teacher of pairs reads; warn where the text is named.
-
-    Text without labels may be read for its own sake: there, too, a warning.
-
-    Raises:
-        UserError: naming both columns.
-    """
-    partners = [
-        name
-        for name in schema.names
-        if name != text_column
-        and _PARTNER.fullmatch(name.strip().lower())
-        and _is_text(schema, name)
-    ]
-    if not partners:
-        return
-    listed = " and ".join(sorted([*partners, text_column], key=schema.names.index))
-    if config.text_column is None and config.labeled:
-        raise UserError(
-            f"the columns {listed} of {config.source} look like a pair, and a sample is one text: "
-            f"write both into one column, or read {text_column!r} alone with --text-column "
-            f"{text_column}"
-        )
-    logger.warning(
-        "the columns %s of %s look like a pair: %r alone is read",
-        listed,
-        config.source,
-        text_column,
-    )
 
 
 def _say(config: CorpusConfig, source: Source, text_column: str, label_column: str | None) -> None:
@@ -417,63 +396,6 @@ def load_with_fallback(
     raise SourceUnavailable(
         reasons[0] if len(reasons) == 1 else f"no source could be loaded; {'; '.join(reasons)}"
     )
-
-
-def find_text_column(schema: pa.Schema, wanted: str | None) -> str:
-    """The column to read texts from: the wanted one, or the first of the usual names.
-
-    Raises:
-        UserError: if it is not there or does not hold text; the columns there are get named.
-    """
-    name = _find_column(schema, wanted, TEXT_COLUMNS, option="--text-column")
-    if not _is_text(schema, name):
-        raise UserError(
-            f"the column {name!r} holds {schema.field(name).type}, expected text: name another one "
-            f"with --text-column ({_listed(schema)})"
-        )
-    return name
-
-
-def _is_text(schema: pa.Schema, name: str) -> bool:
-    return schema.names.count(name) == 1 and pa.types.is_string(plain_type(schema.field(name).type))
-
-
-def find_label_column(schema: pa.Schema, wanted: str | None) -> str:
-    """The column to read labels from: the wanted one, or the first of the usual names.
-
-    Raises:
-        UserError: if it is not there; the columns there are get named.
-    """
-    without = "; or give text without labels as --unlabeled alone"
-    return _find_column(schema, wanted, LABEL_COLUMNS, option="--label-column", or_else=without)
-
-
-def _find_column(
-    schema: pa.Schema, wanted: str | None, usual: Sequence[str], *, option: str, or_else: str = ""
-) -> str:
-    names = schema.names
-    if wanted is not None and wanted not in names:
-        raise UserError(
-            f"there is no column {wanted!r} ({_listed(schema)}): {did_you_mean(wanted, names)}"
-        )
-    plain = [name.strip().lower() for name in names]
-    called = wanted or next((names[plain.index(one)] for one in usual if one in plain), None)
-    if called is None:
-        raise UserError(
-            f"no column is called {', '.join(usual[:-1])} or {usual[-1]}: name the right one with "
-            f"{option} ({_listed(schema)}){or_else}"
-        )
-    alike = [one for one in names if one.strip().lower() == called.strip().lower()]
-    if names.count(called) > 1 or (wanted is None and len(alike) > 1):
-        raise UserError(
-            f"several columns are called {called!r} ({_listed(schema)}): "
-            f"{'rename one' if names.count(called) > 1 else f'name one with {option}'}"
-        )
-    return called
-
-
-def _listed(schema: pa.Schema) -> str:
-    return f"the columns are {', '.join(schema.names)}" if schema.names else "there are no columns"
 
 
 def join_articles(lines: Iterable[str | None]) -> list[str]:

@@ -24,6 +24,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORE
 # What a teacher of ratings calls its classes: `1 star`, `2 stars`.
 _LEADING_INTEGER = re.compile(r"[+-]?\d+(?=$|[ _-])", re.ASCII)
 _TRUTH = {"false": 0, "true": 1}
+# How pandas and numpy write that there is no value; the second are words of some classes, too.
+_NOTHING, _NOTHING_AMONG_NUMBERS = {"nan", "<na>"}, {"none", "null", "na", "n/a"}
 _NUM_NAMED = 5  # labels in a message
 
 
@@ -152,7 +154,11 @@ def spelled(name: str) -> str:
 
 
 def read_labels(
-    table: pa.Table, features: Features, column: str, label_names: Sequence[str] | None
+    table: pa.Table,
+    features: Features,
+    column: str,
+    label_names: Sequence[str] | None = None,
+    label_map: Sequence[str] | None = None,
 ) -> Labels:
     """Read a label column whole; null, an empty text and -1 are no label.
 
@@ -161,6 +167,7 @@ def read_labels(
         features: its columns' types; a class feature brings its names.
         column: the label column.
         label_names: the user's names in class-id order, if any were given.
+        label_map: as in `map_labels`; a number that it names is a label, -1 too.
 
     Raises:
         UserError: if labels are neither integers nor names, or fall outside `label_names`.
@@ -170,9 +177,14 @@ def read_labels(
     if isinstance(feature, ClassLabel):
         ids = _with_missing(values, column)
         return _reorder(Labels(ids, tuple(feature.names), names_are_ordered=True), label_names)
+    if pa.types.is_boolean(values.type):
+        values = pc.cast(values, pa.string())
+    names_missing = any(_pair(one)[0] == str(MISSING_LABEL) for one in label_map or ())
+    if names_missing and pa.types.is_integer(values.type):
+        values = pc.cast(values, pa.string())
     if _holds_text(values.type):
-        return _read_text(values, column, label_names)
-    if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
+        return _read_text(values, column, label_names, are_names=names_missing)
+    if pa.types.is_integer(values.type):
         return _from_integers(_with_missing(values, column), column, label_names)
     numeric = (pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
     if any(is_kind(values.type) for is_kind in numeric):
@@ -212,9 +224,9 @@ def settle_missing(
     if num_missing and (policy == "refuse" or (policy == "drop" and num_missing == num)):
         raise UserError(
             f"{num_missing:,} of {num:,} documents have no label in column {column!r} (null or "
-            "-1): leave them out with --missing-labels drop, keep them for what the teacher says "
-            "with --missing-labels unlabeled, read the whole as --unlabeled, or name another split "
-            "or --label-column"
+            "-1, unless --label-map names it): leave them out with --missing-labels drop, keep "
+            "them for what the teacher says with --missing-labels unlabeled, read the whole as "
+            "--unlabeled, or name another split or --label-column"
         )
     if num_missing == num:
         return None, keeps_all
@@ -260,22 +272,34 @@ def _refuse_fractions(numbers: np.ndarray, column: str) -> None:
         )
 
 
-def _read_text(values: pa.ChunkedArray, column: str, label_names: Sequence[str] | None) -> Labels:
-    """Names, or integers written as text (every csv holds nothing else)."""
+def _read_text(
+    values: pa.ChunkedArray,
+    column: str,
+    label_names: Sequence[str] | None,
+    *,
+    are_names: bool = False,
+) -> Labels:
+    """Names, or integers written as text (every csv holds nothing else) unless they are names."""
     # pyarrow makes its compute functions at import, where pyright cannot see them.
     trim = pc.utf8_trim_whitespace  # pyright: ignore[reportAttributeAccessIssue]
     stripped = pc.fill_null(trim(values), "")
     encoded = stripped.combine_chunks().dictionary_encode()
-    written = encoded.dictionary.to_pylist()
     codes = encoded.indices.to_numpy(zero_copy_only=False)
+    written = ["" if one.lower() in _NOTHING else one for one in encoded.dictionary.to_pylist()]
     present = [name for name in written if name]
-    if all(_NUMBER.fullmatch(name) for name in present):
-        if not all(_INTEGER.fullmatch(name) for name in present):
-            _refuse_fractions(np.array([float(name) for name in present]), column)
-        numbers = [int(float(name)) if name else MISSING_LABEL for name in written]
-        return _from_integers(np.array(numbers, dtype=np.int64)[codes], column, label_names)
-    # A number among names that is no label, as in the integers.
-    written = ["" if name == str(MISSING_LABEL) else name for name in written]
+    says_truth = _TRUTH.keys() & {name.lower() for name in label_names or ()}
+    if not says_truth and {name.lower() for name in present} <= _TRUTH.keys():
+        written = [str(_TRUTH[name.lower()]) if name else name for name in written]
+        present = [name for name in written if name]
+    numbers = [name for name in present if name.lower() not in _NOTHING_AMONG_NUMBERS]
+    if not are_names and all(map(_NUMBER.fullmatch, numbers)) and (numbers or not present):
+        if not all(map(_INTEGER.fullmatch, numbers)):
+            _refuse_fractions(np.array([float(name) for name in numbers]), column)
+        id_of = {name: int(float(name)) for name in numbers}
+        ids = [id_of.get(name, MISSING_LABEL) for name in written]
+        return _from_integers(np.array(ids, dtype=np.int64)[codes], column, label_names)
+    if not are_names:  # a number among names that is no label, as in the integers
+        written = ["" if name == str(MISSING_LABEL) else name for name in written]
     present = [name for name in written if name]
     _refuse_several(present, column)
     names = tuple(label_names) if label_names is not None else tuple(sorted(present))
@@ -293,15 +317,22 @@ def _read_text(values: pa.ChunkedArray, column: str, label_names: Sequence[str] 
 
 
 def _refuse_several(names: Sequence[str], column: str) -> None:
-    """Refuse what names several labels: a list, or a name made of the others.
+    """Refuse what names several labels: a list, or a name made of others or of parts of others.
+
+    A comma may be part of a name, as in `Albany, NY`.
 
     Raises:
         UserError: naming one.
     """
+    parts = {name: [part.strip() for part in re.split(r"[,;|]", name)] for name in names}
+    num = Counter(part for name in names for part in {*parts[name]})
     for name in names:
-        parts = [part.strip() for part in re.split(r"[,;|]", name)]
         is_list = name[0] in "[(" and name[-1] in ")]"
-        if is_list or (len(parts) > 1 and set(parts) <= {*names}):
+        is_made = len(parts[name]) > 1 and (
+            {*parts[name]} <= {*names}
+            or (re.search("[;|]", name) and any(num[one] > 1 for one in parts[name]))
+        )
+        if is_list or is_made:
             raise UserError(
                 f"the label column {column!r} holds {name!r}, several labels a document "
                 "(multi-label), which are not served: write one of them"
@@ -389,6 +420,9 @@ def map_labels(
             f"names ({_listed(teacher_id2label)}): give the labels in the order of its classes, "
             f"for example --label-names {','.join(names)}"
         )
+    if all(map(_INTEGER.fullmatch, names)):  # of a class feature
+        by_number = _of_integers([int(float(name)) for name in names], teacher_id2label)
+        return {name: by_number[int(float(name))] for name in names}
     if all(map(_GENERIC_NAME.fullmatch, names)):
         # Placeholders of transformers are the ids that they name.
         numbers = {name: int(name.rpartition("_")[2]) for name in names}
@@ -451,6 +485,12 @@ def _number_in(name: str) -> int | None:
     return int(found[0]) if found else None
 
 
+def _pair(pair: str) -> tuple[str, str]:
+    """A label and a class of `--label-map`; the first is empty if there is no `=`."""
+    label, _, called = pair.rpartition("=")
+    return label.strip(), called.strip()
+
+
 def _by_map(
     values: Sequence[str] | Sequence[int],
     label_map: Sequence[str],
@@ -465,16 +505,17 @@ def _by_map(
     by_name |= {name: class_id for class_id, name in teacher_id2label.items()}
     given: dict[str, int] = {}
     for pair in label_map:
-        label, equals, called = (part.strip() for part in pair.rpartition("="))
+        label, called = _pair(pair)
         class_id = by_name.get(called, by_name.get(spelled(called)))
         if class_id is None and called.isdecimal() and int(called) in teacher_id2label:
             class_id = int(called)
-        if not equals or not label or class_id is None:
+        if not label or class_id is None:
             raise UserError(
                 f"--label-map has {pair!r}, expected a label and one of the teacher's classes "
                 f"({_listed(teacher_id2label)}), as in '{values[0]}={teacher_id2label[0]}'"
             )
         given.setdefault(spelled(label), class_id)
+        given.setdefault(str(_TRUTH.get(spelled(label))), class_id)
         given[label] = class_id
     of_value = {value: given.get(str(value), given.get(spelled(str(value)))) for value in values}
     missing = [str(value) for value, class_id in of_value.items() if class_id is None]
@@ -497,14 +538,16 @@ def _class_id(name: str, teacher_id2label: Mapping[int, str]) -> int | None:
     own = {class_id: spelled(label) for class_id, label in teacher_id2label.items()}
     same = [class_id for class_id, label in teacher_id2label.items() if label == name]
     exact = [class_id for class_id, label in own.items() if label == wanted]
-    alike = [
-        class_id
-        for class_id, label in own.items()
-        if min(len(label), len(wanted)) >= SHORTEST_BEGINNING
-        and (label.startswith(wanted) or wanted.startswith(label))
-    ]
+    alike = [class_id for class_id, label in own.items() if _is_beginning(label, wanted)]
     matches = same or exact or alike
     return matches[0] if len(matches) == 1 else None
+
+
+def _is_beginning(one: str, other: str) -> bool:
+    """Whether one is the other cut short within a word, as `neg` is."""
+    short, long = sorted((one, other), key=len)
+    is_begun = len(short) >= SHORTEST_BEGINNING and long.startswith(short)
+    return is_begun and long[len(short) :].isalpha()
 
 
 def is_generic(teacher_id2label: Mapping[int, str]) -> bool:

@@ -11,7 +11,14 @@ from pathlib import Path
 import datasets
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.opening import COMPRESSED, ROLE_OF, choose_split, split_role
+from teacher_cache.stages.data.opening import (
+    COMPRESSED,
+    LONGEST_BEGIN,
+    ROLE_OF,
+    choose_split,
+    encoding_of,
+    split_role,
+)
 from teacher_cache.stages.data.tables import TABULAR
 
 # The hub writes a split as `train-00000-of-00003.parquet`.
@@ -187,6 +194,9 @@ def layout_of_folder(folder: Path) -> Layout:
             no text that can be read.
     """
     layout = Layout()
+    only = _only_folder(folder)
+    if only is not None:
+        return layout_of_folder(only)
     if (folder / SAVED_SPLITS).is_file() or (folder / SAVED).is_file():
         inner = [path for path in _sub_folders(folder) if (path / SAVED).is_file()]
         layout.splits = {path.name: Saved(path) for path in inner} or {"train": Saved(folder)}
@@ -200,6 +210,15 @@ def layout_of_folder(folder: Path) -> Layout:
                 layout.leave_out(path, "beside the folders of the classes")
         return layout
     return layout_of_files(files, folder, layout)
+
+
+def _only_folder(folder: Path) -> Path | None:
+    """The folder in this one that all its data are in, if it is neither a split's nor a class's."""
+    inner = _sub_folders(folder)
+    if len(inner) != 1 or split_role(inner[0].name) is not None or not _sub_folders(inner[0]):
+        return None
+    here = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    return None if here else inner[0]
 
 
 def _names_splits(folder: Path, files: Sequence[Path]) -> bool:
@@ -412,9 +431,10 @@ def read_class_folders(folders: Sequence[ClassFolder]) -> tuple[datasets.Dataset
 
 def _decode(content: bytes, path: Path) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.decode(encoding_of(content[:LONGEST_BEGIN]))
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path.parent.name}/{path.name} is not UTF-8 text ({error.reason} at byte "
-            f"{error.start}): save it as UTF-8"
+            f"{path.parent.name}/{path.name} is not UTF-8 text ({error}): save it as UTF-8"
         ) from error
+    except UnicodeError as error:
+        raise UserError(f"{path.parent.name}/{path.name} is no text: {error}") from error

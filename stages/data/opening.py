@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import hashlib
 import lzma
@@ -93,11 +94,21 @@ def choose_split(splits: Sequence[str], wanted: str | None, source: str) -> str:
             f"{source} has several splits that may be {asked!r} ({', '.join(alike)}): name one "
             "with --split, or files with a pattern such as 'folder/train*.csv'"
         )
+    if wanted is not None and "+" in wanted:
+        raise several_splits(wanted)
     if wanted is not None:
         raise UserError(
             f"{source} has no split {wanted!r} ({listed}): {did_you_mean(wanted, splits)}"
         )
     raise UserError(f"{source} has no split 'train' ({listed}): name the split to read")
+
+
+def several_splits(wanted: str) -> UserError:
+    """The sentence on splits that are joined as `datasets` does."""
+    return UserError(
+        f"--split {wanted} joins splits, and one is read at a time: name one of them, or give "
+        "files of several as one pattern, such as 'folder/[te]*.csv'"
+    )
 
 
 def content_hash(files: Sequence[Path]) -> str:
@@ -139,6 +150,49 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {
 """How a compressed file is opened, by its extension."""
 
 
+_MARKS = {  # the longer ones first, whose beginning a shorter one is
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# What a file is that begins so, and no text; what is known by its name ends in that.
+_FOREIGN = {
+    b"version https://git-lfs": "a pointer of git-lfs in the place of the file: run `git lfs pull`",
+    b"\x1f\x8b": "compressed by gzip: end its name in .gz",
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as csv",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet: save it as csv",
+    b"PAR1": "parquet: end its name in .parquet",
+    b"ARROW1": "arrow: end its name in .arrow",
+    b"\xfd7zXZ": "compressed by xz: end its name in .xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: end its name in .zst",
+    b"SQLite format 3": "a data base: export a table as csv",
+    b"%PDF-": "a PDF: save its text",
+}
+LONGEST_BEGIN = 32  # bytes that tell
+
+
+def foreign(begin: bytes) -> str | None:
+    """What a file is that begins so, and what to do with it; None if it may be text."""
+    return next((what for mark, what in _FOREIGN.items() if begin.startswith(mark)), None)
+
+
+def encoding_of(begin: bytes) -> str:
+    """How a text is encoded that begins so: in UTF-8, unless a byte-order mark says otherwise.
+
+    Args:
+        begin: its first `LONGEST_BEGIN` bytes.
+
+    Raises:
+        UnicodeError: if it is no text, or its first two bytes are a Latin letter's in UTF-16.
+    """
+    if found := foreign(begin):
+        raise UnicodeError(f"it is {found}")
+    if begin[:2].count(0) == 1:
+        raise UnicodeError("it seems to be UTF-16 without a byte-order mark: save it as UTF-8 text")
+    return next((name for mark, name in _MARKS.items() if begin.startswith(mark)), "utf-8-sig")
+
+
 @contextmanager
 def open_text(path: Path, kind: str, newline: str | None = None) -> Iterator[TextIO]:
     """A text file, compressed or not, without a byte-order mark.
@@ -149,26 +203,31 @@ def open_text(path: Path, kind: str, newline: str | None = None) -> Iterator[Tex
         newline: as in `open`.
 
     Raises:
-        UserError: if it is not UTF-8, naming the line, or not compressed as it is called.
+        UserError: if it is neither UTF-8 nor UTF-16 or UTF-32 with its mark, naming the line; or
+            not compressed as it is called.
     """
     opener = COMPRESSED.get(path.suffix.lower(), lambda one: one.open("rb"))
     try:
-        with opener(path) as stream, TextIOWrapper(stream, "utf-8-sig", newline=newline) as text:
+        with opener(path) as stream:
+            encoding = encoding_of(stream.read(LONGEST_BEGIN))
+        with opener(path) as stream, TextIOWrapper(stream, encoding, newline=newline) as text:
             yield text
     except UnicodeDecodeError as error:
-        raise unreadable(
-            path, kind, f"{error}, in line {_first_bad_line(opener, path)}", "save it as UTF-8 text"
-        ) from error
+        reason = f"{error}, in line {_bad_line(opener, path)}"
+        raise unreadable(path, kind, reason, "save it as UTF-8 text") from error
+    except UnicodeError as error:
+        raise UserError(f"{path.name} cannot be read as {kind.lstrip('.')}: {error}") from error
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise unreadable(path, kind, root_cause(error)) from error
 
 
-def _first_bad_line(opener: Callable[[Path], Any], path: Path) -> int:
-    number = 0
+def _bad_line(opener: Callable[[Path], Any], path: Path) -> int:
+    """The first line that cannot be decoded."""
     with opener(path) as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return number
+        content = stream.read()
+    encoding = encoding_of(content[:LONGEST_BEGIN])
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        content = content[: error.start]
+    return content.decode(encoding, "ignore").count("\n") + 1

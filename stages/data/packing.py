@@ -28,7 +28,7 @@ import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL, SAMPLE_ID_BYTES
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.tokenization import token_ids
 from teacher_cache.stages.tokens.frame import reads_letters_alone, surroundings
 

@@ -43,10 +43,11 @@ from teacher_cache.stages.data.opening import (
     content_hash,
     quiet_datasets,
     root_cause,
+    several_splits,
     split_role,
 )
 from teacher_cache.stages.data.packaged import austen, reviews
-from teacher_cache.stages.data.tables import Table, TxtUnit, table_of
+from teacher_cache.stages.data.tables import Format, table_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ _PACKAGED = {
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?(@[\w./-]+)?")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
+_USUAL = Format()
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tbz2", ".txz")
 
 
@@ -79,6 +81,7 @@ class Source:
         part: of the split, as `datasets` writes it (`[:10%]`); None is all of it.
         notes: what a person is told of how it is read.
         left_out: files that are not, by the reason.
+        folders: that its files lie in, where those are several.
     """
 
     schema: pa.Schema
@@ -89,6 +92,7 @@ class Source:
     part: str | None = None
     notes: Sequence[str] = ()
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    folders: Sequence[str] = ()
 
     def rows(self, num: int) -> range:
         """Of a split of so many, those that were asked for.
@@ -145,7 +149,7 @@ def open_source(
     source: str,
     split: str | None,
     *,
-    txt_unit: TxtUnit = "line",
+    written: Format = _USUAL,
     beginning: Beginning | None = None,
 ) -> Source:
     """Find one split of a source.
@@ -154,26 +158,28 @@ def open_source(
         source: `reviews`, `austen`, a file, a pattern of files, a folder or archive of them, a URL
             of any of these, or a hub id (`id:subset@revision`), tried in this order.
         split: its name, None for `train` or the only one; a part of it as in `train[:10%]`.
-        txt_unit: what of a .txt file is a document.
+        written: how its files are.
         beginning: stream only this part of a hub data set.
 
     Raises:
         SourceUnavailable: if there is no such source, or nothing in it.
-        UserError: if it has no such split, cannot be read, or has no .txt files for `txt_unit`.
+        UserError: if it has no such split, cannot be read, or has no files that heed `written`.
     """
     name, part = _sliced(split)
-    found = _open(source, name, txt_unit, beginning)
+    found = _open(source, name, written, beginning)
     if beginning is not None and found.identity["kind"] != "hub":
         raise UserError(f"{source!r} is here, so nothing of it has to be streamed: read it whole")
     if beginning is not None and part:
         raise UserError(
             f"--split {split} is a part, and a streamed text is read from its beginning"
         )
-    if txt_unit != "line" and "txt_unit" not in found.identity:
-        raise UserError(
-            f"--txt-unit {txt_unit} is for .txt files, and {source!r} is read from none: leave it "
-            "out, or give text files"
-        )
+    for name, value in written.given.items():
+        if name not in found.identity:
+            kinds = ".txt" if name == "txt_unit" else ".csv and .tsv"
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} is for {kinds} files, and {source!r} is read "
+                "from none: leave it out, or give such files"
+            )
     if part is None:
         return found
     # Absent where all is read, so that caches from before it keep their fingerprints.
@@ -184,20 +190,22 @@ def _sliced(split: str | None) -> tuple[str | None, str | None]:
     """A split's name and, behind it, the part that is asked for."""
     if split is None or not split.endswith("]"):
         return split, None
+    if "]+" in split:
+        raise several_splits(split)
     name, _, part = split.partition("[")
     return name or None, f"[{part}"
 
 
-def _open(source: str, split: str | None, txt_unit: TxtUnit, beginning: Beginning | None) -> Source:
+def _open(source: str, split: str | None, written: Format, beginning: Beginning | None) -> Source:
     if source in _PACKAGED:
         return _open_packaged(source, split)
     with _permitted(source):
         path = _located(source)
         layout = _layout(path)
         if layout is not None:
-            return _open_layout(layout, path.name, split, txt_unit)
+            return _open_layout(layout, path.name, split, written)
         if path.is_file():
-            return _open_file(path, split, txt_unit)
+            return _open_file(path, split, written)
     if not _HUB_ID.fullmatch(source) or file_kind(path) is not None:
         raise SourceUnavailable(
             f"there is no file or folder {source!r}: check the path, or give a data set of the hub"
@@ -236,14 +244,14 @@ def _open_packaged(name: str, split: str | None) -> Source:
     return _source_of(table, chosen, f"{name}@{revision}", identity)
 
 
-def _open_file(path: Path, split: str | None, txt_unit: TxtUnit) -> Source:
+def _open_file(path: Path, split: str | None, written: Format) -> Source:
     if file_kind(path) is None:
         raise UserError(
             f"{path.name} has an unknown extension, expected one of {known_extensions()}, or an "
             f"archive ({', '.join(_ARCHIVES)}): convert or rename the file"
         )
     chosen = choose_split([split_name(path)], split, path.name)
-    return _local_files("file", Files((path,)), chosen, txt_unit)
+    return _local_files("file", Files((path,)), chosen, written)
 
 
 def _located(source: str) -> Path:
@@ -273,17 +281,22 @@ def _layout(path: Path) -> Layout | None:
     return layout
 
 
-def _open_layout(layout: Layout, name: str, split: str | None, txt_unit: TxtUnit) -> Source:
+def _open_layout(layout: Layout, name: str, split: str | None, written: Format) -> Source:
     chosen, found = layout.choose(split, name)
-    source = _opened(found, chosen, txt_unit)
-    others = [one for one in layout.splits if one != chosen]
+    source = _opened(found, chosen, written)
+    read = found.paths if isinstance(found, Files) else ()
+    others = [
+        name
+        for name, one in layout.splits.items()
+        if name != chosen and not (isinstance(one, Files) and {*one.paths} <= {*read})
+    ]
     notes = [f"other splits there: {', '.join(others)}"] if others else []
     return dataclasses.replace(source, notes=[*source.notes, *notes], left_out=layout.left(chosen))
 
 
-def _opened(found: Split, chosen: str, txt_unit: TxtUnit) -> Source:
+def _opened(found: Split, chosen: str, written: Format) -> Source:
     if isinstance(found, Files):
-        return _local_files("folder", found, chosen, txt_unit)
+        return _local_files("folder", found, chosen, written)
     if isinstance(found, Saved):
         return _saved(found, chosen)
     table, digest = read_class_folders(cast(tuple[ClassFolder, ...], found))
@@ -306,20 +319,20 @@ def _saved(found: Saved, chosen: str) -> Source:
     return _source_of(table, chosen, f"sha256:{digest}", _identity("folder", digest, chosen))
 
 
-def _local_files(kind: str, files: Files, split: str, txt_unit: TxtUnit) -> Source:
-    table: Table = table_of(files.paths, files.kind, txt_unit)
+def _local_files(kind: str, files: Files, split: str, written: Format) -> Source:
+    table = table_of(files.paths, files.kind, written)
+    folders = sorted({path.parent.name for path in files.paths})
     digest = content_hash(files.paths)
-    identity = _identity(kind, digest, split)
-    if txt_unit != "line" and files.kind == ".txt":
-        # Absent where it is the default, so that caches from before it keep their fingerprints.
-        identity["txt_unit"] = txt_unit
+    # What is at its default is absent, so that caches from before it keep their fingerprints.
+    identity = {**_identity(kind, digest, split), **table.given}
     return Source(
         schema=table.schema,
-        read=lambda names: table.read(names, digest, txt_unit=txt_unit),
+        read=lambda names: table.read(names, digest),
         split=split,
         label=f"sha256:{digest}",
         identity=identity,
         notes=[*([f"files read: {table.named}"] if len(files.paths) > 1 else []), *table.notes],
+        folders=folders if len(folders) > 1 else (),
     )
 
 

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from teacher_cache.cache.plan import views_split
 from teacher_cache.stages.config import StageConfig
-from teacher_cache.stages.data.corpus import Corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.data.views import views_of
 

@@ -15,8 +15,9 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import datasets
 import pyarrow as pa
@@ -25,18 +26,44 @@ import pyarrow.parquet as pq
 from datasets import config as datasets_config
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.delimited import Delimited
+from teacher_cache.stages.data.delimited import Delimited, Quoting
 from teacher_cache.stages.data.opening import (
+    LONGEST_BEGIN,
     SourceUnavailable,
+    foreign,
     open_text,
     root_cause,
     unreadable,
 )
 
 TxtUnit = Literal["line", "paragraph", "document"]
+FROM_FIRST_LINE = b"from_first_line"  # of a schema's metadata: its names may be a document
 _ROWS = 1000  # of a batch
 _CHARACTERS = 10 << 20  # of a text file, read at a time
-_VERSION = "1"  # of how files are read: copies of another one are not used
+_VERSION = "2"  # of how files are read: copies of another one are not used
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a person says of how files are written.
+
+    Attributes:
+        txt_unit: what of a text file is a document.
+        quoting: of csv and tsv; None: find out.
+        columns: of csv and tsv without a header, their names; None: there is one.
+    """
+
+    txt_unit: TxtUnit = "line"
+    quoting: Quoting | None = None
+    columns: tuple[str, ...] | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """By name, what is not left as it is."""
+        unit = None if self.txt_unit == "line" else self.txt_unit
+        columns = None if self.columns is None else ",".join(self.columns)
+        found = {"txt_unit": unit, "quoting": self.quoting, "columns": columns}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Table(ABC):
@@ -47,12 +74,18 @@ class Table(ABC):
         notes: what a person is told of how they are read.
     """
 
-    kind: str
+    heeds: ClassVar[tuple[str, ...]] = ()  # of `Format`
 
-    def __init__(self, files: Sequence[Path], kind: str):
+    def __init__(self, files: Sequence[Path], kind: str, written: Format):
         self.files = files
         self.kind = kind
+        self.written = written
         self.notes: list[str] = []
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Of what a person says of the files, what decides how these are read."""
+        return {name: value for name, value in self.written.given.items() if name in self.heeds}
 
     @functools.cached_property
     @abstractmethod
@@ -78,13 +111,12 @@ class Table(ABC):
         features = datasets.Features({name: own if own is not None else _feature(kept)})
         return features, features.arrow_schema.field(name).type
 
-    def read(self, names: Sequence[str], content_sha256: str, **how: str) -> datasets.Dataset:
+    def read(self, names: Sequence[str], content_sha256: str) -> datasets.Dataset:
         """These columns, from the disk.
 
         Args:
             names: of the columns.
             content_sha256: of the files.
-            how: else the rows depend on.
 
         Raises:
             SourceUnavailable: if there are no rows.
@@ -94,7 +126,8 @@ class Table(ABC):
         for name in names:
             features |= self.field(name)[0]
         schema = features.arrow_schema
-        key = json.dumps([_VERSION, datasets.__version__, self.kind, list(names), how, str(schema)])
+        how = [self.kind, self.given, list(names), str(schema)]
+        key = json.dumps([_VERSION, datasets.__version__, *how])
         folder = Path(datasets_config.HF_DATASETS_CACHE) / "teacher_cache" / content_sha256[:16]
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
         if not path.exists():
@@ -193,17 +226,25 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
 class Delimiteds(Table):
     """csv and tsv; every field is text: `NA` stays one, `007` too."""
 
+    heeds = ("quoting", "columns")
+
     @functools.cached_property
     def _delimited(self) -> list[Delimited]:
-        found = [Delimited.of(path, "\t" if self.kind == ".tsv" else ",") for path in self.files]
+        separator = "\t" if self.kind == ".tsv" else ","
+        how = self.written
+        found = [
+            Delimited.of(path, separator, quoting=how.quoting, columns=how.columns)
+            for path in self.files
+        ]
         for one in found:
             self.notes += one.notes
         return found
 
     @functools.cached_property
     def schema(self) -> pa.Schema:
-        """Of the first file."""
-        return pa.schema([(name, pa.string()) for name in self._delimited[0].header])
+        """Of the first file; where its first line names them, that is said beside."""
+        read = None if self.written.columns else {FROM_FIRST_LINE: b""}
+        return pa.schema([(name, pa.string()) for name in self._delimited[0].header], read)
 
     def columns(self, names: Sequence[str]) -> Iterator[list[Any]]:
         """Fields; an empty one is none."""
@@ -440,15 +481,19 @@ class Arrows(Table):
                 batches = reader = pa.ipc.open_stream(source)
             return reader.schema, lambda names: (batch.select(list(names)) for batch in batches)
         except (pa.ArrowException, OSError) as error:
-            raise unreadable(path, self.kind, root_cause(error)) from error
+            with path.open("rb") as stream:
+                instead = foreign(stream.read(LONGEST_BEGIN))
+            if instead is None or instead.endswith(self.kind):
+                raise unreadable(path, self.kind, root_cause(error)) from error
+            raise UserError(
+                f"{path.name} is no {self.kind.lstrip('.')}: it is {instead}"
+            ) from error
 
 
 class Texts(Table):
     """Plain text: one column, whose rows are lines, paragraphs or whole files."""
 
-    def __init__(self, files: Sequence[Path], unit: TxtUnit):
-        super().__init__(files, ".txt")
-        self._unit = unit
+    heeds = ("txt_unit",)
 
     @functools.cached_property
     def schema(self) -> pa.Schema:
@@ -462,9 +507,9 @@ class Texts(Table):
                 yield from _columns(([text] for text in self._units(stream)), 1)
 
     def _units(self, stream: Any) -> Iterator[str]:
-        if self._unit == "line":
+        if self.written.txt_unit == "line":
             yield from (line.rstrip("\n") for line in stream)
-        elif self._unit == "document":
+        elif self.written.txt_unit == "document":
             yield stream.read()
         else:
             rest = ""
@@ -475,7 +520,7 @@ class Texts(Table):
                 yield rest
 
 
-def table_of(files: Sequence[Path], kind: str, txt_unit: TxtUnit = "line") -> Table:
+def table_of(files: Sequence[Path], kind: str, written: Format) -> Table:
     """What reads files of this kind.
 
     Raises:
@@ -484,9 +529,7 @@ def table_of(files: Sequence[Path], kind: str, txt_unit: TxtUnit = "line") -> Ta
     for path in files:
         if path.stat().st_size == 0:
             raise SourceUnavailable(f"{path.name} is empty: give a file with documents in it")
-    if kind == ".txt":
-        return Texts(files, txt_unit)
-    return _TABLES[kind](files, kind)
+    return _TABLES[kind](files, kind, written)
 
 
 _TABLES: dict[str, type[Table]] = {
@@ -498,5 +541,6 @@ _TABLES: dict[str, type[Table]] = {
     ".parquet": Arrows,
     ".arrow": Arrows,
     ".feather": Arrows,
+    ".txt": Texts,
 }
-TABULAR = (*_TABLES, ".txt")
+TABULAR = tuple(_TABLES)

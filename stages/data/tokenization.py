@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

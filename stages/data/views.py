@@ -25,8 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from teacher_cache.cache.plan import viewed_split, views_split
-from teacher_cache.stages.data.corpus import Corpus
-from teacher_cache.stages.data.documents import PLACE_BYTES, Document
+from teacher_cache.stages.data.corpus import PLACE_BYTES, Corpus, Document
 from teacher_cache.stages.data.tokenization import Reading
 
 # Recorded with each split of views; `version` stands for the code below and changes with what it

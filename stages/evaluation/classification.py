@@ -12,8 +12,7 @@ import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.data.corpus import load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document, load_corpus
 from teacher_cache.stages.data.labels import MISSING_LABEL, is_generic
 from teacher_cache.stages.data.survey import survey
 from teacher_cache.stages.evaluation.config import GenerationOptions

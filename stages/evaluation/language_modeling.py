@@ -19,8 +19,7 @@ import torch
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.data.corpus import load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document, load_corpus
 from teacher_cache.stages.data.packing import PackedRow, packed_rows
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, LanguageModel, TeacherModel

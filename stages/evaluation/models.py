@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import teacher_cache.stages.student  # noqa: F401  (registers the student with the AutoClasses)
 from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.evaluation.runs import finished_student, known_task
 from teacher_cache.stages.models.batching import Batching

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from teacher_cache.cache.errors import CheckFailed
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import ID_TABLE, Difference, JoinReport

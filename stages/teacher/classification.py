@@ -24,8 +24,7 @@ from teacher_cache.cache.schema import (
     classification_schema,
     width_of_pooled,
 )
-from teacher_cache.stages.data.corpus import Corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.batching import ALONE
 from teacher_cache.stages.models.inference import OnBatch

@@ -34,8 +34,7 @@ from teacher_cache.stages.codecs.measure import (
     measured_temperatures,
 )
 from teacher_cache.stages.codecs.named import chosen_room, codec_of, open_codec, room_of
-from teacher_cache.stages.data.corpus import Corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.data.packing import (
     Packed,
     PackedSample,

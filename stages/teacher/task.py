@@ -16,8 +16,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import Fields, Schema, bytes_per_position, fixed_bytes
 from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.measure import CodecLoss
-from teacher_cache.stages.data.corpus import Corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.models.device import dtype_name, environment
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig

@@ -17,7 +17,7 @@ from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import ABSENT_LABEL, NO_LABEL, POOLED
 from teacher_cache.stages.data.collation import pad_batch
-from teacher_cache.stages.data.documents import PLACE_BYTES
+from teacher_cache.stages.data.corpus import PLACE_BYTES
 from teacher_cache.stages.data.packing import next_ids
 from teacher_cache.stages.join.aligned_sample import NO_POSITION, AlignedSample, SampleAligner
 

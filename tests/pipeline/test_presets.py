@@ -136,6 +136,8 @@ def test_options_win_over_the_preset() -> None:
         "max_samples": 10,
         "seed": 3,
         "streamed": False,
+        "quoting": None,
+        "columns": None,
     }
     assert config.unlabeled is not None
     assert (config.unlabeled.split, config.unlabeled.max_samples) == ("more", 7)
@@ -315,6 +317,7 @@ def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> 
         ({}, "needs --data, text that .* or --cache"),
         ({"data": "imdb", "cache": "c"}, "--data is of text, and --cache takes its place"),
         ({"cache": "c", "txt_unit": "line"}, "--txt-unit is of text"),
+        ({"cache": "c", "quoting": "none"}, "--quoting is of text"),
         ({"data": "imdb", "label_column": "x"}, "--label-column is of classifiers"),
         ({"data": "wikitxt"}, "did you mean 'wikitext'"),
     ):

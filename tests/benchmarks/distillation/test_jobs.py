@@ -11,7 +11,7 @@ import pytest
 from benchmarks.distillation.jobs import Job, run_jobs
 from benchmarks.distillation.predictions import HeldOut
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from tests.tiny_runs import cache_reviews, student_config
 
 

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.stages.data.documents import SAMPLE_ID_BYTES, Document
+from teacher_cache.stages.data.corpus import SAMPLE_ID_BYTES, Document
 
 _TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
 _DOCUMENTS = st.builds(

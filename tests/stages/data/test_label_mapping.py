@@ -94,6 +94,23 @@ def test_beginnings_of_names_decide_whatever_the_order():
         map_labels(["n", "p"], NAMED)
 
 
+@pytest.mark.parametrize("name", ["neg|pos", "neg, pos", "negative sarcasm", "pos/neg", "neg2"])
+def test_other_words_behind_a_beginning_make_another_name(name):
+    with pytest.raises(UserError, match="none of the teacher's classes"):
+        map_labels([name, "positive"], NAMED)
+
+
+def test_integers_that_a_class_feature_names():
+    assert map_labels(["1", "0"], NAMED, names_are_ordered=True) == {"1": 1, "0": 0}
+    stars = {0: "1 star", 1: "2 stars"}
+    assert map_labels(["1", "2"], stars, names_are_ordered=True) == {"1": 0, "2": 1}
+
+
+def test_a_map_of_truths():
+    given = ["true=NEGATIVE", "False=1"]
+    assert map_labels([0, 1], NAMED, label_map=given) == {1: 0, 0: 1}
+
+
 def test_placeholders_are_told_from_names():
     assert is_generic(GENERIC)
     assert not is_generic(NAMED)

@@ -29,8 +29,54 @@ def test_integers_however_they_are_written(values):
     assert labels.counts() == {"0": 1, "1": 1, "2": 1}
 
 
-def test_booleans():
-    assert _read([True, False]).ids.tolist() == [1, 0]
+@pytest.mark.parametrize("values", [[True, False, None], ["TRUE", "false", ""]])
+def test_truths_are_ids_however_they_are_written(values):
+    given = [value for value in values if value not in (None, "")]
+    assert _read(given).ids.tolist() == [1, 0]
+    labels = _read(given, ("neg", "pos"))
+    assert (labels.ids.tolist(), labels.names) == ([1, 0], ("neg", "pos"))
+    # Names that say which is which decide, whatever their order.
+    assert _read(given, ("True", "False")).counts() == {"True": 1, "False": 1}
+    assert _read(given, ("True", "False")).ids.tolist() == [0, 1]
+    with pytest.raises(UserError, match="1 of 3 documents have no label"):
+        _read(values)
+
+
+@pytest.mark.parametrize("nothing", ["nan", "NaN", "<NA>", "None", "null", "N/A"])
+def test_what_pandas_writes_for_nothing_is_no_number(nothing):
+    with pytest.raises(UserError, match="1 of 3 documents have no label"):
+        _read(["1", "0.0", nothing])
+
+
+def test_a_word_for_nothing_may_be_a_class():
+    assert _read(["favor", "none", "against"]).names == ("against", "favor", "none")
+    with pytest.raises(UserError, match="1 of 3 documents have no label"):
+        _read(["favor", "nan", "against"])
+
+
+@pytest.mark.parametrize("values", [[-1, 0, 1], ["-1", "0", "1"]])
+def test_a_number_for_nothing_is_a_class_that_the_map_names(values):
+    table = pa.table({"label": values})
+    features = datasets.Features.from_arrow_schema(table.schema)
+    with pytest.raises(UserError, match="null or -1, unless --label-map names it"):
+        settle_missing(read_labels(table, features, "label"), "refuse", "label", 3)
+    given = ("-1=bad", "0=fair", "1=good")
+    labels = read_labels(table, features, "label", label_map=given)
+    mapped, _ = labels.of_classes({0: "good", 1: "fair", 2: "bad"}, None, given)
+    assert mapped.ids.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "values", [["a|b", "b|c", "d"], ["a;b", "c", "a"], ["a, b", "a", "b"], ["[a]", "b", "b"]]
+)
+def test_several_labels_in_one_are_refused(values):
+    with pytest.raises(UserError, match="several labels a document"):
+        _read(values)
+
+
+def test_names_that_hold_separators_are_names():
+    names: list[object] = ["Albany, NY", "Troy, NY", "Sci/Tech", "either|or"]
+    assert _read(names).counts() == dict.fromkeys(names, 1)
 
 
 def test_names_are_sorted_without_an_order_given():

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pytest
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.data import sources
 from teacher_cache.stages.data.corpus import CorpusConfig, load_corpus
 from teacher_cache.stages.data.opening import SourceUnavailable
 from teacher_cache.stages.data.sources import own_split
@@ -65,9 +66,17 @@ def test_a_validation_split_has_many_names(tmp_path: Path, called: str, asked: s
     assert read(tmp_path, split=asked) == C
 
 
+@pytest.mark.parametrize("split", ["train+test", "train[:1]+test[:1]"])
+def test_splits_are_read_one_at_a_time(tmp_path: Path, split: str) -> None:
+    folder_of(tmp_path, **{"train.csv": HERE, "test.csv": THERE})
+    with pytest.raises(UserError, match=r"train.*\+test.* joins splits, and one is read at a time"):
+        read(tmp_path, split=split)
+
+
 def test_numbered_files_are_one_split_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     folder_of(tmp_path, **{"train_2.csv": THERE, "train_10.csv": HERE, "train_1.csv": HERE})
     assert read(tmp_path) == A + C + A
+    assert "other splits" not in str(sources.open_source(str(tmp_path), None).notes)
 
 
 def test_files_that_are_named_like_no_split_do_not_vanish(
@@ -128,6 +137,30 @@ def test_texts_of_a_class_whatever_the_case_of_their_ending(
     with caplog.at_level(logging.WARNING):
         assert read(tmp_path) == wanted
     assert "3.md" in caplog.text and "notes.txt" in caplog.text and "z.txt" not in caplog.text
+
+
+@pytest.mark.parametrize("above", ["data", "data__en"])
+@pytest.mark.parametrize("split", ["", "train__"])
+def test_classes_however_deep_they_lie(tmp_path: Path, above: str, split: str) -> None:
+    folder_of(tmp_path, **{f"{above}__{split}{c}__1.txt": c for c in ("neg", "pos")})
+    assert read(tmp_path) == [("neg", "neg"), ("pos", "pos")]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x__train__neg__1.txt": "a", "x__train__pos__1.txt": "b", "y__test__neg__1.txt": "c"},
+        {"train__neg__a.jsonl": '{"text": "a"}\n', "train__pos__a.jsonl": '{"text": "b"}\n'},
+        {"label=0__a.csv": "text\na\n", "label=1__a.csv": "text\nb\n"},
+    ],
+)
+def test_folders_that_may_be_classes_do_not_vanish(tmp_path: Path, files: dict[str, str]) -> None:
+    folder = folder_of(tmp_path, **files)
+    with pytest.raises(UserError, match=r"may be their classes|called like no splits"):
+        read(folder)
+    assert len(read(f"{folder}/**/*.*", labeled=False)) == len(files)
+    with pytest.raises(UserError, match="which may be their classes"):
+        read(f"{folder}/**/*.*")
 
 
 def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data import sources
-from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, Document, load_corpus
 from teacher_cache.stages.data.opening import SourceUnavailable
+from teacher_cache.stages.data.tables import Format
 from tests.stand_ins import write_acl_imdb, write_hub_parquet
 
 # What readers of csv like to spoil: NA and null, numbers, quotes, separators, lines in a text.
@@ -214,7 +214,7 @@ def test_a_split_of_several_kinds_is_refused(tmp_path):
         ("films.jsonl", b"", "is empty"),
         ("films.csv", b"text,label\n", "holds no documents"),
         ("films.json", b"[]", "no documents|cannot be read"),
-        ("films.txt", b"\xff\xfe\x00x\n", r"cannot be read as txt \('utf-8' codec"),
+        ("films.txt", b"x\xff\xfe\x00x\n", r"cannot be read as txt \('utf-8' codec"),
         ("films.csv", b"text\n\xff\xfe\x00x\n", "cannot be read as csv .*: save it as UTF-8"),
         ("films.csv.gz", b"not compressed", "cannot be read as csv"),
         ("films.jsonl", b'{"text": \n', "cannot be read as jsonl"),
@@ -283,4 +283,6 @@ def test_a_split_must_be_named_where_there_is_no_train(tmp_path):
 def test_a_unit_of_text_files_is_refused_where_there_are_none(tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(UserError, match=r"--txt-unit paragraph is for \.txt files"):
-        sources.open_source(str(tmp_path / "some.jsonl"), None, txt_unit="paragraph")
+        sources.open_source(
+            str(tmp_path / "some.jsonl"), None, written=Format(txt_unit="paragraph")
+        )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.stages.data import packing
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packaged.austen import chapters
 from teacher_cache.stages.data.packing import Packed, PackedSample, pack, pack_tokens
 from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packaged.packages import fetch
 from teacher_cache.stages.data.tokenization import tokenize
 

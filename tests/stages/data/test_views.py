@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, Document, load_corpus
 from teacher_cache.stages.data.survey import survey_splits
 from teacher_cache.stages.data.tokenization import Reading
 from teacher_cache.stages.data.views import View, Views, perturb, views_of, with_views

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import packed_rows
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.language_modeling import continuation, prompt_ids

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.aligned_sample import AlignedSample, SampleAligner
 from teacher_cache.stages.join.rereading import Reader

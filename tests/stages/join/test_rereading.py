@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import pack
 from teacher_cache.stages.join.rereading import Reader
 from teacher_cache.stages.tokens.frame import Frame

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import CheckFailed, UserError
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.join.teacher_folder import (
     CachedTokenization,
     choose_probe,

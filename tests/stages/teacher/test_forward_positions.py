@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL
-from teacher_cache.stages.data.documents import Document
+from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.models.batching import PACKED, PADDED, Batching
 from teacher_cache.stages.teacher.config import TeacherConfig
