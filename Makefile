@@ -28,6 +28,7 @@ test-ci: setup assets tokenizers ## what .ci/run adds: whole stages, kills, real
 	$(PYTEST) -m 'ci and not slow and not gpu'
 
 test-all: setup assets tokenizers ## every test that needs no CUDA device
+	scripts/transformers-tests
 	$(PYTEST) -m 'not gpu'
 
 test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results keeps what they print

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
@@ -253,7 +255,7 @@ def _saved(folder: Path, course: Course, joined: Joined, record: RunRecord) -> R
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.model_max_length = joined.max_length
+    tokenizer.model_max_length = course.max_length or VERY_LARGE_INTEGER
     with saved(folder):
         course.student.model.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)

@@ -70,6 +70,7 @@ RINGS: dict[str, Ring] = {
     # Pages and pictures.
     "tests/pipeline/pictures/": "ci",
     "tests/pipeline/report/": "ci",
+    "tests/stages/student/test_transformers_suite.py": "slow",
     # Compiled graphs, built packages, fresh interpreters.
     "tests/stages/student/test_tracing.py": "ci",
     "tests/stages/student/scans/test_kernels.py"

@@ -5,8 +5,10 @@ Names of modules and parameters are those of mamba_ssm's `MixerModel`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,6 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
 
+from teacher_cache.stages.student import folder
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.mixers import (
     CausalConvolution,
@@ -175,6 +178,17 @@ class MambaStudentPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["MambaLayer"]
     _is_stateful = True  # a state cannot be rolled back, so no assisted decoding
     supports_gradient_checkpointing = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As transformers does, with what a process that knows no student needs to load it."""
+        self.config.auto_map = dict(folder.AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            folder.describe(Path(save_directory), type(self).__name__)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: what is saved imports the class, where transformers would copy its source."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -54,7 +54,7 @@ class MambaStudentConfig(PreTrainedConfig):
         dt_min: smallest initial step size.
         dt_max: largest initial step size.
         dt_init_floor: no initial step size is below this.
-        A_init_range: lowest and highest initial decay rate of Mamba-2.
+        A_init_range: lowest and highest initial decay rate of Mamba-2, or the one of all heads.
         norm_epsilon: added to the mean square in every norm.
         pooling: "cls" and "last" read the last real position after `position_map`, "mean" the
             mean over all real positions.
@@ -89,7 +89,7 @@ class MambaStudentConfig(PreTrainedConfig):
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
-    A_init_range: list[float] | tuple[float, ...] = (1.0, 16.0)
+    A_init_range: float | list[float] | tuple[float, ...] = (1.0, 16.0)
     norm_epsilon: float = 1e-5
     pooling: str = "cls"
     head: str = "mlp"
@@ -98,6 +98,10 @@ class MambaStudentConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing, as for the models."""
 
     @property
     def d_inner(self) -> int:
@@ -108,6 +112,12 @@ class MambaStudentConfig(PreTrainedConfig):
     def resolved_dt_rank(self) -> int:
         """R, the rank of Mamba-1's step sizes."""
         return self.dt_rank or math.ceil(self.d_model / 16)
+
+    @property
+    def initial_decay_rates(self) -> tuple[float, ...]:
+        """`A_init_range` as lowest and highest."""
+        rates = self.A_init_range
+        return (rates, rates) if isinstance(rates, float | int) else tuple(rates)
 
     @property
     def layer_types(self) -> list[str]:
@@ -161,7 +171,7 @@ class MambaStudentConfig(PreTrainedConfig):
             )
 
     def _check_ranges(self) -> None:
-        low_high = tuple(self.A_init_range)
+        low_high = self.initial_decay_rates
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise UserError(
                 f"The student's A_init_range is {list(low_high)}: give a lowest and a highest "

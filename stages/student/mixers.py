@@ -429,7 +429,7 @@ class Mamba2Direction(Direction):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise as mamba_ssm does."""
-        low, high = self.config.A_init_range
+        low, high = self.config.initial_decay_rates
         init.copy_(self.dt_bias, inverse_softplus_steps(self.dt_bias, self.config))
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(low, high).log_())
         init.ones_(self.D)

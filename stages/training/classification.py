@@ -75,6 +75,7 @@ class ClassificationStudents(StudentTask):
             lesson=lambda _: self._lesson(student, data),
             held_out=HeldOutSamples(),
             collator=SampleCollator(student.pad_id, self._layers),
+            max_length=joined.max_length,
             write_files=_write_none,
         )
 

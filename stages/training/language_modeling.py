@@ -20,6 +20,7 @@ from teacher_cache.cache.schema import Ragged
 from teacher_cache.stages.codecs.named import open_codec, require_temperature, room_of, serves
 from teacher_cache.stages.join.alignment import Alignment, require_known_ids
 from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.models.pretrained import num_positions
 from teacher_cache.stages.student.build import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
@@ -139,6 +140,7 @@ class LanguageModelStudents(StudentTask):
                 chunks=chunks,
             ),
             collator=aligned.collator(student.pad_id, codec, self._layers),
+            max_length=num_positions(student.model),
             write_files=taught.write_files,
         )
 

@@ -43,6 +43,7 @@ class Course:
         lesson: what a micro-batch teaches, on a device.
         held_out: what a held-out one is measured by.
         collator: stacks samples into batches.
+        max_length: tokens at which the run's tokenizer is to cut new texts; none if it is not.
         write_files: commits what the run keeps beside the student, into the folder it is given.
     """
 
@@ -52,6 +53,7 @@ class Course:
     lesson: Callable[[torch.device], Lesson]
     held_out: HeldOut
     collator: Callable[..., dict[str, torch.Tensor]]
+    max_length: int | None
     write_files: Callable[[Path], None]
 
 

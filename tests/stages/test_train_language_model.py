@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 import teacher_cache.stages.student  # noqa: F401  (registers the student)
 from teacher_cache.cache.codecs.topk import TopKCodec
@@ -94,6 +99,10 @@ def test_the_folder_generates(run: Path, gpt2_tokenizer: PreTrainedTokenizerBase
         for length in range(ids.shape[1], found.shape[1]):
             logits = model(input_ids=found[:, :length]).logits[0, -1]
             assert int(logits.argmax()) == int(found[0, length])
+
+
+def test_its_tokenizer_cuts_no_text_of_a_model_without_positions(run: Path) -> None:
+    assert len(AutoTokenizer.from_pretrained(run)("so " * 3000)["input_ids"]) >= 3000
 
 
 def test_is_no_classifier(run: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import accelerate
+import peft
 import pytest
 import tokenizers
 import torch
@@ -369,3 +373,83 @@ def test_checkpointing_and_a_state_exclude_each_other() -> None:
     student.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="use_cache=False"):
         student(ids_of(), use_cache=True)
+
+
+@BOTH
+@pytest.mark.parametrize("make", [language_model, classifier])
+@pytest.mark.parametrize("targets", ["all-linear", ["in_proj", "out_proj"]])
+def test_adapters_learn_and_merge(make, arch, targets) -> None:
+    """PEFT's LoRA: every adapter gets a gradient, and merging it changes no logit."""
+    task, head = ("CAUSAL_LM", None) if make is language_model else ("SEQ_CLS", ["head"])
+    settings = peft.LoraConfig(
+        task_type=task, target_modules=targets, modules_to_save=head, init_lora_weights=False
+    )
+    adapted: Any = peft.get_peft_model(make(arch=arch), settings)
+    ids = ids_of()
+    labels = ids if make is language_model else torch.tensor([1, 0])
+    adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+    learning = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
+    assert all(one.grad is not None and one.grad.any() for one in learning.values())
+    assert any("head" in name for name in learning) == (make is classifier)
+    expected = adapted.eval()(input_ids=ids).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, expected)
+
+
+@BOTH
+def test_an_adapter_of_what_is_no_linear_map_is_refused(arch) -> None:
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["conv1d"])
+    with pytest.raises(ValueError, match=r"CausalConvolution.* is not supported"):
+        peft.get_peft_model(language_model(arch=arch), settings)
+
+
+@BOTH
+@pytest.mark.parametrize("make", [language_model, classifier])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_linear_maps_in_eight_bits_stay_near(make, arch) -> None:
+    student, ids = make(arch=arch), ids_of()
+    expected = student(ids).logits
+    in_bits = torch.ao.quantization.quantize_dynamic(student, {torch.nn.Linear})
+    assert not isinstance(in_bits.backbone.layers[0].mixer.in_proj, torch.nn.Linear)
+    found = in_bits(ids).logits
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+LOAD = """
+import sys
+from transformers import {auto} as Auto
+if {hidden}: sys.modules["teacher_cache.stages.student"] = None
+student = Auto.from_pretrained(sys.argv[1], trust_remote_code={trusted})
+student.save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "auto"),
+    [
+        (language_model, "AutoModelForCausalLM"),
+        (classifier, "AutoModelForSequenceClassification"),
+    ],
+)
+def test_a_folder_loads_where_nothing_was_imported(make, auto, tmp_path) -> None:
+    student, ids = make(), ids_of()
+    folder, again = tmp_path / "walter", tmp_path / "again"
+    student.save_pretrained(folder)
+
+    def load(*, trusted: bool, hidden: bool = False) -> subprocess.CompletedProcess[str]:
+        code = LOAD.format(auto=auto, trusted=trusted, hidden=hidden)
+        env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+        command = [sys.executable, "-c", code, str(folder), str(again)]
+        return subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env, check=False
+        )
+
+    assert "trust_remote_code=True" in load(trusted=False).stderr
+    assert "teacher_cache" in load(trusted=True, hidden=True).stderr
+    assert load(trusted=True).returncode == 0
+    loaded: Any = type(student).from_pretrained(again)
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
+    card = (folder / "README.md").read_text()
+    assert f'model = {auto}.from_pretrained("walter")' in card
+    (folder / "README.md").write_text("mine")
+    student.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
