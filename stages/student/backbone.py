@@ -18,8 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
 
-from teacher_cache.stages.student import folder
-from teacher_cache.stages.student.config import MambaStudentConfig
+from teacher_cache.stages.student.config import AUTO_MAP, MambaStudentConfig, describe_folder
 from teacher_cache.stages.student.mixers import (
     CausalConvolution,
     Direction,
@@ -181,10 +180,10 @@ class MambaStudentPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As transformers does, with what a process that knows no student needs to load it."""
-        self.config.auto_map = dict(folder.AUTO_MAP)
+        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
-            folder.describe(Path(save_directory), type(self).__name__)
+            describe_folder(Path(save_directory), type(self).__name__)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
