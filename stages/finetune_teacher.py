@@ -62,6 +62,8 @@ from teacher_cache.stages.training.task import TrainingObserver
 
 logger = logging.getLogger(__name__)
 
+_NUM_NAMED = 5  # labels in a message
+
 ONE_OF_SEVERAL = "single_label_classification"  # of transformers' kinds of problems
 
 
@@ -126,6 +128,7 @@ def run(
     validation = load_corpus(config.validation) if config.validation else None
     tokenizer = load_tokenizer(config.model, option="--model")
     set_seed(training.seed)  # the new head is drawn
+    warn_of_empty_classes(corpus)
     model = _load_base(config.model, corpus.class_names())
     max_length = longest_sample(config.model, model, tokenizer, training.max_length)
     config = config.model_copy(update={"max_length": max_length})
@@ -229,6 +232,17 @@ def _saved(
     save_tokenizer(folder, tokenizer)
     record.write(folder)
     return record
+
+
+def warn_of_empty_classes(corpus: Corpus) -> None:
+    """Say that a teacher gets classes of which there is no document, as of labels from 1."""
+    num_classes, counts = len(corpus.class_names()), corpus.label_counts() or {}
+    if len(counts) < num_classes:
+        logger.warning(
+            "the teacher of %s gets %d classes, and documents have %d labels (%s): if the others "
+            "are none, write 0, 1, ... or names",
+            *(corpus.config.source, num_classes, len(counts), ", ".join([*counts][:_NUM_NAMED])),
+        )
 
 
 def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:

@@ -30,7 +30,11 @@ _NAME_SHOWN = 60  # characters of a column's name in a message
 
 
 def columns_of(config: CorpusConfig, source: Source) -> tuple[str, str | None]:
-    """The columns of texts and, where there are any, of labels."""
+    """The columns of texts and, where there are any, of labels.
+
+    Raises:
+        UserError: if one is not there, both are one, there is a pair, or folders may be the labels.
+    """
     schema = source.schema
     _check_pair(config, schema)
     text_column = find_text_column(schema, config.text_column)
@@ -51,7 +55,13 @@ def columns_of(config: CorpusConfig, source: Source) -> tuple[str, str | None]:
             text_column,
         )
         return text_column, None
-    return text_column, find_label_column(schema, config.label_column)
+    label_column = find_label_column(schema, config.label_column)
+    if label_column == text_column:
+        raise UserError(
+            f"the column {text_column!r} of {config.source} is named for both texts and labels "
+            f"({_listed(schema)}): name the other one with --text-column or --label-column"
+        )
+    return text_column, label_column
 
 
 def _check_pair(config: CorpusConfig, schema: pa.Schema) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -145,12 +146,12 @@ def _alike(names: Sequence[str]) -> list[str]:
 
 
 def spelled(name: str) -> str:
-    """A name whatever its case and what stands between its words.
+    """A name whatever its case, how its accents are composed and what stands between its words.
 
     >>> spelled("Not_Spam ") == spelled("not spam")
     True
     """
-    return re.sub(r"[\s_-]+", " ", name.casefold()).strip()
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 def read_labels(

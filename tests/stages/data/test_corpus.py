@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pydantic
@@ -18,6 +19,7 @@ from teacher_cache.stages.data.corpus import (
 )
 from teacher_cache.stages.data.opening import SourceUnavailable
 from teacher_cache.stages.data.survey import survey
+from teacher_cache.stages.finetune_teacher import warn_of_empty_classes
 
 
 @pytest.fixture
@@ -228,6 +230,22 @@ def test_labels_that_stand_where_none_are_read(tmp_path, name, content, saying):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=saying):
         _load(tmp_path / name)
+
+
+@pytest.mark.parametrize("named", [{"label_column": "text"}, {"text_column": "label"}])
+def test_texts_and_labels_are_two_columns(tmp_path, named):
+    (tmp_path / "t.csv").write_text("text,label\na,pos\nb,neg\n")
+    with pytest.raises(UserError, match=r"is named for both texts and labels .*text, label.: name"):
+        _load(tmp_path / "t.csv", **named)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"), [((1, 2), "3 classes, .* 2 labels .1, 2"), ((0, 1), "")]
+)
+def test_a_teacher_of_classes_without_documents_is_said(tmp_path, caplog, labels, said):
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"a,{one}\n" for one in labels))
+    warn_of_empty_classes(_load(tmp_path / "t.csv"))
+    assert re.search(said, caplog.text) if said else not caplog.text
 
 
 def test_names_with_commas_of_their_own_are_one_label(tmp_path):

@@ -100,6 +100,13 @@ def test_other_words_behind_a_beginning_make_another_name(name):
         map_labels([name, "positive"], NAMED)
 
 
+def test_accents_are_the_same_however_they_are_composed():
+    assert map_labels(["caf\u0065\u0301", "the"], {0: "The", 1: "Caf\u00e9"}) == {
+        "caf\u0065\u0301": 1,
+        "the": 0,
+    }
+
+
 def test_integers_that_a_class_feature_names():
     assert map_labels(["1", "0"], NAMED, names_are_ordered=True) == {"1": 1, "0": 0}
     stars = {0: "1 star", 1: "2 stars"}
