@@ -219,7 +219,11 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
     out: Annotated[Path, typer.Argument(help="The file to write.")],
     to: Annotated[
-        str, typer.Option(help="gguf, a language model with its tokenizer, which llama.cpp runs.")
+        str,
+        typer.Option(
+            help="gguf, a language model with its tokenizer, which llama.cpp runs; or onnx, any "
+            "Mamba student, which onnxruntime runs."
+        ),
     ],
     ids_only: Annotated[
         bool,

@@ -64,12 +64,13 @@ from teacher_cache.stages.evaluation.runs import known_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
 from teacher_cache.stages.student.interchange.llama_cpp import write_gguf
+from teacher_cache.stages.student.interchange.onnx import write_onnx
 from teacher_cache.stages.tasks import TASKS, KnownTask, task_named
 from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 CACHES = Path("caches")
-EXPORTS = {"gguf": write_gguf}
+EXPORTS = {"gguf": write_gguf, "onnx": write_onnx}
 
 logger = logging.getLogger(__name__)
 

@@ -27,11 +27,10 @@ from teacher_cache.stages.student.mixers import (
     Mamba,
     Mamba2,
     StepProjection,
-    places_of,
-    real_first,
     reversed_positions,
 )
 from teacher_cache.stages.student.norms import RMSNorm
+from teacher_cache.stages.student.position_map import places_of, real_first
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
 _OLD, _NEW = "cache_params", "cache"

@@ -24,6 +24,7 @@ from transformers import initialization as init
 
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.norms import RMSNorm
+from teacher_cache.stages.student.position_map import real_first
 from teacher_cache.stages.student.scans import dispatch
 from teacher_cache.stages.student.scans.recorded import RecordedMixer, RecordedScan
 
@@ -65,26 +66,6 @@ class Layout:
         return Layout(**moved)
 
 
-def real_first(mask: Tensor) -> Tensor:
-    """The index that puts each row's real positions in front, in their order, and padding behind.
-
-    Args:
-        mask: [B, S] bool, True at real positions, wherever in the row they stand.
-
-    Returns:
-        [B, S] int64; a permutation of each row's positions.
-    """
-    position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    return torch.zeros_like(position).scatter(1, places_of(mask), position)
-
-
-def places_of(mask: Tensor) -> Tensor:
-    """Where each position [B, S] stands once the real ones are in front: undoes `real_first`."""
-    num_real = mask.sum(dim=1, keepdim=True)
-    padding = mask.logical_not()
-    return torch.where(mask, mask.cumsum(1) - 1, num_real + padding.cumsum(1) - 1)
-
-
 def reversed_positions(mask: Tensor) -> Tensor:
     """The index that reverses each row's real positions among themselves and leaves the others.
 
@@ -97,8 +78,7 @@ def reversed_positions(mask: Tensor) -> Tensor:
         [B, S] int64.
     """
     rank = mask.cumsum(dim=1)  # from 1, at real positions
-    mirror = (rank[:, -1:] - rank).clamp(min=0, max=mask.shape[1] - 1)
-    mirrored = real_first(mask).gather(1, mirror)
+    mirrored = real_first(mask).gather(1, rank[:, -1:] - rank)
     return torch.where(mask, mirrored, torch.arange(mask.shape[1], device=mask.device))
 
 

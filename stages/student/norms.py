@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from teacher_cache.stages.student.scans.recorded import plain_operators
+
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square of the last dimension, times a weight; in float32.
@@ -42,15 +44,22 @@ class RMSNorm(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, weight = x.to(dtype), self.weight.to(dtype)
         gate = None if gate is None else gate.to(dtype)
+        normalize = _normalized if plain_operators() else _RMSNorm.apply
         if self.num_groups == 1:
-            normed = _RMSNorm.apply(x, gate, weight, self.epsilon)
+            normed = normalize(x, gate, weight, self.epsilon)
         else:
             groups = (self.num_groups, -1)
             gate = None if gate is None else gate.unflatten(-1, groups)
-            normed = _RMSNorm.apply(
+            normed = normalize(
                 x.unflatten(-1, groups), gate, weight.unflatten(-1, groups), self.epsilon
             ).flatten(-2)
         return normed.to(self.weight.dtype)
+
+
+def _normalized(x: Tensor, gate: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+    """The norm in plain operators."""
+    gated = x if gate is None else x * F.silu(gate)
+    return gated * (gated.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight
 
 
 class _RMSNorm(torch.autograd.Function):

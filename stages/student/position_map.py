@@ -115,8 +115,7 @@ class PositionMap:
         """
         batch, width = input_ids.shape
         num_real = attention_mask.sum(dim=1, keepdim=True)  # [B, 1]
-        # Real tokens to the front; a stable sort keeps their order.
-        compact = attention_mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        compact = real_first(attention_mask)
         position = torch.arange(width, device=input_ids.device).expand(batch, width)
         if self.mode == "move_first_to_last":
             position = torch.where(position < num_real, (position + 1) % num_real, position)
@@ -140,6 +139,26 @@ class PositionMap:
         of_positions = self if self.token_id is None else replace(self, token_id=APPENDED)
         sources, mask = of_positions.apply(positions.expand_as(attention_mask), attention_mask)
         return sources.masked_fill(~mask, APPENDED)
+
+
+def real_first(mask: Tensor) -> Tensor:
+    """The index that puts each row's real positions in front, in their order, and padding behind.
+
+    Args:
+        mask: [B, S] bool, True at real positions, wherever in the row they stand.
+
+    Returns:
+        [B, S] int64; a permutation of each row's positions.
+    """
+    position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    return torch.zeros_like(position).scatter(1, places_of(mask), position)
+
+
+def places_of(mask: Tensor) -> Tensor:
+    """Where each position [B, S] stands once the real ones are in front: undoes `real_first`."""
+    num_real = mask.sum(dim=1, keepdim=True)
+    padding = mask.logical_not()
+    return torch.where(mask, mask.cumsum(1) - 1, num_real + padding.cumsum(1) - 1)
 
 
 def choose(tokenizer: PreTrainedTokenizerBase, pooling: str) -> PositionMap:

@@ -47,11 +47,11 @@ from teacher_cache.stages.models.pretrained import (
     base_of,
     described_config,
     hash_weights,
+    hold_tied_weights_once,
     num_positions,
     settle_pad_id,
 )
 from teacher_cache.stages.student.scans.unpacking import lay_end_to_end, plan_rows
-from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
 from teacher_cache.stages.tokens.tokenizers import could_not_load, is_local_only, require_folder
 
 OPTION = "--arch hf:"

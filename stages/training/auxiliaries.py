@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.stages.models.head import LinearHead
-from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
+from teacher_cache.stages.models.pretrained import hold_tied_weights_once
 from teacher_cache.stages.training.vocabulary_projection import LearnedProjection
 
 PROJECTION_FILE = "projection.safetensors"

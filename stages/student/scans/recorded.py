@@ -22,6 +22,11 @@ class Scanned(NamedTuple):
     final_state: Tensor
 
 
+def plain_operators() -> bool:
+    """Whether only operators that every runtime has may be called: torch.onnx is exporting."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def step_sizes(dt: Tensor, dt_bias: Tensor) -> Tensor:
     """Softplus of `dt` plus its bias, in float32 at least, as the kernels take it."""
     return F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + dt_bias)

@@ -35,8 +35,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
-from teacher_cache.stages.student.scans.recorded import Scanned
+from teacher_cache.stages.student.scans.recorded import Scanned, plain_operators
 
 CHUNK = 16  # positions; 1/16 of the states is kept for the backward
 # Numbers in one position of a block: enough to make a call's overhead small, few enough for a
@@ -245,6 +246,9 @@ def selective_scan(
         resets = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     if initial_state is not None:
         initial_state = initial_state.detach().to(dtype)
+    if plain_operators():
+        y, final_state = _step_by_step(x, dt, A, B, C, resets, initial_state)
+        return Scanned(y if D is None else y + x * D.to(dtype), final_state)
     differentiable = any(tensor.requires_grad for tensor in (x, dt, A, B, C))
     keep = torch.is_grad_enabled() and differentiable
     y, carried = _scan(x, dt, A, B, C, resets, initial_state, keep)
@@ -369,6 +373,35 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
 
 
 _scan.register_autograd(_backward, setup_context=_save)
+
+
+def _step_by_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    resets: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The scan without `D` in plain operators: y [B, S, D] and the final state [B, D, N].
+
+    A loop over positions that is one operator (ONNX's Scan); its memory is that of one position.
+    """
+    A = A.detach()  # the exporter cannot follow gradients through its loop
+    kept = torch.ones_like(x) if resets is None else (~resets)[..., None].expand_as(x).to(x.dtype)
+
+    def step(state: Tensor, one: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        x, dt, B, C, kept = one  # [B, D] or [B, N]
+        state = state * torch.exp(dt[..., None] * A) * kept[..., None]
+        state = state + (x * dt)[..., None] * B[:, None]
+        return state, (state * C[:, None]).sum(-1)
+
+    if initial_state is None:
+        initial_state = torch.zeros_like(x[:, 0, :, None] * A)
+    steps = tuple(one.detach().transpose(0, 1).clone() for one in (x, dt, B, C, kept))
+    final_state, y = scan(step, initial_state.detach(), steps)
+    return y.transpose(0, 1), final_state
 
 
 def _check_shapes(

@@ -26,13 +26,15 @@ B and C, N state, L chunk length, K chunks per sequence, Q chunks of the whole b
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
-from teacher_cache.stages.student.scans.recorded import Scanned
+from teacher_cache.stages.student.scans.recorded import Scanned, plain_operators
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -44,7 +46,7 @@ def exp_(exponent: Tensor) -> Tensor:
     """The exp, overwriting its input; exactly 0 where it would be below the epsilon's square."""
     lowest = 2 * math.log(torch.finfo(exponent.dtype).eps)
     in_place = not exponent.requires_grad  # autograd keeps exp's result
-    decay = exponent.clamp_(lowest, 0).exp_()
+    decay = exponent.clamp_(lowest, 0.0).exp_()
     return F.threshold(decay, 1.001 * math.exp(lowest), 0.0, inplace=in_place)
 
 
@@ -169,10 +171,15 @@ def _decay_matrix(log_decay: Tensor, segment: Tensor | None, dtype: torch.dtype)
     sums = log_decay.transpose(1, 2)
     exponent = torch.empty(num, heads, length, length, dtype=dtype, device=sums.device)
     torch.sub(sums[..., :, None], sums[..., None, :], out=exponent)
-    seen = torch.ones(length, length, dtype=torch.bool, device=sums.device).tril()
-    if segment is not None:
-        seen = seen & (segment[:, :, None] == segment[:, None, :])[:, None]  # [Q, 1, L, L]
-    return exp_(exponent).mul_(seen)
+    return exp_(exponent).mul_(_seen(segment, length, sums.device))
+
+
+def _seen(segment: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Whether position i sees position j: [L, L], or [Q, 1, L, L] where there are resets."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if segment is None:
+        return seen
+    return seen & (segment[:, :, None] == segment[:, None, :])[:, None]
 
 
 @torch.library.custom_op("teacher_cache::ssd_carry", mutates_args=())
@@ -231,6 +238,39 @@ def _differentiate_carry(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 ssd_carry.register_autograd(_differentiate_carry, setup_context=_keep_carry)
 
 
+def _within_chunks(
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    segment: Tensor | None,
+) -> tuple[Tensor]:
+    """The output of `ssd_within_chunks` in plain operators."""
+    sums = log_decay.transpose(1, 2)  # [Q, H, L]
+    decay = exp_((sums[..., :, None] - sums[..., None, :]).to(x.dtype))
+    decay = decay * _seen(segment, x.shape[1], x.device)
+    scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)  # [Q, G, L, L]
+    y = _times_scores(decay, scores) @ (x * dt[..., None]).transpose(1, 2)
+    return (y.transpose(1, 2) + x * D[:, None],)
+
+
+def _carry_step_by_step(states: Tensor, through: Tensor, initial_state: Tensor | None) -> Tensor:
+    """`ssd_carry` in plain operators: a loop over chunks that is one operator (ONNX's Scan)."""
+
+    def step(entering: Tensor, one: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        left, decay = one  # [B, H, P, N], [B, H]
+        return left + entering * decay[..., None, None], entering.clone()
+
+    if initial_state is None:
+        initial_state = torch.zeros_like(states[:, 0])
+    # The exporter cannot follow gradients through its loop.
+    steps = tuple(one.detach().transpose(0, 1).clone() for one in (states, through))
+    _, entering = scan(step, initial_state.detach(), steps)
+    return entering.transpose(0, 1).contiguous()
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -274,32 +314,48 @@ def ssd_scan(
     tracing = torch.compiler.is_compiling()
     num_chunks, chunk_length = _chunks(length, chunk_size, any_length=tracing)
     padding = num_chunks * chunk_length - length
+    pad = partial(_padded, length=num_chunks * chunk_length, tracing=tracing)
     segment = None
     if seq_idx is not None:  # counts the resets, so that a value that returns is a new segment
-        segment = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, padding)).cumsum(dim=1)
-        segment = segment.view(-1, chunk_length)  # [Q, L]
+        resets = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        segment = pad(resets).cumsum(dim=1).view(-1, chunk_length)  # [Q, L]
     if tracing or padding:  # dt = 0: padding neither decays nor writes the state
-        x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, padding)) for tensor in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, padding))
+        x, dt, B, C = (pad(tensor) for tensor in (x, dt, B, C))
     x, dt, B, C = (t.reshape(-1, chunk_length, *t.shape[2:]) for t in (x, dt, B, C))  # [Q, L, ...]
 
     with torch.autocast(device_type=x.device.type, enabled=False):
         # [Q, L, H] from the chunk's start. A step below -100 decays to 0 whatever its size, and a
         # huge one would swallow the later steps of the sum.
         dtype_of_sums = wide(x.device)
-        log_decay = (dt.to(dtype_of_sums) * A.to(dtype_of_sums)).clamp(min=-100).cumsum(dim=1)
-        y, *_ = ssd_within_chunks(x, dt, log_decay, B, C, D, segment)
+        log_decay = (dt.to(dtype_of_sums) * A.to(dtype_of_sums)).clamp(min=-100.0).cumsum(dim=1)
+        within, carry = ssd_within_chunks, ssd_carry
+        if plain_operators():
+            within, carry = _within_chunks, _carry_step_by_step
+        y, *_ = within(x, dt, log_decay, B, C, D, segment)
         # One chunk that starts from nothing passes nothing on but its final state, a constant.
         alone = not tracing and num_chunks == 1 and initial_state is None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
             to_end, through, from_start = _edge_decays(log_decay, segment, num_chunks, dtype)
             states = _left_behind(x, dt, B, to_end, num_chunks)
-            entering = ssd_carry(states, through, initial_state)
+            entering = carry(states, through, initial_state)
         if not alone:
             y = _add_entering(y, entering, C, from_start)
         final_state = entering[:, -1] * through[:, -1, :, None, None] + states[:, -1]
     y = y.reshape(batch, num_chunks * chunk_length, *x.shape[2:])
-    return Scanned(y[:, :length] if tracing or padding else y, final_state.detach())
+    if tracing:  # as `_padded`
+        y = y.index_select(1, torch.arange(length, device=y.device))
+    elif padding:
+        y = y[:, :length]
+    return Scanned(y, final_state.detach())
+
+
+def _padded(tensor: Tensor, length: int, *, tracing: bool) -> Tensor:
+    """[B, S, ...] with zeros behind it, [B, length, ...]; a trace does not ask which is longer."""
+    batch, size, *others = tensor.shape
+    if not tracing:
+        return F.pad(tensor, (0, 0) * len(others) + (0, length - size))
+    whole = tensor.new_zeros(batch, length, *others)
+    return whole.index_copy(1, torch.arange(size, device=tensor.device), tensor)
 
 
 def _chunks(length: int, chunk_size: int, *, any_length: bool) -> tuple[int, int]:

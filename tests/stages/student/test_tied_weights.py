@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from teacher_cache.stages.student.tied_weights import hold_tied_weights_once
+from teacher_cache.stages.models.pretrained import hold_tied_weights_once
 
 
 class Tied(nn.Module):
