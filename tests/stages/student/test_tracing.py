@@ -56,6 +56,18 @@ def test_compiles_as_one_graph(changes, backend) -> None:
 
 
 @STUDENTS
+def test_exports_with_a_named_and_bounded_length(changes) -> None:
+    student = small_student(num_layers=1, **changes)
+    sizes = {0: Dim("batch", max=64), 1: Dim("length", min=1, max=4096)}
+    exported = torch.export.export(student, batch(20), dynamic_shapes=(sizes, sizes)).module()
+    for length in (1, *LENGTHS):
+        ids, mask = batch(length)
+        mask[:, 0] = 1
+        expected = student(ids, mask).logits
+        torch.testing.assert_close(exported(ids, mask).logits, expected, rtol=0, atol=1e-6)
+
+
+@STUDENTS
 def test_exports_for_any_batch_and_length(changes) -> None:
     student = small_student(num_layers=1, position_map={"mode": "move_first_to_last"}, **changes)
     sizes = {0: Dim.AUTO, 1: Dim.AUTO}

@@ -88,7 +88,9 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_another_kind_of_student_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
-    model = BertForSequenceClassification(BertConfig(num_hidden_layers=1, vocab_size=9, **sizes))
+    config = BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    model = BertForSequenceClassification(config)
     with pytest.raises(UserError, match="is a BertForSequenceClassification of transformers"):
         write_onnx(model, None, tmp_path / "s.onnx", source="This student")
