@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from teacher_cache.stages.models.device import recurrences_by_device
+
 CLASS_NAMES = {0: "neg", 1: "pos"}
 
 
@@ -58,7 +60,7 @@ def tiny_language_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTraine
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data *= 3
-    return model
+    return recurrences_by_device(model)
 
 
 def write_tiny_language_model(

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.models.device import recurrences_by_device
 from teacher_cache.stages.student import MambaStudentForCausalLM, MambaStudentModel
 from teacher_cache.stages.student.interchange import from_transformers, to_transformers
 from tests.tiny_students import small_config, small_student
@@ -54,7 +55,8 @@ def theirs(arch: str, *, head: bool = True, **changes: Any) -> Any:
     """A small model of transformers in which no weight has a value of its own kind."""
     torch.manual_seed(0)
     config_class, sizes = CONFIGS[arch]
-    return randomised(CLASSES[arch][head](config_class(**(SIZES | sizes | changes))))
+    model = CLASSES[arch][head](config_class(**(SIZES | sizes | changes)))
+    return randomised(recurrences_by_device(model))
 
 
 def ours(*, head: bool = True, **changes: Any) -> Any:
