@@ -84,8 +84,10 @@ def test_one_that_minds_its_neighbours_is_trained_without_them(
         intermediate_size=64,
     ).save_pretrained(start)
     bert_tokenizer.save_pretrained(start)
-    printed = done(*command(bert_cache, start, out))
-    assert "reads a text otherwise beside longer ones: only documents of equal length" in printed
+    outcome = pipe(*command(bert_cache, start, out))
+    assert outcome.code == 0, outcome.stderr
+    said = " ".join(outcome.stderr.split())
+    assert "reads a text otherwise beside longer ones: only documents of equal length" in said
     record = read_run(out)
     assert record.complete and record.settings["batching"] == {"rows": "equal", "borders": []}
 
