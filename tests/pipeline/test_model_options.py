@@ -28,6 +28,7 @@ COMMANDS: dict[str, type[StageConfig] | None] = {
     "convert": ConvertOptions,
     "verify": None,
     "evaluate": options.EvaluateCommandOptions,
+    "export": None,
     "predict": options.PredictOptions,
     "report": None,
     "run": None,
