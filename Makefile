@@ -1,6 +1,6 @@
 # Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ci test-all test-gpu test-latest test-oldest test-kernels check format assets tokenizers clean
+.PHONY: help setup demo test test-ci test-all test-gpu test-latest test-oldest test-kernels check format assets tokenizers transformers-tests clean
 
 PYTHON ?=
 export PYTHON
@@ -27,8 +27,7 @@ test: setup assets ## the tests of every day, some three minutes on two cores
 test-ci: setup assets tokenizers ## what .ci/run adds: whole stages, kills, real vocabularies
 	$(PYTEST) -m 'ci and not slow and not gpu'
 
-test-all: setup assets tokenizers ## every test that needs no CUDA device
-	scripts/transformers-tests
+test-all: setup assets tokenizers transformers-tests ## every test that needs no CUDA device
 	$(PYTEST) -m 'not gpu'
 
 test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results keeps what they print
@@ -69,6 +68,9 @@ assets: setup ## fetch the teacher's base, the reviews and the novels into asset
 
 tokenizers: setup ## fetch the real tokenizers that the tests of the second ring read
 	$(VENV_PYTHON) -m benchmarks.tokenizers --fetch-sample
+
+transformers-tests: setup ## fetch the tests that transformers runs over its own models
+	scripts/transformers-tests
 
 clean: ## remove what builds and tools left; environments, assets, caches and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
