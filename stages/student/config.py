@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.stages.student.position_map import PositionMap
 
@@ -52,7 +53,7 @@ library_name: transformers
 tags: [mamba, distillation, teacher-cache]
 {pipeline}---
 
-# {title}
+# A distilled Mamba student
 
 A Mamba student of the package `teacher-cache`, which has its code. Import it first, and every tool
 that loads a folder by transformers' Auto classes loads this one:
@@ -61,8 +62,8 @@ that loads a folder by transformers' Auto classes loads this one:
 import teacher_cache.stages.student
 from transformers import AutoTokenizer, {auto}
 
-model = {auto}.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {auto}.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
 Without the import, `trust_remote_code=True` has transformers run `{module}.py`, whose only line
@@ -235,20 +236,16 @@ def describe_folder(folder: Path, kind: str) -> None:
     Args:
         folder: with the saved model.
         kind: name of the model's class.
+
+    Raises:
+        UserError: where the file system refuses.
     """
-    (folder / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+    write_bytes_atomically(folder / f"{_MODULE}.py", _SOURCE.encode())
     card = folder / "README.md"
     if card.exists():
         return
     auto = next((auto for auto, name in _CLASSES.items() if name == kind), "AutoModel")
     pipeline = _PIPELINES.get(auto)
-    card.write_text(
-        _CARD.format(
-            pipeline=f"pipeline_tag: {pipeline}\n" if pipeline else "",
-            title=folder.resolve().name,
-            auto=auto,
-            folder=folder.resolve().name,
-            module=_MODULE,
-        ),
-        encoding="utf-8",
-    )
+    pipeline = f"pipeline_tag: {pipeline}\n" if pipeline else ""
+    text = _CARD.format(pipeline=pipeline, auto=auto, module=_MODULE)
+    write_bytes_atomically(card, text.encode())

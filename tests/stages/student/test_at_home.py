@@ -449,7 +449,7 @@ def test_a_folder_loads_where_nothing_was_imported(make, auto, tmp_path) -> None
     loaded: Any = type(student).from_pretrained(again)
     assert torch.equal(loaded(ids).logits, student(ids).logits)
     card = (folder / "README.md").read_text()
-    assert f'model = {auto}.from_pretrained("walter")' in card
+    assert f'model = {auto}.from_pretrained("THIS_FOLDER")' in card
     (folder / "README.md").write_text("mine")
     student.save_pretrained(folder)
     assert (folder / "README.md").read_text() == "mine"
