@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -49,6 +50,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def the_logger_as_it_was() -> Iterator[None]:
+    """A command sets its process's logger up, which would hide from later tests what is said."""
+    logger = logging.getLogger("teacher_cache")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
