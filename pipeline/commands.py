@@ -230,6 +230,8 @@ def export(run: Path, out: Path, *, to: str, ids_only: bool = False) -> None:
     """
     if to not in EXPORTS:
         raise UserError(f"there is no format --to {to}: {did_you_mean(to, EXPORTS)}")
+    if ids_only and to != "gguf":
+        raise UserError(f"--ids-only is for --to gguf, and {to} has no tokenizer: leave it out")
     student = known_task([run]).evaluation.student.of_run(run, DeviceConfig(device="cpu"))
     EXPORTS[to](student.model, None if ids_only else student.tokenizer, out, source=str(run))
     console.print(f"✓ export {out}", style="green", soft_wrap=True)

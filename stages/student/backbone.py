@@ -90,18 +90,13 @@ def refuse_foreign(keywords: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: for a keyword that no model of transformers takes.
-        ValueError: for one whose meaning a student cannot serve.
+        ValueError: for a direction that a call cannot choose.
     """
     for name, value in keywords.items():
         if name not in TransformersKwargs.__optional_keys__ and value is not None:
             raise TypeError(f"a Mamba student's forward takes no {name!r}")
     if keywords.get("is_causal") is False:
         raise ValueError("a student's direction is its configuration's bidirectional, not a call's")
-    if keywords.get("cu_seq_lens_q") is not None:
-        raise ValueError(
-            "cu_seq_lens_q tells a student nothing of where documents begin: give seq_idx or "
-            "position_ids"
-        )
 
 
 def documents_of(position_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
@@ -177,11 +172,16 @@ class MambaStudentPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a state cannot be rolled back, so no assisted decoding
     supports_gradient_checkpointing = True
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """As transformers does, with what a process that knows no student needs to load it."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
             describe_folder(Path(save_directory), type(self).__name__)
 
     @classmethod
@@ -269,6 +269,11 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         refuse_foreign(kwargs)
+        if kwargs.get("cu_seq_lens_q") is not None and seq_idx is None and position_ids is None:
+            raise ValueError(
+                "cu_seq_lens_q tells a student nothing of where documents begin: give seq_idx or "
+                "position_ids"
+            )
         cache = self._cache_for(use_cache, the_cache(cache, cache_params, past_key_values))
         residual = cast(
             Tensor, self.embedding(input_ids) if inputs_embeds is None else inputs_embeds

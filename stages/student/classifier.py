@@ -12,7 +12,11 @@ from transformers.utils.generic import can_return_tuple
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.linear_head import linear_cross_entropy
-from teacher_cache.stages.student.backbone import MambaStudentModel, MambaStudentPreTrainedModel
+from teacher_cache.stages.student.backbone import (
+    MambaStudentModel,
+    MambaStudentPreTrainedModel,
+    refuse_foreign,
+)
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
@@ -83,6 +87,8 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
         token_type_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         next_token_loss: bool = False,
         pooled_state: bool = False,
@@ -101,6 +107,8 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
                 classifier of transformers has it.
             token_type_ids: ignored: BERT's tokenizers emit them, the student has no segments.
             inputs_embeds: [B, S, d_model] in place of `input_ids`.
+            position_ids: ignored: a row is one sample, and the student knows no positions.
+            use_cache: ignored: a classifier goes on from no state.
             num_items_in_batch: what the sum of the samples' cross-entropies is divided by, the
                 samples of all batches that share an update; their own number if none.
             next_token_loss: also predict each position's next token, in the student's order, with
@@ -116,13 +124,16 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
         Raises:
             UserError: if a sample has no tokens.
             ValueError: if a bidirectional student is asked for the next token, which it has read,
-                or any student without `input_ids` is.
+                or any student without `input_ids` is; or if several samples share a row.
             TypeError: for an unknown keyword.
         """
         if next_token_loss and self.config.bidirectional:
             raise ValueError("a bidirectional student has read the next token")
         if next_token_loss and input_ids is None:
             raise ValueError("inputs_embeds do not say which token is next: give input_ids")
+        refuse_foreign(kwargs)
+        if kwargs.get("seq_idx") is not None or kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("a classifier reads one sample a row: give no packed rows")
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
@@ -145,7 +156,6 @@ class MambaStudentForSequenceClassification(MambaStudentPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_mixers=output_mixers,
             return_dict=True,
-            **kwargs,
         )
         pooled = self._pool(hidden.last_hidden_state, mask)  # [B, d_model]
         with torch.autocast(pooled.device.type, enabled=False):  # logits are not rounded to half

@@ -150,6 +150,7 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
             attention_mask,
             inputs_embeds=inputs_embeds,
             seq_idx=seq_idx,
+            position_ids=position_ids,
             cache=cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,

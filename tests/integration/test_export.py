@@ -44,4 +44,5 @@ def test_what_cannot_be_written_is_refused(run: Path, bert_run: Path, tmp_path: 
     refused("export", run, out, "--to", "ggfu", saying="no format --to ggfu: did you mean 'gguf'")
     refused("export", bert_run, out, "--to", "gguf", saying="from a cache of --task lm")
     refused("export", tmp_path, out, "--to", "gguf", saying="is no run")
+    refused("export", run, out, "--to", "onnx", "--ids-only", saying="--ids-only is for --to gguf")
     assert not out.exists()

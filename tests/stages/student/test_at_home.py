@@ -179,7 +179,7 @@ def test_a_keyword_that_means_nothing_is_refused_and_what_every_model_gets_is_no
         student(ids, attention_maks=torch.ones_like(ids))
     with pytest.raises(ValueError, match="bidirectional"):
         student(ids, is_causal=False)
-    with pytest.raises(ValueError, match="seq_idx or position_ids"):
+    with pytest.raises(ValueError, match=r"seq_idx or position_ids|one sample a row"):
         student(ids, cu_seq_lens_q=torch.tensor([0, 4, 12]))
     asked = student(ids, output_attentions=True, output_router_logits=None, inputs_embeds=None)
     assert torch.equal(asked.logits, student(ids).logits)
@@ -195,11 +195,27 @@ def test_position_ids_that_begin_anew_part_documents(arch) -> None:
     same = student(ids, seq_idx=seq_idx, labels=ids, use_cache=False)
     torch.testing.assert_close(packed.logits, same.logits)
     torch.testing.assert_close(packed.loss, same.loss)
-    plain = student(ids, position_ids=torch.arange(12)[None], use_cache=False)
+    borders = {"cu_seq_lens_q": torch.tensor([0, 5, 12]), "max_length_q": 7}
+    flat = student(ids, position_ids=positions, use_cache=False, **borders)  # as TRL packs them
+    assert torch.equal(flat.logits, packed.logits)
+    plain = student(ids, position_ids=torch.arange(12)[None], use_cache=False, **borders)
     assert torch.equal(plain.logits, student(ids, use_cache=False).logits)
     state = student(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="behind a state"):
         student(ids, position_ids=positions, cache=state)
+
+
+@pytest.mark.parametrize("position_map", MAPS)
+def test_a_classifiers_row_is_one_sample_whatever_positions_say(position_map) -> None:
+    student, ids = classifier(position_map=position_map), ids_of()
+    mask = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # 0 at padding, too
+    found = student(ids, mask, position_ids=positions, use_cache=True)
+    assert torch.equal(found.logits, student(ids, mask).logits)
+    with pytest.raises(ValueError, match="one sample a row"):
+        student(ids, mask, seq_idx=torch.zeros_like(ids))
+    with pytest.raises(TypeError, match="past_key_values"):
+        student(ids, mask, past_key_values=transformers.DynamicCache())
 
 
 def test_labels_that_are_shifted_already_give_the_same_loss() -> None:
