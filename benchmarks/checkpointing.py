@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.timing import interleaved
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import ARCHITECTURES, MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 

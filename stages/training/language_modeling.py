@@ -21,7 +21,7 @@ from teacher_cache.stages.codecs.named import open_codec, require_temperature, r
 from teacher_cache.stages.join.alignment import Alignment, require_known_ids
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.models.pretrained import num_positions
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.student.position_map import PositionMap

@@ -21,8 +21,7 @@ from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.models.batching import Batching
 from teacher_cache.stages.models.inference import classifier_batching, read_in_passes
-from teacher_cache.stages.student import pretrained
-from teacher_cache.stages.student.build import build_student
+from teacher_cache.stages.student import build_student, pretrained
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM

@@ -14,7 +14,7 @@ from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.training.run_folder import read_run
 from tests.command_line import done

@@ -11,7 +11,7 @@ import torch
 from benchmarks.codec_table.gradients import GradientSums, angle, step_gradient
 from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.stages.data.packing import next_ids, pack_tokens
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.training.batches import PackedCollator
 from tests.tiny_language_models import cached, tiny_teacher

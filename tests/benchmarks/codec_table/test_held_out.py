@@ -13,7 +13,7 @@ from benchmarks.codec_table.held_out import BATCH_SIZE, Figures, HeldOut
 from benchmarks.codec_table.teacher import trained_tokenizer
 from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from tests.reference_losses import cross_entropy, expected_calibration_error, kl
 from tests.tiny_language_models import tiny_teacher, write_cache
 from tests.tiny_students import small_config

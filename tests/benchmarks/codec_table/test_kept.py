@@ -13,7 +13,7 @@ from benchmarks.codec_table.kept import Comparison, Kept
 from benchmarks.codec_table.rows import DISTILLED, NONE, ON_CPU, ROWS
 from benchmarks.codec_table.teacher import trained_tokenizer
 from teacher_cache.stages.data.corpus import Document
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_language_model
 from tests.tiny_models import tiny_language_model

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.data.packaged.austen import chapters
 from teacher_cache.stages.evaluation import lm_eval as adapter
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 
 DOCS = Path(__file__).parents[3] / "docs" / "language-model-student.md"

@@ -21,7 +21,7 @@ from teacher_cache.stages.evaluation.references import CachedReference, LiveRefe
 from teacher_cache.stages.evaluation.scores import score
 from teacher_cache.stages.models.batching import PACKED, PADDED, Batching
 from teacher_cache.stages.models.head import LanguageModelHead
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from tests.tiny_language_models import MAX_LENGTH, WIDTH, cached, tiny_teacher
 

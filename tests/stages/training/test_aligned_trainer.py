@@ -21,7 +21,7 @@ from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.stages.join.aligned_sample import AlignedSample
 from teacher_cache.stages.losses.chunk_likelihood import DEFAULT_TAU
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.training.arguments import training_arguments

@@ -24,7 +24,7 @@ from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.packing import pack_tokens
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.models.head import LanguageModelHead
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
 from teacher_cache.stages.training.arguments import training_arguments

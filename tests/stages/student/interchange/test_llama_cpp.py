@@ -28,7 +28,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.interchange import llama_cpp
 from teacher_cache.stages.student.interchange.llama_cpp import SPLITS, vocabulary_of, write_gguf

@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.student.build import build_language_model
+from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.interchange.onnx import write_onnx
 from tests.tiny_students import small_config, small_student
 
