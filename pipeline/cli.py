@@ -221,8 +221,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf, a language model with its tokenizer, which llama.cpp runs; or onnx, any "
-            "Mamba student, which onnxruntime runs."
+            help="gguf, a language model with its tokenizer, which llama.cpp runs; onnx, any Mamba "
+            "student, which onnxruntime runs; or html, a classifier as a page that reads what is "
+            "typed in a browser."
         ),
     ],
     ids_only: Annotated[

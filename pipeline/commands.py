@@ -65,12 +65,13 @@ from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
 from teacher_cache.stages.student.interchange.llama_cpp import write_gguf
 from teacher_cache.stages.student.interchange.onnx import write_onnx
+from teacher_cache.stages.student.interchange.web_page import write_page
 from teacher_cache.stages.tasks import TASKS, KnownTask, task_named
 from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 CACHES = Path("caches")
-EXPORTS = {"gguf": write_gguf, "onnx": write_onnx}
+EXPORTS = {"gguf": write_gguf, "html": write_page, "onnx": write_onnx}
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def export(run: Path, out: Path, *, to: str, ids_only: bool = False) -> None:
     if to not in EXPORTS:
         raise UserError(f"there is no format --to {to}: {did_you_mean(to, EXPORTS)}")
     if ids_only and to != "gguf":
-        raise UserError(f"--ids-only is for --to gguf, and {to} has no tokenizer: leave it out")
+        raise UserError(f"--ids-only is for --to gguf, and this is --to {to}: leave it out")
     student = known_task([run]).evaluation.student.of_run(run, DeviceConfig(device="cpu"))
     EXPORTS[to](student.model, None if ids_only else student.tokenizer, out, source=str(run))
     console.print(f"✓ export {out}", style="green", soft_wrap=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from tests.command_line import TINY_STUDENT, done, refused
 from tests.ready_made import ReadyMade
@@ -46,3 +48,19 @@ def test_what_cannot_be_written_is_refused(run: Path, bert_run: Path, tmp_path: 
     refused("export", tmp_path, out, "--to", "gguf", saying="is no run")
     refused("export", run, out, "--to", "onnx", "--ids-only", saying="--ids-only is for --to gguf")
     assert not out.exists()
+
+
+def test_a_classifier_becomes_onnx(bert_run: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="comes with the development tools")
+    out = tmp_path / "student.onnx"
+    done("export", bert_run, out, "--to", "onnx")
+    labels = json.loads((bert_run / "config.json").read_text())["id2label"]
+    text = "One of these films never drags."
+    batch = AutoTokenizer.from_pretrained(bert_run)([text], return_tensors="np")
+    session = onnxruntime.InferenceSession(out)
+    (logits,) = session.run(
+        ["logits"], {name: batch[name] for name in ("input_ids", "attention_mask")}
+    )
+    shares = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    said = f"{labels[str(shares.argmax())]}\t{shares.max():.3f}\t{text}\n"
+    assert done("predict", bert_run, text) == said

@@ -14,8 +14,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BigBirdConfig,
+    BloomConfig,
     ConvBertConfig,
-    FalconConfig,
     FNetConfig,
     GPT2Config,
     LlamaConfig,
@@ -141,15 +141,15 @@ def test_longrope_packs_only_below_its_border() -> None:
 
 @pytest.mark.parametrize("bias", ["none", "masked", "shifted", "-inf"])
 def test_what_masks_or_shifts_logits_hides_no_fault(bias: str) -> None:
-    """Falcon of this width keeps no packed documents apart, whatever its largest logit is."""
+    """BLOOM keeps no packed documents apart, whatever its largest logit is."""
     values = torch.zeros(60)
     if bias == "shifted":
         values += 1e5
     elif bias != "none":
         values[40:] = -torch.inf if bias == "-inf" else -1e9
     for config, rows in (
-        (FalconConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                      alibi=True), "padded"),
+        (BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=2,
+                     initializer_range=0.3), "padded"),
         (LlamaConfig(vocab_size=60, **SHAPE), "packed"),
     ):  # fmt: skip
         model: Any = tiny_language_model(config)
@@ -242,7 +242,7 @@ def test_a_classifier_in_training_reads_each_text_as_if_it_stood_alone() -> None
 
 
 def test_what_a_batching_costs_is_measured_and_said() -> None:
-    model = tiny_language_model(FalconConfig(vocab_size=60, **SHAPE, alibi=True))
+    model = tiny_language_model(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=2))
     found = language_model_batching("it", model, max_length=90)
     assert found == PADDED and found.cost is not None and found.cost > 0
     assert f"({found.cost:.1f} times as long" in str(found)
