@@ -12,7 +12,7 @@ from typing import Any
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.fingerprint import fingerprint
-from teacher_cache.cache.schema import FORMAT, FORMAT_VERSION, FieldSpec, Schema
+from teacher_cache.cache.schema import FORMAT, FORMAT_VERSION, FieldSpec, Schema, format_version
 from teacher_cache.cache.stores.named import DEFAULT_STORE, store_named
 
 MANIFEST_NAME = "manifest.json"
@@ -89,7 +89,7 @@ class Manifest:
         Raises:
             UserError: where the file system refuses.
         """
-        version = store_named(self.store).format_version
+        version = max(store_named(self.store).format_version, format_version(self.schema))
         value = asdict(self) | {"format": FORMAT, "format_version": version}
         if self.store == DEFAULT_STORE:  # as it was before there were others
             del value["store"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 
 FORMAT = "teacher-cache"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest that this release reads; a cache's own is the oldest that knows all it uses."""
+AT_COUNTED_VERSION = 3
+"""The oldest that knows codecs' fields of the positions that count alone."""
 
 SAMPLE_ID_BYTES = 16
 ABSENT_LABEL = -1
@@ -29,11 +31,13 @@ CONTINUES = "continues"
 SQUARE = "S*S"
 TRIANGLE = "S*(S+1)/2"
 TRIANGLES = "sum(n*(n+1)/2)"
+COUNTED = "sum(loss_mask)"
 
 Dimension = int | str
 """A number, or the first dimension of a ragged field: `S`, positions; `S+1`, their borders;
 `sum(NAME)`, one entry for each that the sample's field NAME counts at its positions (a head of
-differing sizes, end to end); `sum(NAME)/4`, the same four to a byte, the last byte padded; of maps
+differing sizes, end to end; with `loss_mask` one entry for each position that counts);
+`sum(NAME)/4`, the same four to a byte, the last byte padded; of maps
 between positions `S*S`, all pairs row by row; `S*(S+1)/2`, those of the lower triangle;
 `sum(n*(n+1)/2)`, those of the triangle of each of the sample's segments, n positions long."""
 
@@ -125,6 +129,7 @@ def language_model_schema(
     is_packed: bool = False,
     has_continues: bool = False,
     has_offsets: bool = False,
+    at_counted: bool = False,
     layer_fields: Schema = (),
 ) -> Schema:
     """Fields of a language-model cache: ids, what counts in a loss, and what its codec stores.
@@ -134,6 +139,7 @@ def language_model_schema(
         is_packed: samples hold several documents, numbered by `segment`.
         has_continues: samples say whether they go on with a document (`CONTINUES`).
         has_offsets: each token's borders in the bytes of its text are kept, for span alignment.
+        at_counted: the codec's fields are of the positions that count alone, not of all.
         layer_fields: maps and states of the teacher's layers.
     """
     segment = FieldSpec(name="segment", dtype="uint16", shape=("S",))
@@ -146,9 +152,22 @@ def language_model_schema(
         *((continues,) if has_continues else ()),
         FieldSpec(name="loss_mask", dtype="bool", shape=("S",)),
         *((offsets,) if has_offsets else ()),
-        *codec_fields,
+        *(counted_fields(codec_fields) if at_counted else codec_fields),
         *layer_fields,
     )
+
+
+def counted_fields(codec_fields: Schema) -> Schema:
+    """Those of a codec with an entry for each position that counts, where all positions had one."""
+    return tuple(
+        replace(spec, shape=(COUNTED, *spec.shape[1:])) if spec.shape[0] == "S" else spec
+        for spec in codec_fields
+    )
+
+
+def format_version(schema: Schema) -> int:
+    """The oldest that knows all that a schema uses, whatever the store."""
+    return AT_COUNTED_VERSION if any(COUNTED in spec.shape for spec in schema) else 1
 
 
 def bytes_per_position(schema: Schema, entries: float = 0.0) -> float:

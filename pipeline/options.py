@@ -24,6 +24,7 @@ from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.tasks import TaskName
 from teacher_cache.stages.teacher.config import (
     AlignmentConfig,
+    ChatConfig,
     ForwardConfig,
     LayersConfig,
     ShardConfig,
@@ -147,6 +148,7 @@ class CacheTeacherOptions(ComposedConfig):
     forward: Part[ForwardConfig]
     kept: Part[CodecConfig]
     aligned: Part[AlignmentConfig]
+    chat: Part[ChatConfig]
     teacher: str | None = Field(
         default=None,
         description="Teacher: hub id or folder of a fine-tuned classifier or, with --task lm, of "

@@ -199,6 +199,7 @@ def main_corpus(
     return CorpusConfig(
         **{"source": options.data, "split": split, **own, **given},
         labeled=task.labeled,
+        conversations=task.reads_conversations,
         max_samples=options.max_samples,
         seed=seed,
     )
@@ -240,6 +241,7 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         forward=TeacherConfig(teacher=teacher, **options.forward.given),
         kept=options.kept,
         aligned=aligned,
+        chat=options.chat,
         name=data_name(data),
         **_corpora(options, task, own_classes=is_own),
         unlabeled_is_named=options.unlabeled is not None,
@@ -346,7 +348,11 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
     if options.text.txt_unit:
         own["txt_unit"] = options.text.txt_unit
     return CorpusConfig(
-        **own, labeled=False, max_samples=options.unlabeled_max_samples, seed=options.seed
+        **own,
+        labeled=False,
+        conversations=task.reads_conversations,
+        max_samples=options.unlabeled_max_samples,
+        seed=options.seed,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.cache.codecs.interface import Decoded
+from teacher_cache.cache.codecs.interface import Decoded, rows_of
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
@@ -108,7 +108,7 @@ def _decoder(
 
     codec = open_codec(reader)
     temperature = plain_temperature(codec)
-    rows = codec.expand(sample)
+    rows = rows_of(codec, sample)
 
     def decode(position: int) -> Decoded:
         one = {

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.interface import EVERY_CODECS_FIELDS, Codec
+from teacher_cache.cache.codecs.interface import EVERY_CODECS_FIELDS, Codec, has_rows
 from teacher_cache.cache.codecs.named import codec_from
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
@@ -26,7 +26,7 @@ from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import Manifest, read_teacher_file, utc_now
 from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import Fields, Ragged, Schema
+from teacher_cache.cache.schema import COUNTED, Fields, Ragged, Schema, counted_fields
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver, versioned
 from teacher_cache.stages.codecs.capture import reduce_positions
@@ -225,7 +225,10 @@ def _schema(source: Schema, codecs: Codecs) -> Schema:
     ours = {spec.name for spec in codecs.source.fields}
     first = next(idx for idx, spec in enumerate(source) if spec.name in ours)
     rest = tuple(spec for spec in source[first:] if spec.name not in ours)
-    return (*source[:first], *codecs.target.fields, *rest)
+    own = codecs.target.fields
+    if any(COUNTED in spec.shape for spec in source):
+        own = counted_fields(own)
+    return (*source[:first], *own, *rest)
 
 
 def _recoded(source: Schema, target: Schema, codecs: Codecs, fields: Fields) -> Fields:
@@ -309,7 +312,10 @@ class LogitsOf:
         return cls(codec=open_codec(reader, device), device=device)
 
     def __call__(self, sample: Sample) -> Tensor:
-        """[S, V] float32, before temperature, up to a constant a position."""
+        """[N, V] float32 of its positions that have a distribution, before temperature.
+
+        Up to a constant a position.
+        """
         return room_of(self.codec).logits(self.codec, sample, self.device)
 
 
@@ -328,9 +334,13 @@ def recode(source: Codec, target: Codec, logits_of: LogitsOf | None) -> Recode:
 
 
 def drawn_at(codec: Codec, sample: Sample) -> np.ndarray | None:
-    """Where each position draws: the numbers that capture took, since they are the sample's own."""
+    """Where each position that has a distribution draws: by the numbers that capture took.
+
+    They are the sample's own.
+    """
     sample_id = sample["sample_id"].tobytes()
-    return room_of(codec).draws(codec, sample_id, len(sample["input_ids"]))
+    drawn = room_of(codec).draws(codec, sample_id, len(sample["input_ids"]))
+    return None if drawn is None else drawn[has_rows(sample)]
 
 
 def _reduced(target: Codec, logits_of: LogitsOf, sample: Sample) -> dict[str, np.ndarray]:
@@ -399,13 +409,16 @@ def measured_again(
 
 
 def _first_positions(readers: Mapping[str, CacheReader]) -> list[tuple[Sample, np.ndarray]]:
-    """The first samples and, [S] bool, those of their positions that count, 128 in all."""
+    """The first samples and, bool, those of their positions with a distribution that count.
+
+    128 in all.
+    """
     found: list[tuple[Sample, np.ndarray]] = []
     left = NUM_POSITIONS
     for sample in islice(_samples(readers), NUM_POSITIONS):
         counts = sample["loss_mask"] & (np.cumsum(sample["loss_mask"]) <= left)
         if counts.any():
-            found.append((sample, counts))
+            found.append((sample, counts[has_rows(sample)]))
             left -= int(counts.sum())
         if not left:
             break

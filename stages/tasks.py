@@ -24,6 +24,7 @@ class KnownTask(ABC):
         kind: of model, as a sentence names it.
         labeled: whether a document needs a label.
         predicts_tokens: whether the teacher speaks of token ids, which are aligned with others.
+        reads_conversations: whether columns of messages are read.
         takes_unlabeled: whether text without labels that comes with the data is taken unasked.
         of_fallback: options of `--data` that other data, listed in `--fallback`, is read without.
         of_fallback_preset: the same of a preset.
@@ -37,6 +38,7 @@ class KnownTask(ABC):
     kind: ClassVar[str]
     labeled: ClassVar[bool]
     predicts_tokens: ClassVar[bool]
+    reads_conversations: ClassVar[bool]
     takes_unlabeled: ClassVar[bool]
     of_fallback: ClassVar[tuple[str, ...]]
     of_fallback_preset: ClassVar[tuple[str, ...]]
@@ -68,6 +70,7 @@ class Classification(KnownTask):
     kind = "a classifier"
     labeled = True
     predicts_tokens = False
+    reads_conversations = False
     takes_unlabeled = True
     of_fallback = ()
     of_fallback_preset = ("split", "text_column", "label_column", "label_names")
@@ -108,6 +111,7 @@ class LanguageModeling(KnownTask):
     kind = "a language model"
     labeled = False
     predicts_tokens = True
+    reads_conversations = True
     takes_unlabeled = False
     of_fallback = ("split",)
     of_fallback_preset = ("split",)

@@ -68,6 +68,29 @@ class Decoded:
     temperature: float
 
 
+def has_rows(sample: Mapping[str, np.ndarray]) -> np.ndarray:
+    """At which positions of a stored sample a codec keeps something, bool [S].
+
+    Args:
+        sample: with `loss_mask` and the codec's fields, of all its positions or of the counted ones
+            alone.
+    """
+    counts = sample["loss_mask"]
+    return counts if len(sample[TOP1_LOG_PROB]) < len(counts) else np.ones(len(counts), bool)
+
+
+def rows_of(codec: Codec, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A stored sample's fields of a codec with a row a position, [S, ...]; 0 where none is kept."""
+    rows, where = codec.expand(sample), has_rows(sample)
+    if where.all():
+        return rows
+    found = {}
+    for name, values in rows.items():
+        found[name] = np.zeros((len(where), *values.shape[1:]), values.dtype)
+        found[name][where] = values
+    return found
+
+
 class Codec(Protocol):
     """One way of storing a distribution over the support at each position.
 
@@ -106,7 +129,7 @@ class Codec(Protocol):
         ...
 
     def expand(self, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One sample's fields with a row a position, as `decode` and a collator want them."""
+        """One sample's fields with a row for each position that has one, as `decode` wants them."""
         ...
 
     def decode(self, stored: Stored, temperature: float) -> Decoded:

@@ -72,14 +72,16 @@ def packed_fields(
     pieces: Sequence[Sequence[Reduced]],
     *,
     has_continues: bool = False,
+    at_counted: bool = False,
 ) -> Fields:
     """Each sample's positions in the codec's code, beside its tokens.
 
     Args:
         codec: of the cache.
         samples: of a shard.
-        pieces: of each sample, reductions of its positions in their order.
+        pieces: of each sample, reductions of its positions that are spoken of, in their order.
         has_continues: as of the schema.
+        at_counted: the same.
 
     Raises:
         UserError: if a value cannot be stored.
@@ -101,6 +103,6 @@ def packed_fields(
         spec.name: Ragged.from_arrays(
             [row[spec.name] for row in rows], spec.dtype, spec.inner_shape
         )
-        for spec in language_model_schema(codec.fields, is_packed=True)
+        for spec in language_model_schema(codec.fields, is_packed=True, at_counted=at_counted)
         if spec.is_ragged
     }

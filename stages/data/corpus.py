@@ -11,8 +11,8 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -23,9 +23,17 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import SAMPLE_ID_BYTES
 from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.data.columns import (
+    TEXT_COLUMNS,
     columns_of,
     refuse_a_document_as_header,
     refuse_hidden_labels,
+)
+from teacher_cache.stages.data.conversations import (
+    ChatCounts,
+    ChatReading,
+    Conversation,
+    Unusable,
+    conversation_columns,
 )
 from teacher_cache.stages.data.delimited import Quoting
 from teacher_cache.stages.data.hub import Beginning
@@ -46,6 +54,7 @@ logger = logging.getLogger(__name__)
 PLACE_BYTES = 8
 _NUM_NAMED = 5  # files in a message
 _NUM_LOOKED_AT = 100  # texts, for labels in them
+_IDS, _LEARNED = "ids", "is_learned"  # columns beside a conversation's text
 # One `=` on each side; a heading of a lower level has more.
 _TITLE = re.compile(r"= (?!=)(?:.*[^ =]|[^ =]) =")
 
@@ -89,6 +98,11 @@ class CorpusConfig(StageConfig):
         default=True,
         description="whether to read labels; data that are one column of text have none",
     )
+    conversations: bool = Field(
+        default=False,
+        description="whether columns of messages, or of prompts and completions, are read as "
+        "conversations where no column is called like one of texts, or where they are asked for",
+    )
     missing_labels: MissingLabels = Field(
         default="refuse", description="what becomes of documents that have no label"
     )
@@ -106,16 +120,30 @@ class CorpusConfig(StageConfig):
     )
 
 
+@dataclass(frozen=True, eq=False)
+class DocumentTokens:
+    """Of a text that is not tokenised as other texts are: a rendered conversation.
+
+    Attributes:
+        ids: uint32 [T], with nothing to be put around them.
+        is_learned: bool [T], the tokens that are to be predicted; None: all.
+    """
+
+    ids: np.ndarray
+    is_learned: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class Document:
     """One text of a corpus.
 
     Attributes:
-        text: as the source holds it.
+        text: as the source holds it, or rendered.
         source: a packaged or hub name with its revision, or a content hash; never a path.
         split: the split it was read from.
         position: its index in that split, before any shuffling or limit.
         label: the class id, None in an unlabelled corpus.
+        tokens: of a conversation; None of other texts.
     """
 
     text: str
@@ -123,6 +151,7 @@ class Document:
     split: str
     position: int
     label: int | None = None
+    tokens: DocumentTokens | None = field(default=None, compare=False)
 
     @property
     def sample_id(self) -> bytes:
@@ -148,6 +177,8 @@ class Corpus:
         identity: what was read, for the fingerprint: kind, name and revision or content hash,
             split, columns, seed and class ids; never a path, nor the limit.
         num_dropped: documents without a label that are left out.
+        chat_columns: that hold conversations, which `rendered` makes documents of; None of texts.
+        chat_counts: of those that it read.
     """
 
     config: CorpusConfig
@@ -160,6 +191,9 @@ class Corpus:
     _labels: Labels | None
     _order: np.ndarray
     _first: int  # of the texts, in the split
+    chat_columns: tuple[str, ...] | None = None
+    chat_counts: ChatCounts | None = None
+    _places: np.ndarray | None = None  # of rendered conversations, among the texts
 
     def __len__(self) -> int:
         """Number of documents, the limit applied."""
@@ -178,8 +212,12 @@ class Corpus:
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"documents {start} to {stop} of a corpus of {len(self)}")
+        assert self.chat_columns is None, "conversations are rendered before they are read"
         positions = self._order[start:stop]
-        texts = self._texts[positions.tolist()][self._text_column] if len(positions) else []
+        rows = self._texts[positions.tolist()] if len(positions) else {}
+        texts = rows.get(self._text_column, [])
+        tokens = _tokens(rows) if _IDS in rows else None
+        places = positions if self._places is None else self._places[positions]
         labels = self._labels.ids[positions].tolist() if self._labels is not None else []
         return [
             Document(
@@ -189,9 +227,59 @@ class Corpus:
                 split=self._split,
                 position=self._first + position,
                 label=labels[idx] if labels and labels[idx] != MISSING_LABEL else None,
+                tokens=None if tokens is None else tokens[idx],
             )
-            for idx, (text, position) in enumerate(zip(texts, positions.tolist(), strict=True))
+            for idx, (text, position) in enumerate(zip(texts, places.tolist(), strict=True))
         ]
+
+    def rendered(self, reading: ChatReading) -> Corpus:
+        """The same corpus of conversations as the texts that a teacher reads.
+
+        All of them are read here: what cannot be learned from is known before a teacher runs.
+
+        Raises:
+            UserError: if some cannot be, and the configuration does not drop them; or if none can.
+        """
+        assert self.chat_columns is not None, "it holds texts"
+        counts, places = ChatCounts(num=len(self)), []
+        columns: dict[str, list[Any]] = {self._text_column: [], _IDS: []}
+        if reading.config.loss_on != "all":
+            columns[_LEARNED] = []
+        for place in self._order.tolist():
+            try:
+                row = Conversation.of_row(self._texts[place], self.chat_columns)
+                read = reading.read(row, counts)
+            except Unusable as error:
+                counts.add_unusable(error, self._first + place)
+                continue
+            places.append(place)
+            columns[self._text_column].append(read.text)
+            columns[_IDS].append(read.tokens.ids)
+            if _LEARNED in columns:
+                columns[_LEARNED].append(read.tokens.is_learned)
+        is_dropped = reading.config.unusable_conversations == "drop" and bool(places)
+        if counts.unusable and not is_dropped:
+            counts.refuse(self.config.source)
+        counts.say(self.config.source)
+        settings = {"columns": list(self.chat_columns), **reading.settings}
+        if counts.unusable:
+            settings["unusable"] = "drop"
+        features = {
+            self._text_column: datasets.Value("string"),
+            _IDS: datasets.List(datasets.Value("uint32")),
+            _LEARNED: datasets.List(datasets.Value("bool")),
+        }
+        return dataclasses.replace(
+            self,
+            identity={**self.identity, "conversations": settings},
+            chat_columns=None,
+            chat_counts=counts,
+            _texts=datasets.Dataset.from_dict(
+                columns, features=datasets.Features({name: features[name] for name in columns})
+            ),
+            _order=np.arange(len(places)),
+            _places=np.array(places, np.int64),
+        )
 
     def documents_with_text(self) -> list[Document]:
         """All documents that are not empty.
@@ -290,8 +378,13 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     )
     if not source.schema.names:
         raise SourceUnavailable(f"{config.source!r} holds no documents: give another")
-    text_column, label_column = columns_of(config, source)
-    table = source.read([text_column, *([label_column] if label_column else [])])
+    chat_columns = None
+    if config.conversations:
+        chat_columns = conversation_columns(source.schema, config.text_column, TEXT_COLUMNS)
+    text_column, label_column = (
+        columns_of(config, source) if chat_columns is None else (chat_columns[0], None)
+    )
+    table = source.read(chat_columns or [text_column, *([label_column] if label_column else [])])
     if len(table) == 0:
         raise SourceUnavailable(
             f"the split {source.split!r} of {config.source!r} holds no documents: give another"
@@ -327,14 +420,27 @@ def load_corpus(config: CorpusConfig) -> Corpus:
             **({} if is_kept.all() else {"missing_labels": "drop"}),
         },
         num_dropped=int((~is_kept).sum()),
-        _texts=table.select_columns([text_column]),
+        _texts=table.select_columns(list(chat_columns or [text_column])),
         _text_column=text_column,
         _source=source.label,
         _split=source.split,
         _labels=labels,
         _order=order[: config.max_samples],
         _first=rows.start,
+        chat_columns=chat_columns,
     )
+
+
+def _tokens(rows: Mapping[str, Any]) -> list[DocumentTokens]:
+    """Of rendered conversations."""
+    learned = rows.get(_LEARNED, [None] * len(rows[_IDS]))
+    return [
+        DocumentTokens(
+            ids=np.asarray(ids, np.uint32),
+            is_learned=None if is_learned is None else np.asarray(is_learned, bool),
+        )
+        for ids, is_learned in zip(rows[_IDS], learned, strict=True)
+    ]
 
 
 def _arrow(table: datasets.Dataset) -> pa.Table:

@@ -14,6 +14,8 @@ what must be cut leaves sequences of differing lengths, which cost nothing in a 
 at every sequence's end would take context from many documents (Ding et al. 2024, *Fewer Truncations
 Improve Language Modeling*, arXiv:2404.10830).
 
+A conversation comes with its tokens, of which some are not learned; it is never cut.
+
 The sequences of some documents depend on these alone, so a shard's depend on no other shard.
 """
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -72,11 +74,13 @@ class PackedSample:
         input_ids: uint32 [S], no padding.
         segment: uint16 [S], from 0: which piece of this sequence a token belongs to.
         pieces: in order; of one document one at most.
+        is_learned: bool [S], the tokens that are to be predicted; None: all.
     """
 
     input_ids: np.ndarray
     segment: np.ndarray
     pieces: tuple[Piece, ...]
+    is_learned: np.ndarray | None = None
 
     @property
     def sample_id(self) -> bytes:
@@ -94,10 +98,20 @@ class PackedSample:
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """Which positions count, bool [S]: those whose next token is of the same piece."""
+        """Which positions count, bool [S]: those whose next token is learned, of the same piece."""
         counts = np.zeros(len(self.segment), bool)
         counts[:-1] = self.segment[1:] == self.segment[:-1]
+        if self.is_learned is not None:
+            counts[:-1] &= self.is_learned[1:]
         return counts
+
+    @property
+    def is_spoken(self) -> np.ndarray:
+        """At which positions what the teacher says is kept, bool [S].
+
+        Where some tokens are not learned these are the counted ones; else all.
+        """
+        return np.ones(len(self.segment), bool) if self.is_learned is None else self.loss_mask
 
     @property
     def position_ids(self) -> np.ndarray:
@@ -204,6 +218,9 @@ def pack(
             f"{shortest}"
         )
     end_id = _end_id(tokenizer, document_end)
+    chats = [one for one in documents if one.tokens is not None]
+    if chats:
+        return _packed_conversations(chats, max_length=max_length)
     read: list[tuple[bytes, np.ndarray]] = []
     num_begun = 0
     for document, found in _tokenized(documents, tokenizer, end_id):
@@ -218,6 +235,25 @@ def pack(
         num_continued=sum(len(ids) > max_length for _, ids in read),
         num_begun=num_begun,
     )
+
+
+def _packed_conversations(documents: Sequence[Document], *, max_length: int) -> Packed:
+    """Conversations have their tokens already, none of which is put around or left out.
+
+    They are no longer than a sample, so each stays whole.
+    """
+    tokens = [one.tokens for one in documents if one.tokens is not None]
+    assert all(len(one.ids) <= max_length for one in tokens), "longer ones are refused before"
+    samples = pack_tokens(
+        [(one.sample_id, its.ids) for one, its in zip(documents, tokens, strict=True)],
+        max_length=max_length,
+    )
+    learned = [one.is_learned for one in tokens if one.is_learned is not None]
+    if learned:
+        ends = np.cumsum([len(one.input_ids) for one in samples])
+        parts = np.split(np.concatenate(learned), ends[:-1])
+        samples = [replace(one, is_learned=part) for one, part in zip(samples, parts, strict=True)]
+    return Packed(samples=samples, num_documents=len(tokens), num_empty=0, num_continued=0)
 
 
 def pack_tokens(

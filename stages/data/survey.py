@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import Field
 
@@ -38,6 +39,11 @@ class CorpusReport(StageConfig):
         default=0, description="without a label and left out, of the source whatever the limit"
     )
     longest: int = Field(default=0, description="characters of the longest document; 0 of views")
+    conversations: dict[str, Any] | None = Field(
+        default=None,
+        exclude_if=lambda found: found is None,  # reports of texts stay as they were
+        description="of conversations, what was read, left out and is remarkable",
+    )
 
     def describe(self) -> str:
         """One line for people."""
@@ -74,6 +80,7 @@ def survey(corpus: Corpus) -> CorpusReport:
         num_without_label=0 if counts is None else len(corpus) - sum(counts.values()),
         num_dropped=corpus.num_dropped,
         longest=texts.longest,
+        conversations=None if corpus.chat_counts is None else corpus.chat_counts.to_json(),
     )
 
 

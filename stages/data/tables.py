@@ -286,8 +286,15 @@ class JsonObjects(Table):
                     seen.setdefault(name, {}).setdefault(type(value), (where, value))
         return seen
 
+    def field(self, name: str) -> tuple[datasets.Features, pa.DataType]:
+        """Lists and objects are kept as JSON: those of two rows need not be of one type."""
+        if {list, dict} & self._seen[name].keys():
+            features = datasets.Features({name: datasets.Value("string")})
+            return features, features.arrow_schema.field(name).type
+        return super().field(name)
+
     def columns(self, names: Sequence[str]) -> Iterator[list[Any]]:
-        """Values as written; None where an object has none."""
+        """Values as written, lists and objects as JSON; None where an object has none."""
         for name in names:
             kinds = {kind: at for kind, at in self._seen[name].items() if kind is not type(None)}
             if len(kinds) > 1 and set(kinds) != {int, float}:
@@ -297,9 +304,14 @@ class JsonObjects(Table):
                 raise UserError(f"the column {name!r} holds {listed}: write all its values alike")
         for path in self.files:
             rows = (
-                [entry.get(name) for name in names] for _, entry in _json_entries(path, self.kind)
+                [_flat(entry.get(name)) for name in names]
+                for _, entry in _json_entries(path, self.kind)
             )
             yield from _columns(rows, len(names))
+
+
+def _flat(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 _JSON_NAMES: dict[type, str] = {
@@ -319,6 +331,8 @@ def _json_type(seen: dict[type, tuple[str, Any]]) -> pa.DataType:
     try:
         return pa.array(values[:1]).type
     except (pa.ArrowException, OverflowError, UnicodeError):
+        if isinstance(values[0], list | dict):
+            return pa.list_(pa.null())
         return pa.string() if isinstance(values[0], str) else pa.float64()
 
 

@@ -29,6 +29,7 @@ from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.scores import Score, score
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
 from teacher_cache.stages.models.device import resolve_device
+from teacher_cache.stages.tokens.chat_template import listed_ids
 from teacher_cache.stages.tokens.frame import surroundings
 
 DEFAULT_NEW_TOKENS = 50  # of `pipe predict`
@@ -77,7 +78,7 @@ def continuation(model: LanguageModel, prompt: list[int], options: GenerationOpt
         drawing["temperature"] = float(options.temperature or 1)
     generator: Any = model.model
     around = surroundings(model.tokenizer)
-    stops = {*around.stop_ids, *_listed_ids(generator.generation_config.eos_token_id)}
+    stops = {*around.stop_ids, *listed_ids(generator.generation_config.eos_token_id)}
     is_on = model.autocast is not torch.float32
     devices = [ids.device] if ids.device.type == "cuda" else []
     with (
@@ -96,10 +97,6 @@ def continuation(model: LanguageModel, prompt: list[int], options: GenerationOpt
         )
     written = list(takewhile(lambda one: one not in stops, found[0, len(prompt) :].tolist()))
     return _text_behind(model.tokenizer, prompt, written)
-
-
-def _listed_ids(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
 
 def _text_behind(tokenizer: Any, prompt: list[int], written: list[int]) -> str:

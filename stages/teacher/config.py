@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.cache.stores.named import DEFAULT_STORE
 from teacher_cache.stages.codecs.config import FOR_A_CLASSIFIER, CodecConfig
 from teacher_cache.stages.config import (
@@ -17,6 +21,7 @@ from teacher_cache.stages.config import (
     StageConfig,
     StoreName,
     comma_joined,
+    comma_separated,
 )
 from teacher_cache.stages.tasks import DEFAULT_TASK, TaskName
 
@@ -142,6 +147,103 @@ class ShardConfig(StageConfig):
     )
 
 
+LossOn = Literal["all", "assistant", "completion"]
+DroppedKind = Literal["system", "user", "tool", "tools", "tool-calls", "answer"]
+DEFAULT_DATE = "2024-07-26"  # what templates of Llama 3 take where they are given none
+OF_CONVERSATIONS = Of(
+    task="lm",
+    elsewhere="{flag} is of conversations, which language models read: leave it out, or give "
+    "--task lm",
+)
+
+
+def _as_json(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, Mapping) else value
+
+
+class ChatConfig(StageConfig):
+    """Conversations, and what of them counts (--task lm)."""
+
+    loss_on: Annotated[LossOn, OF_CONVERSATIONS] = Field(
+        default="all",
+        description="Of conversations, the tokens that a teacher's distribution is kept for and a "
+        "student learns: all; what the assistant said (assistant); or its last answer alone "
+        "(completion).",
+    )
+    chat_template: Annotated[Path | None, OF_CONVERSATIONS] = Field(
+        default=None, description="File with another chat template than the teacher's own."
+    )
+    chat_template_kwargs: Annotated[str | None, OF_CONVERSATIONS, BeforeValidator(_as_json)] = (
+        Field(
+            default=None,
+            description='Variables of the chat template as JSON, as in {"enable_thinking": false}.',
+        )
+    )
+    chat_date: Annotated[str, OF_CONVERSATIONS] = Field(
+        default=DEFAULT_DATE,
+        description="The day that a chat template takes for today, as 2024-07-26; the same in "
+        "every run, so that a cache can be gone on with.",
+    )
+    end_of_turn: Annotated[tuple[str, ...], OF_CONVERSATIONS, BeforeValidator(comma_separated)] = (
+        Field(
+            default=(),
+            description="Strings that end an answer, comma-separated, besides the end of text and "
+            "what the teacher's generation configuration names.",
+        )
+    )
+    template_may_drop: Annotated[
+        tuple[DroppedKind, ...],
+        OF_CONVERSATIONS,
+        BeforeValidator(comma_separated),
+    ] = Field(
+        default=(),
+        description="Texts that a chat template may leave out, comma-separated of "
+        f"{', '.join(get_args(DroppedKind))}; thoughts it may always. Default: none.",
+    )
+    unusable_conversations: Annotated[Literal["refuse", "drop"], OF_CONVERSATIONS] = Field(
+        default="refuse",
+        description="What becomes of conversations that cannot be read, are longer than a sample, "
+        "or of which it cannot be told what the assistant said: refuse the data, or drop them. "
+        "Either way they are counted with their reasons.",
+    )
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Of the template.
+
+        Raises:
+            UserError: if they are no object of JSON.
+        """
+        given = self.chat_template_kwargs
+        try:
+            found = {} if given is None else json.loads(given)
+        except ValueError as error:
+            raise UserError(
+                f"--chat-template-kwargs {given} is no JSON ({first_line(error)}): give an object, "
+                'as in {"enable_thinking": false}'
+            ) from error
+        if not isinstance(found, dict):
+            raise UserError(
+                f"--chat-template-kwargs {given} is no object: give one, as in "
+                '{"enable_thinking": false}'
+            )
+        return found
+
+    @property
+    def today(self) -> date:
+        """What the template takes for the date.
+
+        Raises:
+            UserError: if it is none.
+        """
+        try:
+            return date.fromisoformat(self.chat_date)
+        except ValueError as error:
+            raise UserError(
+                f"--chat-date {self.chat_date} is no date: write it as {DEFAULT_DATE}"
+            ) from error
+
+
 class CaptureConfig(ComposedConfig):
     """A teacher, and what is cached of it."""
 
@@ -150,3 +252,4 @@ class CaptureConfig(ComposedConfig):
     forward: Part[TeacherConfig]
     kept: Part[CodecConfig]
     aligned: Part[AlignmentConfig]
+    chat: Part[ChatConfig]

@@ -205,7 +205,8 @@ class PositionOutputs(Generic[Kept]):
     """What was kept of every position.
 
     Attributes:
-        pieces: of each sample, in the samples' order, what was kept of its positions, in theirs.
+        pieces: of each sample, in the samples' order, what was kept of its positions that are
+            spoken of, in theirs.
         num_halvings: how often a batch ran out of memory and was halved.
     """
 
@@ -229,7 +230,8 @@ def run_positions(
     Args:
         teacher: on its device.
         samples: of one shard.
-        reduce: sees every position, in slices; after memory ran out, some of them again.
+        reduce: sees every position at which a sample is spoken of, in slices; after memory ran
+            out, some of them again.
         batch_tokens: padded positions in a batch.
         batching: instead of the teacher's.
         slice_logits: at most so many logits at a time, but those of one position.
@@ -243,13 +245,14 @@ def run_positions(
     batching = batching or teacher.batching
     lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
     starts = np.cumsum([0, *lengths]).tolist()
+    spoken = [np.flatnonzero(sample.is_spoken) for sample in samples]
     pieces: list[list[Kept]] = [[] for _ in samples]
 
     def run(batch: np.ndarray) -> None:
         chosen = {int(i): samples[i] for i in batch}
-        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+        places = np.concatenate([starts[i] + spoken[i] for i in batch])
         found: dict[int, list[Kept]] = {i: [] for i in chosen}
-        borders = np.cumsum([0, *lengths[batch]]).tolist()
+        borders = np.cumsum([0, *(len(spoken[i]) for i in batch)]).tolist()
         start = 0
         with torch.inference_mode():
             for part in _slices(teacher, batching, chosen, places, slice_logits, tap):
@@ -299,7 +302,7 @@ def _slices(
     slice_logits: int,
     tap: LayerTap | None,
 ) -> Iterator[Slice]:
-    """A batch's positions, sample by sample, with their logits.
+    """A batch's positions that are spoken of, sample by sample, with their logits.
 
     Raises:
         UserError: if the logits of a position are no numbers.
@@ -315,8 +318,11 @@ def _slices(
             tap=tap,
             sample_idxs=list(batch),
         )
+    is_spoken = np.concatenate([sample.is_spoken for sample in samples])
+    if not is_spoken.all():
+        states = states[_on(teacher, np.flatnonzero(is_spoken))]
     nexts = [next_ids(sample.input_ids, sample.segment) for sample in samples]
-    following = _on(teacher, np.concatenate(nexts))
+    following = _on(teacher, np.concatenate(nexts)[is_spoken])
     where = _on(teacher, places)
     num = max(1, slice_logits // teacher.num_logits)
     for start in range(0, len(places), num):

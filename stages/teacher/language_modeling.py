@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.cache.codecs.interface import Codec, Reduced
-from teacher_cache.cache.errors import CheckFailed
+from teacher_cache.cache.codecs.interface import Codec, Reduced, has_rows, rows_of
+from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import (
     NEXT_LOG_PROB,
@@ -34,6 +34,7 @@ from teacher_cache.stages.codecs.measure import (
     measured_temperatures,
 )
 from teacher_cache.stages.codecs.named import chosen_room, codec_of, open_codec, room_of
+from teacher_cache.stages.data.conversations import ChatReading, refuse_without_conversations
 from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.data.packing import (
     Packed,
@@ -48,12 +49,13 @@ from teacher_cache.stages.models.causal import final_states, head_logits
 from teacher_cache.stages.models.head import HEAD_FILE, LanguageModelHead
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.capture_alignment import CaptureAlignment, aligned
-from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig
+from teacher_cache.stages.teacher.config import CaptureConfig, ChatConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import Slice, listen_to_packed, run_positions
 from teacher_cache.stages.teacher.layers import LayerPlan, LayerTap
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
 from teacher_cache.stages.teacher.tables import TABLE, TABLE_FILE
 from teacher_cache.stages.teacher.task import Said, StoredSample, TapOf, Task
+from teacher_cache.stages.tokens.chat_template import listed_ids
 from teacher_cache.stages.tokens.frame import surroundings
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.support import (
@@ -84,6 +86,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         codec: what is kept of a position.
         head: of the teacher, where states are cached; None for other codecs.
         packing: `packing_version`.
+        chat: how conversations are read; None of texts.
     """
 
     packs_documents = True
@@ -92,6 +95,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
     codec: Codec
     head: LanguageModelHead | None
     packing: int
+    chat: ChatReading | None = None
 
     @classmethod
     def prepared(cls, config: CaptureConfig, corpora: Mapping[str, Corpus]) -> LanguageModeling:
@@ -107,11 +111,14 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
         head = chosen_room(config.kept).head_of(teacher.model)
-        _log_frame(teacher.tokenizer)
+        max_length = teacher.max_length(config.forward.max_length)
+        chat, corpora = _rendered(config.chat, corpora, teacher, max_length)
+        if chat is None:
+            _log_frame(teacher.tokenizer)
         return cls(
             teacher=teacher,
             corpora=corpora,
-            max_length=teacher.max_length(config.forward.max_length),
+            max_length=max_length,
             batch_tokens=config.forward.batch_tokens,
             alignment=alignment,
             codec=codec_of(
@@ -123,6 +130,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             head=head,
             packing=packing_version(teacher.tokenizer),
             layers=LayerPlan.prepared(config.layers, teacher, is_packed=cls.packs_documents),
+            chat=chat,
         )
 
     @property
@@ -163,8 +171,14 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
             self.codec.fields,
             is_packed=True,
             has_continues=self.packing > 1,
+            at_counted=self.at_counted,
             layer_fields=self.layers.fields,
         )
+
+    @property
+    def at_counted(self) -> bool:
+        """Whether distributions are kept where they count alone, as some tokens are not learned."""
+        return self.chat is not None and self.chat.config.loss_on != "all"
 
     @property
     def files(self) -> Mapping[str, Callable[[Path], None]]:
@@ -256,7 +270,11 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         )
         return Said(
             fields=packed_fields(
-                self.codec, samples, outputs.pieces, has_continues=self.packing > 1
+                self.codec,
+                samples,
+                outputs.pieces,
+                has_continues=self.packing > 1,
+                at_counted=self.at_counted,
             ),
             num_halvings=outputs.num_halvings,
         )
@@ -307,8 +325,11 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
     @property
     def bytes_per_token(self) -> float:
         """Of all of a sample's fields but those of layers, by the heads that were measured."""
+        counts = self.corpora["labeled"].chat_counts if self.at_counted else None
         return bytes_per_token(
-            self.codec, None if self.codec_loss is None else self.codec_loss.num_ids
+            self.codec,
+            None if self.codec_loss is None else self.codec_loss.num_ids,
+            share=1.0 if counts is None else counts.share_learned,
         )
 
     @property
@@ -332,6 +353,39 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 "--align map or none, which keep all of the teacher's"
             )
         return packed
+
+
+def _rendered(
+    config: ChatConfig,
+    corpora: Mapping[str, Corpus],
+    teacher: LanguageModelTeacher,
+    max_length: int,
+) -> tuple[ChatReading | None, Mapping[str, Corpus]]:
+    """How conversations are read, and the corpora with theirs as texts.
+
+    Raises:
+        UserError: if some cannot be used, or there are none to which the options belong.
+    """
+    chats = [split for split, corpus in corpora.items() if corpus.chat_columns is not None]
+    if len(chats) < len(corpora):
+        texts = next(one for split, one in corpora.items() if split not in chats)
+        if chats:
+            raise UserError(
+                f"{texts.config.source} holds texts and the other corpus conversations: cache them "
+                "apart"
+            )
+        refuse_without_conversations(
+            config, texts.config.source, str(texts.identity["text_column"])
+        )
+        return None, corpora
+    generating: Any = teacher.model.generation_config
+    reading = ChatReading.of(
+        config,
+        teacher.tokenizer,
+        end_ids=listed_ids(generating.eos_token_id if generating is not None else None),
+        max_length=max_length,
+    )
+    return reading, {split: corpus.rendered(reading) for split, corpus in corpora.items()}
 
 
 def _log_frame(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -380,7 +434,7 @@ class PositionsApart:
         Each document alone, which is what its values stand for, however they were cached.
         """
         for sample in samples:
-            apart = partial(self._apart, sample=sample, rows=self._codec.expand(sample))
+            apart = partial(self._apart, sample=sample, rows=rows_of(self._codec, sample))
             outputs = run_positions(
                 self._teacher,
                 [_packed(sample)],
@@ -423,7 +477,7 @@ class PositionsApart:
         has_next = part.next_ids != NO_LABEL
         taken = part.next_ids.where(has_next, 0)
         again = log_probs.gather(1, taken[:, None])[:, 0].where(has_next, 0.0)
-        cached = sample[NEXT_LOG_PROB].astype(np.float64)[where]
+        cached = rows[NEXT_LOG_PROB].astype(np.float64)[where]
         off = np.abs(again.cpu().numpy() - cached) - HALF_STEP * np.abs(cached)
         return np.stack([kl, np.maximum(off, 0.0)], axis=1)
 
@@ -431,19 +485,22 @@ class PositionsApart:
 def _packed(sample: StoredSample) -> PackedSample:
     """The sample as the teacher saw it; of which documents it is, does not matter here."""
     lengths = np.bincount(sample["segment"])
+    is_learned = None if has_rows(sample).all() else np.roll(sample["loss_mask"], 1)
     return PackedSample(
         input_ids=sample["input_ids"],
         segment=sample["segment"],
         pieces=tuple(Piece(document_id=b"", start=0, stop=int(length)) for length in lengths),
+        is_learned=is_learned,
     )
 
 
-def bytes_per_token(codec: Codec, num_ids: float | None = None) -> float:
+def bytes_per_token(codec: Codec, num_ids: float | None = None, *, share: float = 1.0) -> float:
     """Stored bytes of a position, the token itself included.
 
     Args:
         codec: of the cache.
         num_ids: mean stored ids of a position, where that differs; the most, where not given.
+        share: of the positions at which a distribution is kept.
     """
     tokens = bytes_per_position(language_model_schema((), is_packed=True))
-    return tokens + codec.bytes_per_token(num_ids)
+    return tokens + share * codec.bytes_per_token(num_ids)

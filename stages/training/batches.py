@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from teacher_cache.cache.codecs.interface import Codec
+from teacher_cache.cache.codecs.interface import Codec, rows_of
 from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import ABSENT_LABEL, NO_LABEL, POOLED
@@ -299,7 +299,7 @@ class PackedCollator(Collator):
             "seq_idx": _documents([sample["segment"] for sample in samples]),
             "loss_mask": stacked([sample["loss_mask"] for sample in samples]),
         }
-        expanded = [self._codec.expand(sample) for sample in samples]
+        expanded = [rows_of(self._codec, sample) for sample in samples]
         arrays |= {name: stacked([one[name] for one in expanded]) for name in expanded[0]}
         if "next_ids" in samples[0]:
             # What padding holds is masked.
@@ -406,7 +406,7 @@ class AlignedCollator(Collator):
             "teacher_chunks": stacked([one.teacher_chunks for one in aligned]),
             "chunk_mask": stacked([np.ones(len(one.teacher_chunks), bool) for one in aligned]),
         }
-        expanded = [self._codec.expand(one["cached"]) for one in samples]
+        expanded = [rows_of(self._codec, one["cached"]) for one in samples]
         arrays |= {
             name: stacked([
                 one[name][np.maximum(where, 0)]
