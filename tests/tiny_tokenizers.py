@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -76,3 +78,18 @@ def tiny_metaspace() -> PreTrainedTokenizerFast:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+
+
+def tiny_byte_level(special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer as GPT-2's: all bytes, a few merges, an end of text and further tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "a"), ("Ġ", "the"), (":", ":"), ("Ġ", "i")]
+    pieces = ["<|endoftext|>", *alphabet, *("".join(one) for one in merges)]
+    ids = {piece: idx for idx, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer

@@ -23,10 +23,9 @@ from teacher_cache.stages.data.corpus import Document, load_corpus
 from teacher_cache.stages.data.packing import PackedRow, packed_rows
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, LanguageModel, TeacherModel
-from teacher_cache.stages.evaluation.packed_text import num_predicted_bytes
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.runs import held_out_of
-from teacher_cache.stages.evaluation.scores import Score, score
+from teacher_cache.stages.evaluation.scores import Score, num_predicted_bytes, score
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
 from teacher_cache.stages.models.device import resolve_device
 from teacher_cache.stages.tokens.chat_template import listed_ids

@@ -549,18 +549,17 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        from tokenizers import Tokenizer
-
         if not tokenizer.is_fast:
             raise UserError(
                 f"{type(tokenizer).__name__} does not say where in a text its tokens are, so those "
                 "of the answers are not known: give a teacher with a tokenizer.json"
             )
         self._tokenizer = tokenizer
-        saved = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+        backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        saved = json.loads(backend.to_str())
         # What puts special tokens around a text also trims the whitespace off its tokens' places.
         saved |= dict.fromkeys(("post_processor", "truncation", "padding"))
-        self._untrimmed = Tokenizer.from_str(json.dumps(saved))
+        self._untrimmed = type(backend).from_str(json.dumps(saved))
 
     def whole(self, text: str) -> np.ndarray:
         """The ids of a text, uint32 [T]."""

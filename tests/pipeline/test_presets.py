@@ -130,6 +130,7 @@ def test_options_win_over_the_preset() -> None:
         "label_column": "stars",
         "txt_unit": "line",
         "labeled": True,
+        "conversations": False,
         "label_names": ("bad", "good"),
         "label_map": None,
         "missing_labels": "refuse",

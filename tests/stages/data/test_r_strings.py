@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.packaged.r_strings import (
+from teacher_cache.stages.data.packaged.packages import (
     parse_string_vector,
     read_string_vectors,
     write_text_files,

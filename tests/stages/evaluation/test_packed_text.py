@@ -13,7 +13,7 @@ from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import packed_rows
 from teacher_cache.stages.evaluation.config import GenerationOptions
 from teacher_cache.stages.evaluation.language_modeling import continuation, prompt_ids
-from teacher_cache.stages.evaluation.packed_text import num_bytes_by_id, num_predicted_bytes
+from teacher_cache.stages.evaluation.scores import num_bytes_by_id, num_predicted_bytes
 from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace, tiny_sentencepiece
 
 CODE = "def f(x):\n    x x\n\n\n\tx     x\n"
