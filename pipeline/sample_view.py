@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.cache.codecs.interface import Decoded, rows_of
+from teacher_cache.cache.codecs.interface import Decoded, has_rows, rows_of
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.reader import CacheReader
@@ -48,13 +49,14 @@ def print_distributions(
     counts = np.flatnonzero(sample["loss_mask"])
     num_pieces = int(sample["segment"].max(initial=0)) + 1
     console.print(f"pieces of documents: {num_pieces}; positions that count: {len(counts):,}")
+    stored = np.cumsum(has_rows(sample)) - 1  # of a position, where its row is
     decode, temperature = _decoder(reader, sample)
     named = _namer(tokenizer, reader.manifest, reader.cache)
     places = np.linspace(0, len(counts) - 1, min(NUM_POSITIONS, len(counts))).astype(int)
     for position in counts[np.unique(places)]:
         decoded = decode(int(position))
         real = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position + 1]))
-        log_prob = float(sample["next_log_prob"][position])
+        log_prob = float(sample["next_log_prob"][stored[position]])
         here = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position]))
         console.print(
             f"  at {position}, {here}: next is {real} (p {np.exp(log_prob):.4f} at T=1); "
@@ -137,10 +139,31 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     else:
         _print_classes(console, reader.manifest, sample)
     ids = sample["input_ids"].tolist()
-    console.print(f"text: {tokenizer.decode(ids, skip_special_tokens=True)}", soft_wrap=True)
+    if has_positions(reader.manifest) and not has_rows(sample).all():
+        _print_counted(console, sample, tokenizer)
+    else:
+        console.print(f"text: {tokenizer.decode(ids, skip_special_tokens=True)}", soft_wrap=True)
     console.print(
         f"{len(ids)} tokens: {' '.join(tokenizer.convert_ids_to_tokens(ids))}", soft_wrap=True
     )
+
+
+def _print_counted(
+    console: Console, sample: Mapping[str, np.ndarray], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Print a sample's text, what counts of it in colour, and that once more by itself."""
+    is_learned = np.append(False, sample["loss_mask"][:-1])
+    borders = np.flatnonzero(np.diff(is_learned)) + 1
+    whole = Text("text: ")
+    answers = []
+    for run in np.split(np.arange(len(is_learned)), borders):
+        text = str(tokenizer.decode(sample["input_ids"][run].tolist()))
+        whole.append(text, style="bold green" if is_learned[run[0]] else "dim")
+        if is_learned[run[0]]:
+            answers.append(text)
+    console.print(whole, soft_wrap=True)
+    for answer in answers:
+        console.print(Text(f"counts: {answer!r}", style="green"), soft_wrap=True)
 
 
 def attention_panels(cache: Path, sample_id: str, *, run: Path | None = None) -> Panels:

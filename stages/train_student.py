@@ -259,6 +259,8 @@ def _saved(folder: Path, course: Course, joined: Joined, record: RunRecord) -> R
     with saved(folder):
         course.student.model.save_pretrained(folder)
     save_tokenizer(folder, tokenizer)
+    if joined.chat is not None:
+        joined.chat.write(folder)
     course.write_files(folder)
     record.write(folder)
     return record

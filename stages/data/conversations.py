@@ -24,6 +24,7 @@ from teacher_cache.stages.tokens.chat_template import (
     THOUGHT,
     THOUGHTS,
     Answer,
+    ChatRecord,
     ChatTemplate,
     ChatTokenizer,
     ChatTokens,
@@ -268,6 +269,7 @@ class ChatCounts:
         unusable: how many, by the reason.
         first_unusable: the place of the first in its source, from 0.
         dropped: texts that the template left out, by kind.
+        first: the first that is usable, with its text.
         counts: what else is worth knowing: `answers`, `tokens`, `learned`, `without_end`,
             `straddling`, `unprompted`, `untrained`.
     """
@@ -277,6 +279,7 @@ class ChatCounts:
     remedies: dict[str, str] = field(default_factory=dict)
     first_unusable: int | None = None
     dropped: Counter[str] = field(default_factory=Counter)
+    first: tuple[Conversation, str] | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
     def add_unusable(self, found: Unusable, place: int) -> None:
@@ -434,6 +437,21 @@ class ChatReading:
             ),
         }
 
+    def record(self, counts: ChatCounts) -> ChatRecord:
+        """For who reads the cache or its student, with a conversation to compare templates by."""
+        assert counts.first is not None, "a corpus without any usable one is refused"
+        conversation, text = counts.first
+        return ChatRecord(
+            template_sha256=self.template.sha256,
+            variables=dict(self.template.variables),
+            date=self.config.chat_date,
+            ends=self.template.ends,
+            loss_on=self.config.loss_on,
+            messages=conversation.messages,
+            tools=conversation.tools,
+            text=text,
+        )
+
     def read(self, conversation: Conversation, counts: ChatCounts) -> ReadConversation:
         """One conversation.
 
@@ -455,6 +473,7 @@ class ChatReading:
             raise Unusable(str(error)) from error
         self._refuse_dropped(told)
         self._refuse_long(tokens)
+        counts.first = counts.first or (conversation, told.text)
         counts.dropped.update(told.dropped)
         counts.counts.update(
             answers=sum(one["role"] == ASSISTANT for one in messages),

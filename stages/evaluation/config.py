@@ -47,6 +47,12 @@ class GenerationOptions(StageConfig):
         default=None, ge=0, description="Of --do-sample: of each text's draws. Default: 0."
     )
 
+    chat: bool | None = Field(
+        default=None,
+        description="Take each text for what a user says, in the chat template that the student "
+        "learned with, and print the answer alone.",
+    )
+
     @property
     def flags(self) -> list[str]:
         """The options that were given, as they are typed."""

@@ -19,6 +19,7 @@ import torch
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import DeviceConfig
+from teacher_cache.stages.data.conversations import ChatReading
 from teacher_cache.stages.data.corpus import Document, load_corpus
 from teacher_cache.stages.data.packing import PackedRow, packed_rows
 from teacher_cache.stages.evaluation.config import GenerationOptions
@@ -28,7 +29,8 @@ from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.scores import Score, num_predicted_bytes, score
 from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
 from teacher_cache.stages.models.device import resolve_device
-from teacher_cache.stages.tokens.chat_template import listed_ids
+from teacher_cache.stages.teacher.config import ChatConfig
+from teacher_cache.stages.tokens.chat_template import ChatRecord, Untold, listed_ids
 from teacher_cache.stages.tokens.frame import surroundings
 
 DEFAULT_NEW_TOKENS = 50  # of `pipe predict`
@@ -50,7 +52,13 @@ def check_generation(options: GenerationOptions) -> None:
         )
 
 
-def continuation(model: LanguageModel, prompt: list[int], options: GenerationOptions) -> str:
+def continuation(
+    model: LanguageModel,
+    prompt: list[int],
+    options: GenerationOptions,
+    *,
+    stop_ids: Sequence[int] = (),
+) -> str:
     """What the model writes behind a prompt; the same whatever it wrote before.
 
     A Mamba student reads the prompt once and then goes on from its state, one token at a time.
@@ -59,6 +67,7 @@ def continuation(model: LanguageModel, prompt: list[int], options: GenerationOpt
         model: in evaluation mode.
         prompt: its tokens, at least one.
         options: checked by `check_generation`.
+        stop_ids: with which it ends, besides the end of text.
 
     Raises:
         UserError: if the model has no positions for so many tokens.
@@ -78,6 +87,7 @@ def continuation(model: LanguageModel, prompt: list[int], options: GenerationOpt
     generator: Any = model.model
     around = surroundings(model.tokenizer)
     stops = {*around.stop_ids, *listed_ids(generator.generation_config.eos_token_id)}
+    stops |= set(stop_ids)
     is_on = model.autocast is not torch.float32
     devices = [ids.device] if ids.device.type == "cuda" else []
     with (
@@ -120,6 +130,29 @@ def prompt_ids(model: LanguageModel, text: str) -> list[int]:
     if not ids:
         raise UserError("there is no text to go on with: give one")
     return ids
+
+
+def answer(model: LanguageModel, run: Path, text: str, options: GenerationOptions) -> str:
+    """What a student answers to a user who says a text, its turn's end left out.
+
+    Raises:
+        UserError: if it has learned no conversations, or its template refuses such a beginning.
+    """
+    record = ChatRecord.read(run)
+    if record is None or not model.tokenizer.chat_template:
+        raise UserError(
+            f"--chat is of students that were trained on conversations, and {run} was trained on "
+            "texts: leave it out"
+        )
+    template = record.template(model.tokenizer)
+    try:
+        prompt = template.render([{"role": "user", "content": text}], has_prompt=True)
+    except Untold as error:
+        raise UserError(f"the text cannot be answered: {error}") from error
+    ids = list(model.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    known = model.tokenizer.get_vocab()
+    stops = [known[end] for end in record.ends if end in known]
+    return continuation(model, ids, options, stop_ids=stops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +234,12 @@ class ReadText:
         self, teacher: TeacherModel, say: Say, marks: dict[str, str]
     ) -> dict[str, LanguageModelEvaluation]:
         """Rows of the teacher, and of the students that read what it reads."""
+        is_chat = any(one.tokens is not None for one in self.documents)
+        theirs = self.students[0].tokenizer.get_vocab()
+        if is_chat and teacher.tokenizer.get_vocab() != theirs:
+            raise UserError(
+                "the teacher has other tokens than the students' conversations: give --teacher none"
+            )
         own = packed_rows(self.documents, teacher.tokenizer, max_length=teacher.max_length)
         together = [
             one
@@ -285,7 +324,10 @@ class LanguageModeling:
         if config.cache is not None:
             return _read_cache(config, config.cache, students)
         assert config.corpus is not None, "asked before"
-        documents = load_corpus(config.corpus).documents_with_text()
+        corpus = load_corpus(config.corpus)
+        if corpus.chat_columns is not None:
+            corpus = corpus.rendered(_chat_reading(config.runs, students))
+        documents = corpus.documents_with_text()
         packed = [
             packed_rows(documents, one.tokenizer, max_length=one.max_length) for one in students
         ]
@@ -315,8 +357,51 @@ class LanguageModeling:
             raise UserError(f"{num_empty} of {len(texts)} texts are empty: leave them out")
         model = self.student.of_run(run, device)
         for text in texts:
-            whole = text + continuation(model, prompt_ids(model, text), generation)
+            if generation.chat:
+                whole = answer(model, run, text, generation)
+            else:
+                whole = text + continuation(model, prompt_ids(model, text), generation)
             yield json.dumps(whole, ensure_ascii=False) if one_a_line else whole
+
+
+def _chat_reading(runs: Sequence[Path], students: Sequence[LanguageModel]) -> ChatReading:
+    """How all the students read conversations.
+
+    Raises:
+        UserError: if one has learned none, or two have learned them otherwise.
+    """
+    records = [ChatRecord.read(run) for run in runs]
+    first = records[0]
+    for run, record, student in zip(runs, records, students, strict=True):
+        if record is None:
+            raise UserError(
+                f"{run} was trained on texts, and --data holds conversations: give texts, or "
+                "students of conversations"
+            )
+        same = {"messages", "tools", "text"}
+        assert first is not None, "it was the first to be asked"
+        if (
+            record.model_dump(exclude=same) != first.model_dump(exclude=same)
+            or student.tokenizer.get_vocab() != students[0].tokenizer.get_vocab()
+            or student.max_length != students[0].max_length
+        ):
+            raise UserError(
+                f"{run} and {runs[0]} read conversations otherwise (template, tokenizer, --loss-on "
+                "or length): evaluate them apart"
+            )
+    assert first is not None, "there is a run"
+    config = ChatConfig.model_validate(
+        {
+            "loss_on": first.loss_on,
+            "chat_template_kwargs": first.variables,
+            "chat_date": first.date,
+            "end_of_turn": first.ends,
+            "unusable_conversations": "drop",
+        }
+    )
+    return ChatReading.of(
+        config, students[0].tokenizer, end_ids=(), max_length=students[0].max_length
+    )
 
 
 def _read_cache(

@@ -8,6 +8,7 @@ itself: it moves ids, and may append one, but changes none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from teacher_cache.cache.errors import CheckFailed
@@ -16,11 +17,15 @@ from teacher_cache.stages.data.tokenization import tokenize
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import ID_TABLE, Difference, JoinReport
 from teacher_cache.stages.join.teacher_folder import CachedTokenization, ProbeDocument
+from teacher_cache.stages.tokens.chat_template import ChatRecord, Untold
 from teacher_cache.stages.tokens.record import TokenizationRecord, describe, id_to_string
 from teacher_cache.stages.tokens.relation import TableComparison, compare_tables, string_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TEXT_SHOWN = 24  # characters of a conversation where two templates part
 
 
 class PositionMapLike(Protocol):
@@ -94,6 +99,38 @@ def compare(
         ),
         differences=tuple(found),
     )
+
+
+def with_chat_template(
+    report: JoinReport, chat: ChatRecord, tokenizer: PreTrainedTokenizerBase
+) -> JoinReport:
+    """The same with the chat templates compared: by their hashes, and by a cached conversation.
+
+    A tokenizer without a template has none that differs; it gets the cache's.
+
+    Args:
+        report: of `compare`.
+        chat: of the cache.
+        tokenizer: the student's.
+    """
+    compared = (*report.compared, "chat template")
+    if not tokenizer.chat_template:
+        return replace(report, compared=compared)
+    theirs = chat.template(tokenizer)
+    try:
+        text = theirs.render(chat.messages, tools=chat.tools)
+    except Untold as error:
+        text = f"nothing: {error}"
+    if theirs.sha256 == chat.template_sha256 or text == chat.text:
+        return replace(report, compared=compared)
+    at = next((i for i, (a, b) in enumerate(zip(text, chat.text, strict=False)) if a != b), 0)
+    found = Difference(
+        name="chat template",
+        cache=f"sha256 {chat.template_sha256[:12]}; {chat.text[at : at + _TEXT_SHOWN]!r}",
+        student=f"sha256 {theirs.sha256[:12]}; {text[at : at + _TEXT_SHOWN]!r}",
+        waivable=True,
+    )
+    return JoinReport(compared=compared, differences=(*report.differences, found))
 
 
 def check_position_map(position_map: PositionMapLike, lengths: Iterable[int]) -> None:

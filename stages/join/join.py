@@ -15,11 +15,12 @@ from teacher_cache.stages.codecs.named import open_codec, plain_temperature
 from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.join.aligned_sample import NUM_SAMPLES, Coverage, measure
 from teacher_cache.stages.join.alignment import Alignment, align
-from teacher_cache.stages.join.compare import check
+from teacher_cache.stages.join.compare import check, with_chat_template
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.join.report import ID_TABLE, JoinReport, verified_line, ways_out
 from teacher_cache.stages.join.teacher_folder import read_tokenization
 from teacher_cache.stages.tasks import task_named
+from teacher_cache.stages.tokens.chat_template import ChatRecord
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import recorded_map
 
@@ -47,6 +48,7 @@ class Joined:
         max_length: tokens at which the student truncates.
         alignment: how a language model's cached ids become the student's; None of a classifier.
         coverage: how much of the teacher that reaches; None where ids and positions stay.
+        chat: how the cached conversations are read, by the tokenizer's template; None of texts.
     """
 
     report: JoinReport
@@ -54,6 +56,7 @@ class Joined:
     max_length: int
     alignment: Alignment | None = None
     coverage: Coverage | None = None
+    chat: ChatRecord | None = None
 
 
 def joined_line(joined: Joined) -> str | None:
@@ -92,6 +95,9 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
     own = str(folder.resolve())
     tokenizer = load_tokenizer(config.student_tokenizer or own, option="--student-tokenizer")
     report = check(cached, tokenizer, config=config, longest_sample=longest_sample)
+    chat = ChatRecord.read(folder)
+    if chat is not None:
+        report = with_chat_template(report, chat, tokenizer)
     alignment = None
     if task.predicts_tokens:
         teacher = tokenizer
@@ -104,10 +110,18 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
             student=tokenizer,
             report=report,
         )
+        if chat is not None and alignment.rereads:
+            raise UserError(
+                f"{cache} holds conversations, whose control tokens another tokenizer does not "
+                "read: use the cache's own tokenizer (drop --student-tokenizer and --align)"
+            )
     if not report.accepted(config.on_mismatch):
         is_table = any(one.name == ID_TABLE for one in report.differences)
         more = _aligned_ways(cache, alignment) if alignment and is_table else []
         raise TokenizationMismatch(cache, report, more)
+    if chat is not None and config.student_tokenizer is not None:
+        # What it has learned to answer is the cache's.
+        tokenizer.chat_template = load_tokenizer(own, option="--cache").chat_template
     return Joined(
         report=report,
         tokenizer=tokenizer,
@@ -116,6 +130,7 @@ def join(cache: Path, config: JoinConfig, *, longest_sample: int) -> Joined:
         coverage=None
         if alignment is None or not alignment.rereads
         else _measured(cache, alignment),
+        chat=chat,
     )
 
 

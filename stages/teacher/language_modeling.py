@@ -55,7 +55,7 @@ from teacher_cache.stages.teacher.layers import LayerPlan, LayerTap
 from teacher_cache.stages.teacher.load import LanguageModelTeacher, identity, load_language_model
 from teacher_cache.stages.teacher.tables import TABLE, TABLE_FILE
 from teacher_cache.stages.teacher.task import Said, StoredSample, TapOf, Task
-from teacher_cache.stages.tokens.chat_template import listed_ids
+from teacher_cache.stages.tokens.chat_template import CHAT_FILE, listed_ids
 from teacher_cache.stages.tokens.frame import surroundings
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.support import (
@@ -182,10 +182,16 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
 
     @property
     def files(self) -> Mapping[str, Callable[[Path], None]]:
-        """The embedding table, where there is one; the map of a student's ids; the states' head."""
+        """The embedding table, where there is one; the map of a student's ids; the states' head.
+
+        And how conversations are read.
+        """
         found = dict(files_of(self.support))
         if self.embeddings is not None:
             found[TABLE_FILE] = self.embeddings.write
+        counts = self.corpora["labeled"].chat_counts
+        if self.chat is not None and counts is not None:
+            found[CHAT_FILE] = self.chat.record(counts).write
         if self.head is not None:
             found[HEAD_FILE] = self.head.of_support(states_support(self.support)).write
         return found

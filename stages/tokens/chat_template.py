@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from itertools import count, takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field, ValidationError
 
-from teacher_cache.cache.commit import canonical_json
+from teacher_cache.cache.commit import canonical_json, write_json_atomically
 from teacher_cache.cache.errors import UserError, first_line
+from teacher_cache.stages.config import StageConfig
 from teacher_cache.stages.tokens.tokenizers import special_ids
 
 if TYPE_CHECKING:
@@ -521,6 +524,59 @@ def _outside_marks(text: str, length: int) -> int:
         if is_mark and closing not in text[start:length]:
             length = start
     return length
+
+
+CHAT_FILE = "chat.json"
+
+
+class ChatRecord(StageConfig):
+    """How conversations were read; `chat.json` in a cache's `teacher` folder and beside a student.
+
+    The template itself is the tokenizer's, which lies there too.
+    """
+
+    template_sha256: str = Field(description="of the chat template")
+    variables: dict[str, Any] = Field(description="that it is given besides")
+    date: str = Field(description="that it takes for today")
+    ends: tuple[str, ...] = Field(description="strings that end an answer")
+    loss_on: str = Field(description="what counts: all, assistant or completion")
+    messages: tuple[Message, ...] = Field(description="a conversation of the corpus")
+    tools: list[Any] | None = Field(default=None, description="its tools")
+    text: str = Field(description="what the template made of it")
+
+    @classmethod
+    def read(cls, folder: Path) -> ChatRecord | None:
+        """Of a folder; None where texts were read.
+
+        Raises:
+            UserError: if it cannot be understood.
+        """
+        path = folder / CHAT_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(
+                f"{path} cannot be read ({first_line(error)}): restore it, or make the folder again"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Commit it.
+
+        Raises:
+            UserError: where the file system refuses.
+        """
+        write_json_atomically(folder / CHAT_FILE, self.model_dump(mode="json"))
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """A tokenizer's template, used in this way."""
+        return ChatTemplate(
+            tokenizer=tokenizer,
+            variables=self.variables,
+            today=date.fromisoformat(self.date),
+            ends=self.ends,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -236,7 +236,7 @@ def test_a_newer_format_is_refused_by_every_reader(
         ("train-student", "--cache", cache),
         cache_command(acl_imdb, tiny_bert, cache),
     ):
-        refused(*command, saying="version 99, this release reads .* up to version 2: upgrade")
+        refused(*command, saying="version 99, this release reads .* up to version 3: upgrade")
 
 
 def test_another_run_in_the_same_folder(bert_cache: Path, bert_run: Path) -> None:
