@@ -162,9 +162,9 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     observer = observer or StageOneObserver()
     check_options(config)
     task: AnyTask = TASKS[config.task].teacher.prepared(config, load_corpora(config))
+    begun = (one for one in (task, *task.formers) if _is_begun(config, _settings(one)))
+    task = next(begun, task)
     settings = _settings(task)
-    if task.former is not None and _is_begun(config, former := _settings(task.former)):
-        task, settings = task.former, former
     cache = config.shards.out or _default_folder(config, settings)
     splits = with_views(task.corpora, config.shards.views, _reading(task))
     plans = _plan(config, cache, splits, task)

@@ -273,7 +273,10 @@ def target_codec(config: CodecConfig, source: Codec) -> Codec:
     if name != source.name:
         _require(source, name, room.lacks or room_named(name).needs)
         return codec_of(config, support_size=source.support_size, width=0)
-    target = codec_from(source.settings | given_attributes(config, name))
+    given = given_attributes(config, name)
+    if given.keys() - source.settings.keys():  # of another version of the codec
+        _require(source, name, room.lacks)
+    target = codec_from(source.settings | given)
     if target != source:
         _require(source, name, room.missing(source, target))
     return target

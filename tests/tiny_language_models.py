@@ -17,7 +17,7 @@ from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.schema import Fields, Ragged, language_model_schema
 from teacher_cache.cache.writer import CacheWriter
 from teacher_cache.stages.codecs.capture import reduce_positions
-from teacher_cache.stages.codecs.sampled import uniforms
+from teacher_cache.stages.codecs.named import room_of
 from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.teacher_folder import write_tokenization
@@ -75,7 +75,7 @@ def cached(teacher: TinyTeacher, codec: Codec, sample: PackedSample) -> dict[str
         logits,
         torch.from_numpy(following),
         states=states,
-        drawn_at=uniforms(sample.sample_id, len(logits), getattr(codec, "num_draws", 1), seed=0),
+        drawn_at=room_of(codec).draws(codec, sample.sample_id, len(logits)),
     )
     stored: Any = codec
     return {

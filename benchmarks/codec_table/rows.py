@@ -44,6 +44,10 @@ def _topk(top_k: int) -> tuple[tuple[str, Any], ...]:
     return (("codec", "topk"), ("top_k", top_k))
 
 
+def _distinct(num_ids: int) -> tuple[tuple[str, Any], ...]:
+    return (("codec", "sampled"), ("num_ids", num_ids))
+
+
 DENSE = (("codec", "dense"),)
 HIDDEN = (("codec", "hidden"),)
 SAMPLED = (("codec", "sampled"), ("num_draws", 50))
@@ -58,6 +62,9 @@ DISTILLED: tuple[Row, ...] = (
     Row(name="ghost-50", title="top-50 and ghost", codec=_topk(50)),
     Row(name="ghost-64", title="top-64 and ghost", codec=_topk(64)),
     Row(name="sampled-50", title="50 draws", codec=SAMPLED),
+    Row(name="distinct-18", title="18 distinct ids", codec=_distinct(18)),
+    Row(name="distinct-32", title="32 distinct ids", codec=_distinct(32)),
+    Row(name="distinct-45", title="45 distinct ids", codec=_distinct(45)),
 )
 HALF = 0.5  # the product's default
 MIXED = "-half"  # ends the name of a row whose terms weigh the same

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 CODECS: dict[str, str | Callable[..., Codec]] = {
     "topk": "TopKCodec",
-    "sampled": "SampledCodec",
+    "sampled": "sampled_codec",
     "hidden": "HiddenCodec",
     "dense": "DenseCodec",
 }
-"""Every codec: its class in the module of its name beside this one, or one that was registered.
+"""Every codec: its class, or what finds that of its version, in the module of its name beside this
+one; or one that was registered.
 
 What the stages do with it stands in `stages/codecs`, in the module of the same name.
 """

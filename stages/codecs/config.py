@@ -62,8 +62,14 @@ class CodecConfig(StageConfig):
         default=None,
         description="topk: of these only the fewest that hold so much mass. Default: all.",
     )
+    num_ids: Annotated[int | None, of_codecs(sampled="num_ids")] = Field(
+        default=None,
+        description="sampled: so many distinct ids a position, 2 to 255, drawn so that as many "
+        "estimate best. Default: 32.",
+    )
     num_draws: Annotated[int | None, of_codecs(sampled="num_draws")] = Field(
-        default=None, description="sampled: draws a position, at most 255. Default: 50."
+        default=None,
+        description="sampled: instead, so many draws with replacement, at most 255. Default: none.",
     )
     temperatures: Annotated[
         Annotated[tuple[float, ...], BeforeValidator(comma_separated)] | None,

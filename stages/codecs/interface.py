@@ -58,7 +58,7 @@ class Unmatched:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Draws as a cache gives them back; `Decoded` is the other form in which a codec answers.
+    """Draws as a cache gives them back; `Decoded` and `Weighted` are what other codecs answer.
 
     Attributes:
         ids: [..., M] int64, distinct along M, -1 in an empty slot.
@@ -83,6 +83,34 @@ class Drawn:
     unmatched: Unmatched | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """Distinct ids that stand for the whole distribution between them, at one temperature.
+
+    Attributes:
+        ids: [..., M] int64, distinct along M, -1 in an empty slot, the most probable first.
+        log_probs: [..., M] float32 nats; -inf in an empty slot.
+        weights: [..., M] float32, the mass that each stands for, 0 in an empty slot: an unbiased
+            estimate of the distribution.
+        num_heads: [...] int64, the first of them, which were certain to be kept.
+        head_log_probs: [..., M] and
+        tail_log_prob: [...] the same ids as a head beside a ghost, which sum to 1.
+        temperature: of all these.
+        unmatched_log_prob: [...] nats, the log of the mass that no id of the support has.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    weights: Tensor
+    num_heads: Tensor
+    head_log_probs: Tensor
+    tail_log_prob: Tensor
+    temperature: float
+    unmatched_log_prob: Tensor
+
+
+Answer = Decoded | Drawn | Weighted
+
 C = TypeVar("C", bound=Codec)
 
 
@@ -103,6 +131,14 @@ class Room(ABC, Generic[C]):
     projects_in_place: ClassVar[bool] = False
 
     # How it is made.
+
+    def of(self, codec: Codec) -> Room[Any]:
+        """The room of a codec of this name, where versions of it differ."""
+        return self
+
+    def former(self, codec: Codec, given: Mapping[str, Any]) -> Codec | None:
+        """What an earlier release made of the same options; None where it is the same."""
+        return None
 
     @abstractmethod
     def made(
@@ -226,7 +262,7 @@ class Room(ABC, Generic[C]):
             UserError: naming its grid.
         """
 
-    def answer(self, codec: C, stored: Mapping[str, Tensor], temperature: float) -> Decoded | Drawn:
+    def answer(self, codec: C, stored: Mapping[str, Tensor], temperature: float) -> Answer:
         """What the losses compare the student with.
 
         Args:

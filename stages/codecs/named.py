@@ -47,7 +47,7 @@ def room_named(name: str) -> Room[Any]:
 
 def room_of(codec: Codec) -> Room[Any]:
     """The room of a codec."""
-    return room_named(codec.name)
+    return room_named(codec.name).of(codec)
 
 
 def chosen_room(config: CodecConfig) -> Room[Any]:

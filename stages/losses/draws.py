@@ -1,10 +1,11 @@
-"""A teacher known by draws from it: random sampling distillation (RS-KD).
+"""A teacher known by draws from it: random sampling distillation (RS-KD), and distinct ids.
 
 Anshumann et al. 2025, "Sparse Logit Sampling", arXiv:2503.16870. N draws with
 replacement from a proposal, the teacher's distribution at the capture temperature or a flatter one
 (which is the teacher at a higher temperature: `p_T0 ** tau`, normalised, is `p` at `T0 / tau`). A
 draw counts with the ratio of teacher to proposal, so what is linear in the teacher's probabilities
-(forward KL, cross-entropy) and its gradient are estimated without bias, at any temperature.
+(forward KL, cross-entropy) and its gradient are estimated without bias, at any temperature. Or
+distinct ids, drawn with probabilities of their own: each stands for its probability over that.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class Draws(ABC):
     @abstractmethod
     def num_effective(self) -> Tensor:
         """[...] effective sample size."""
+
+    def top_ids(self) -> Tensor | None:
+        """[...] the teacher's most probable id; None where draws may have missed it."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +191,84 @@ class SampledTargets(Draws):
         return (log_p - torch.where(drawn, self.proposal_log_probs, 0.0)).exp()
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightedTargets(Draws):
+    """Distinct ids, and the mass that each stands for: an unbiased estimate of the distribution.
+
+    Attributes:
+        ids: [..., M] int64, distinct along M; -1 for an empty slot.
+        log_probs: [..., M] nats, the teacher's, float32 or wider; -inf in an empty slot.
+        shares: [..., M], what stands for the teacher's probabilities; 0 in an empty slot. They
+            sum to 1 at the temperature of the draws, elsewhere in the mean.
+        num_heads: [...], the first of them, which were certain to be kept.
+        head: the same ids with their exact probabilities, the most probable first, and a ghost, at
+            the temperature at which teacher and student are compared.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    shares: Tensor
+    num_heads: Tensor
+    head: TeacherDistribution
+
+    def __post_init__(self) -> None:
+        """Broadcasting would hide a wrong shape."""
+        arrays = (self.ids, self.log_probs, self.shares, self.head.log_probs)
+        shapes = [tuple(one.shape) for one in arrays]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"ids, log-probs, shares and a head of shapes {shapes}: all [..., M]")
+
+    @property
+    def temperature(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """At which teacher and student are compared."""
+        return self.head.temperature
+
+    def at_positions(self, where: Any) -> WeightedTargets:
+        """The same at a part of the positions; `where` indexes the dimensions before M."""
+        return WeightedTargets(
+            ids=self.ids[where],
+            log_probs=self.log_probs[where],
+            shares=self.shares[where],
+            num_heads=self.num_heads[where],
+            head=self.head.at_positions(where),
+        )
+
+    def weights(self) -> Tensor:
+        """[..., M] the shares."""
+        return self.shares
+
+    def coarse(self) -> TeacherDistribution:
+        """The head."""
+        return self.head
+
+    def forward_kl(self, student_logits: Tensor, *, support: Tensor | None = None) -> Tensor:
+        """`sampled_kl` from these ids."""
+        return sampled_kl(student_logits, self, support=support)
+
+    def num_effective(self) -> Tensor:
+        """[...], how many count: those of the head, and of the others `(sum w)^2 / sum w^2`.
+
+        All M at the temperature of the draws, at which the others count alike.
+        """
+        places = torch.arange(self.ids.shape[-1], device=self.ids.device)
+        others = torch.where(places < self.num_heads.unsqueeze(-1), 0.0, self.shares)
+        squares = others.square().sum(dim=-1)
+        none = squares == 0
+        return self.num_heads + others.sum(dim=-1).square() / torch.where(none, 1.0, squares)
+
+    def top_ids(self) -> Tensor:
+        """[...] the first of the head, which is always kept."""
+        return self.head.top_ids()
+
+
 def sampled_kl(
-    student_logits: Tensor, targets: SampledTargets, *, support: Tensor | None = None
+    student_logits: Tensor,
+    targets: SampledTargets | WeightedTargets,
+    *,
+    support: Tensor | None = None,
 ) -> Tensor:
     """Unbiased estimate of the forward KL, `sum w_i (log p_i - log q_i)` over the drawn ids.
 

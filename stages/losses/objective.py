@@ -206,7 +206,7 @@ class ObjectiveTerms:
         kd: distillation term, nats, confidence-weighted when that is on, before alpha and T^2.
         conf_w: mean raw confidence weight; None when weighting is off.
         agreement: share of the teacher's positions at which student and teacher hold the same
-            outcome for the most probable; None for draws, which may have missed it.
+            outcome for the most probable; None for draws that may have missed it.
         effective_draws: mean effective sample size of draws, of N; below `MIN_EFFECTIVE_DRAWS`
             their estimates are mostly noise. None for others.
     """
@@ -318,8 +318,9 @@ def distillation_objective(
     agreement, effective_draws = None, None
     if isinstance(targets, Draws):
         effective_draws = targets.num_effective().sum() / num
-    else:
-        agreement = (taught.argmax(dim=-1) == targets.top_ids()).sum() / num
+    top_ids = targets.top_ids()
+    if top_ids is not None:
+        agreement = (taught.argmax(dim=-1) == top_ids).sum() / num
     return ObjectiveTerms(
         loss=weighted_sum(weighted),
         ce=None if ce is None else ce.detach(),

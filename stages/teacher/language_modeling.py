@@ -33,7 +33,13 @@ from teacher_cache.stages.codecs.measure import (
     measure_codec,
     measured_temperatures,
 )
-from teacher_cache.stages.codecs.named import chosen_room, codec_of, open_codec, room_of
+from teacher_cache.stages.codecs.named import (
+    chosen_room,
+    codec_of,
+    given_attributes,
+    open_codec,
+    room_of,
+)
 from teacher_cache.stages.data.conversations import ChatReading, refuse_without_conversations
 from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.data.packing import (
@@ -84,6 +90,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
     Attributes:
         alignment: over whose ids the distributions are cached.
         codec: what is kept of a position.
+        former_codec: what an earlier release made of the same options; None where it is the same.
         head: of the teacher, where states are cached; None for other codecs.
         packing: `packing_version`.
         chat: how conversations are read; None of texts.
@@ -93,6 +100,7 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
 
     alignment: CaptureAlignment
     codec: Codec
+    former_codec: Codec | None
     head: LanguageModelHead | None
     packing: int
     chat: ChatReading | None = None
@@ -110,23 +118,26 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         alignment = aligned(
             config, teacher, Support.of_tokenizer(teacher.tokenizer, teacher.num_logits)
         )
-        head = chosen_room(config.kept).head_of(teacher.model)
+        room = chosen_room(config.kept)
+        head = room.head_of(teacher.model)
         max_length = teacher.max_length(config.forward.max_length)
         chat, corpora = _rendered(config.chat, corpora, teacher, max_length)
         if chat is None:
             _log_frame(teacher.tokenizer)
+        codec = codec_of(
+            config.kept,
+            support_size=alignment.support.size,
+            width=0 if head is None else head.weight.shape[1],
+            has_unmatched=isinstance(alignment.support, MappedSupport),
+        )
         return cls(
             teacher=teacher,
             corpora=corpora,
             max_length=max_length,
             batch_tokens=config.forward.batch_tokens,
             alignment=alignment,
-            codec=codec_of(
-                config.kept,
-                support_size=alignment.support.size,
-                width=0 if head is None else head.weight.shape[1],
-                has_unmatched=isinstance(alignment.support, MappedSupport),
-            ),
+            codec=codec,
+            former_codec=room.former(codec, given_attributes(config.kept, codec.name)),
             head=head,
             packing=packing_version(teacher.tokenizer),
             layers=LayerPlan.prepared(config.layers, teacher, is_packed=cls.packs_documents),
@@ -134,9 +145,14 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
         )
 
     @property
-    def former(self) -> LanguageModeling | None:
-        """Packed as before what is put around a text was put around each piece."""
-        return None if self.packing == 1 else replace(self, packing=1)
+    def formers(self) -> Sequence[LanguageModeling]:
+        """With an earlier codec, or packed as before each piece got what is put around a text."""
+        codecs = [self.codec, *([] if self.former_codec is None else [self.former_codec])]
+        packings = dict.fromkeys((self.packing, 1))
+        found = [
+            replace(self, codec=codec, packing=packing) for packing in packings for codec in codecs
+        ]
+        return found[1:]
 
     @classmethod
     def load(cls, config: TeacherConfig, *, with_attention: bool) -> LanguageModelTeacher:

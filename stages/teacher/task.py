@@ -167,9 +167,9 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
     # What is cached of it.
 
     @property
-    def former(self) -> Self | None:
-        """As earlier releases cached it, to go on with their caches; None where it is the same."""
-        return None
+    def formers(self) -> Sequence[Self]:
+        """As earlier releases cached it where that is not the same, to go on with their caches."""
+        return ()
 
     @property
     @abstractmethod

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teacher_cache.cache.codecs.interface import Codec, Decoded
-from teacher_cache.stages.codecs.interface import Drawn, Unmatched
+from teacher_cache.cache.codecs.interface import Codec
+from teacher_cache.stages.codecs.interface import Answer, Drawn, Weighted
 from teacher_cache.stages.codecs.named import room_of
 from teacher_cache.stages.losses.distributions import TeacherDistribution
-from teacher_cache.stages.losses.draws import MappedDraws, SampledTargets
+from teacher_cache.stages.losses.draws import (
+    Draws,
+    MappedDraws,
+    SampledTargets,
+    WeightedTargets,
+)
 from teacher_cache.stages.losses.linear_head import MAX_LOGITS
 from teacher_cache.stages.losses.objective import TargetsByPosition
 from teacher_cache.stages.tokens.mapped_teacher import map_head
@@ -35,7 +40,7 @@ class CachedTargets:
     temperature: float
     num_outcomes: int
 
-    def answers_at(self, where: slice) -> Decoded | Drawn:
+    def answers_at(self, where: slice) -> Answer:
         """What the cache says at a run of positions.
 
         Raises:
@@ -44,7 +49,7 @@ class CachedTargets:
         stored = {name: field[where] for name, field in self.stored.items()}
         return room_of(self.codec).answer(self.codec, stored, self.temperature)
 
-    def at_positions(self, where: slice) -> TeacherDistribution | SampledTargets:
+    def at_positions(self, where: slice) -> Compared:
         """The teacher at a run of positions.
 
         Raises:
@@ -53,7 +58,10 @@ class CachedTargets:
         return compared(self.answers_at(where), num_outcomes=self.num_outcomes)
 
 
-def compared(found: Decoded | Drawn, *, num_outcomes: int) -> TeacherDistribution | SampledTargets:
+Compared = TeacherDistribution | SampledTargets | WeightedTargets
+
+
+def compared(found: Answer, *, num_outcomes: int) -> Compared:
     """A cache's answer as the losses take it.
 
     Args:
@@ -62,6 +70,8 @@ def compared(found: Decoded | Drawn, *, num_outcomes: int) -> TeacherDistributio
     """
     if isinstance(found, Drawn):
         return _sampled(found)
+    if isinstance(found, Weighted):
+        return _weighted(found)
     if found.ids is None:
         missing = num_outcomes - found.log_probs.shape[-1]
         return TeacherDistribution(
@@ -89,6 +99,21 @@ def _sampled(found: Drawn) -> SampledTargets:
     if found.lse is None or found.new_lse is None:
         return drawn
     return drawn.at_temperature(found.temperature, lse=found.lse, new_lse=found.new_lse)
+
+
+def _weighted(found: Weighted) -> WeightedTargets:
+    return WeightedTargets(
+        ids=found.ids,
+        log_probs=found.log_probs,
+        shares=found.weights,
+        num_heads=found.num_heads,
+        head=TeacherDistribution(
+            log_probs=found.head_log_probs,
+            head_ids=found.ids,
+            tail_log_prob=found.tail_log_prob,
+            temperature=found.temperature,
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +160,54 @@ class MappedTargets:
             tail_log_prob=tail,
             temperature=head.temperature,
         )
-        if not isinstance(answer, Drawn):
-            return mapped
-        return mapped_draws(_sampled(answer), self.fixed, mapped, answer.unmatched)
+        if isinstance(answer, Drawn):
+            return mapped_draws(_sampled(answer), self.fixed, mapped, _without_id(answer))
+        if isinstance(answer, Weighted):
+            return mapped_draws(_weighted(answer), self.fixed, mapped, _known_without_id(answer))
+        return mapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutId:
+    """What of a teacher had no id when it was cached, at some positions.
+
+    Attributes:
+        share_with_id: [...], by which the weights of all others are multiplied.
+        log_weight: [...] nats, of what stands for it.
+        log_prob: [...] nats, of its own probability; None where that is what stands for it.
+    """
+
+    share_with_id: Tensor | float
+    log_weight: Tensor
+    log_prob: Tensor | None
+
+
+def _without_id(found: Drawn) -> WithoutId:
+    """By how many draws met it, where there are any."""
+    unmatched = found.unmatched
+    if unmatched is None:
+        nothing = torch.full_like(found.log_probs[..., 0], -torch.inf)
+        return WithoutId(share_with_id=1.0, log_weight=nothing, log_prob=None)
+    num_with_id = found.counts.sum(dim=-1)
+    num_without = unmatched.num_draws - num_with_id
+    share = (num_without / unmatched.num_draws).to(found.log_probs.dtype)
+    return WithoutId(
+        share_with_id=(num_with_id / unmatched.num_draws).unsqueeze(-1),
+        log_weight=share.log() + unmatched.log_prob - unmatched.drawn_log_prob,
+        log_prob=unmatched.log_prob,
+    )
+
+
+def _known_without_id(found: Weighted) -> WithoutId:
+    """By its mass, which no draw had to meet."""
+    return WithoutId(share_with_id=1.0, log_weight=found.unmatched_log_prob, log_prob=None)
 
 
 def mapped_draws(
-    found: SampledTargets,
+    found: SampledTargets | WeightedTargets,
     fixed: FixedMap,
     head: TeacherDistribution,
-    unmatched: Unmatched | None,
+    without_id: WithoutId,
 ) -> MappedDraws:
     """Draws as the student's ids; those without one count for the ghost.
 
@@ -152,22 +215,18 @@ def mapped_draws(
         found: [..., D] of the cached ids.
         fixed: where those go.
         head: of the distinct drawn ids, mapped.
-        unmatched: what of the teacher had no id when it was cached; None where all had one.
+        without_id: what had no id when it was cached.
     """
-    weights, student_ids = found.weights(), fixed.student_ids
-    log_ghost = weights.new_full(weights.shape[:-1], -torch.inf)
-    if unmatched is not None:  # then the draws with an id are not all
-        num_with_id = found.counts.sum(dim=-1)
-        weights = weights * (num_with_id / unmatched.num_draws).unsqueeze(-1)
-        num_without = unmatched.num_draws - num_with_id
-        ratio = unmatched.log_prob - unmatched.drawn_log_prob
-        log_ghost = (num_without / unmatched.num_draws).to(weights.dtype).log() + ratio
-    ids, log_weights, log_ghost = map_head(found.ids, weights.log(), log_ghost, student_ids)
+    student_ids = fixed.student_ids
+    weights = found.weights() * without_id.share_with_id
+    ids, log_weights, log_ghost = map_head(
+        found.ids, weights.log(), without_id.log_weight, student_ids
+    )
     has_id = torch.cat([student_ids, student_ids.new_full((1,), -1)])[found.ids] >= 0
     counts = has_id & (weights != 0)
     ghost_weight = log_ghost.exp()
     # The ghost's own probability is known where it was stored, else as its draws say.
-    of_ghost = log_ghost if unmatched is None else unmatched.log_prob
+    of_ghost = log_ghost if without_id.log_prob is None else without_id.log_prob
     information = weights * torch.where(counts, found.log_probs, 0.0)
     return MappedDraws(
         ids=ids,
@@ -211,14 +270,14 @@ class ProjectedTargets:
         )
 
 
-def head_of(found: TeacherDistribution | SampledTargets, *, num_ids: int) -> TeacherDistribution:
+def head_of(found: Compared, *, num_ids: int) -> TeacherDistribution:
     """Positions as a head and its ghost, whatever the codec.
 
     Args:
         found: over the cached ids.
         num_ids: of the teacher's support; a whole distribution is a head of so many.
     """
-    if isinstance(found, SampledTargets):
+    if isinstance(found, Draws):
         return found.coarse()
     if found.head_ids is not None:
         return found

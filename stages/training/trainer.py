@@ -117,7 +117,7 @@ class StudentTrainer(OrderedTrainer):
             logger.warning(
                 "the cache's draws are worth %.1f at temperature %g, below %d: their estimate is "
                 "mostly noise; train nearer to the temperature that they were drawn at, or cache "
-                "more (--num-draws)",
+                "more (--num-ids, or --num-draws)",
                 draws,
                 self.lesson.objective.temperature,
                 MIN_EFFECTIVE_DRAWS,

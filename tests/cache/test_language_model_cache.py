@@ -14,7 +14,7 @@ from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.hidden import HiddenCodec, ReducedHidden
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.named import codec_from
-from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.sampled import DistinctCodec, ReducedDistinct, SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.errors import BadShardError, UserError
 from teacher_cache.cache.manifest import read_manifest
@@ -44,6 +44,8 @@ CODECS: dict[str, Codec] = {
     "nucleus of many ids": TopKCodec(support_size=151_936, top_k=20, top_p=0.7),
     "sampled": SampledCodec(support_size=NUM_IDS, num_draws=9),
     "sampled of many ids": SampledCodec(support_size=151_936, num_draws=9),
+    "distinct": DistinctCodec(support_size=NUM_IDS, num_ids=9),
+    "distinct of many ids": DistinctCodec(support_size=151_936, num_ids=9),
     "hidden": HiddenCodec(support_size=NUM_IDS, width=5),
     "dense": DenseCodec(support_size=NUM_IDS),
 }
@@ -68,6 +70,14 @@ def stored_sample(codec: Codec, num: int, seed: int) -> dict[str, np.ndarray]:
         reduced = reduce_sampled(
             logits, draws, temperatures=codec.temperatures, draw_temperature=1.0
         )
+    elif isinstance(codec, DistinctCodec):
+        found = reduce_topk(logits, top_k=9, temperatures=codec.temperatures)
+        rng = np.random.default_rng(seed)
+        reduced = ReducedDistinct(
+            ids=found.ids, below_max=found.below_max, tail_r=found.tail_r,
+            num_heads=rng.integers(1, 10, len(logits)), rounding=rng.random((len(logits), 9)),
+            top1_log_prob=found.top1_log_prob, next_log_prob=found.next_log_prob,
+        )  # fmt: skip
     else:
         reduced = reduce_dense(logits)
         if isinstance(codec, HiddenCodec):

@@ -17,7 +17,7 @@ from teacher_cache.cache.codecs.dense import LOGITS, DenseCodec
 from teacher_cache.cache.codecs.hidden import HIDDEN, HiddenCodec
 from teacher_cache.cache.codecs.interface import Codec, Decoded
 from teacher_cache.cache.codecs.named import codec_from
-from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.sampled import DistinctCodec, SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import BadShardError, UserError
@@ -47,6 +47,7 @@ CODECS: dict[str, Codec] = {
     "exact": TopKCodec(support_size=NUM_IDS, top_k=12, temperatures=GRID, is_exact=True),
     "nucleus": TopKCodec(support_size=NUM_IDS, top_k=30, temperatures=GRID, top_p=0.8),
     "sampled": SampledCodec(support_size=NUM_IDS, num_draws=20, temperatures=GRID),
+    "distinct": DistinctCodec(support_size=NUM_IDS, num_ids=9, temperatures=GRID),
 }
 NUM_SAMPLES = 6  # in two shards
 
@@ -65,7 +66,7 @@ def _write(folder: Path, teacher: TinyTeacher, codec: Codec) -> Path:
     """What stage one would have cached."""
     plans = make_plans(NUM_SAMPLES)
     settings: dict[str, Any] = {"task": "lm", "codec": codec.settings}
-    if isinstance(codec, SampledCodec):
+    if isinstance(codec, SampledCodec | DistinctCodec):
         settings["draw_seed"] = 0
     manifest = replace(
         make_manifest(plans, settings),
@@ -315,6 +316,34 @@ def test_a_head_is_cut_and_what_stays_keeps_its_probability(
                     assert size == 1 or mass[size - 2] < codec.top_p + 2e-3
 
 
+@pytest.mark.parametrize("name", ["dense", "hidden"])
+def test_distinct_ids_of_whole_distributions_are_those_of_capture(
+    name: str, source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """From the same numbers; of states nearly the same probabilities, so nearly the same ids."""
+    _run(source(name), tmp_path / "out", codec="sampled", num_ids=9, temperatures="1,2,4")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.settings["codec"] == CODECS["distinct"].settings
+    assert manifest.settings["draw_seed"] == 0
+    found, wanted = CacheReader(tmp_path / "out"), CacheReader(source("distinct"))
+    same = num = 0
+    for idx in range(len(found)):
+        ours, theirs = found.sample(idx)["sampled_ids"], wanted.sample(idx)["sampled_ids"]
+        same += sum(len(np.intersect1d(a, b)) for a, b in zip(ours, theirs, strict=True))
+        num += ours.size
+    assert same > 0.98 * num
+
+
+def test_fewer_temperatures_of_distinct_ids(source: Callable[[str], Path], tmp_path: Path) -> None:
+    _run(source("distinct"), tmp_path / "out", temperatures="1,4")
+    old, new = CacheReader(source("distinct")), CacheReader(tmp_path / "out")
+    for idx in range(len(new)):
+        before, after = old.sample(idx), new.sample(idx)
+        assert after["sampled_tail_r"].tobytes() == before["sampled_tail_r"][:, [0, 2]].tobytes()
+        for one in ("sampled_ids", "sampled_values", "sampled_range", "sampled_heads"):
+            assert after[one].tobytes() == before[one].tobytes()
+
+
 def test_draws_lose_temperatures_and_nothing_else(
     tmp_path: Path, source: Callable[[str], Path]
 ) -> None:
@@ -344,6 +373,10 @@ def test_draws_lose_temperatures_and_nothing_else(
         ("nucleus", {"top_p": 0.9}, "its heads end at the mass 0.8"),
         ("sampled", {"codec": "topk"}, "it holds the ids that were drawn"),
         ("sampled", {"num_draws": 10}, "the teacher is not there to draw again"),
+        ("sampled", {"num_ids": 10}, "it holds the ids that were drawn"),
+        ("distinct", {"num_draws": 10}, "it holds the ids that were drawn"),
+        ("distinct", {"num_ids": 8}, "the teacher is not there to draw again"),
+        ("distinct", {"temperatures": "1,3"}, "temperature 3 is not one of its grid"),
         ("sampled", {"temperatures": "1,3"}, "temperature 3 is not one of its grid"),
         ("dense", {"codec": "hidden"}, "it holds logits, not the states"),
         ("dense", {"codec": "topk", "num_draws": 3}, "--num-draws is of --codec sampled"),

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.cache.codecs.named import CODECS
+from teacher_cache.cache.codecs.named import CODECS, codec_from
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.codecs.config import CodecConfig
-from teacher_cache.stages.codecs.named import codec_of
+from teacher_cache.stages.codecs.named import codec_of, given_attributes, room_of
 from teacher_cache.stages.config import owners
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.teacher.options import check_options
@@ -56,7 +56,8 @@ def test_every_option_belongs_to_a_codec() -> None:
             {"top_k": 5, "exact": True, "top_p": 0.9, "temperatures": "1, 3"},
             {"top_k": 5, "is_exact": True, "top_p": 0.9, "temperatures": [1.0, 3.0]},
         ),
-        ({"codec": "sampled"}, {"num_draws": 50, "draw_temperature": 1.0}),
+        ({"codec": "sampled"}, {"version": 2, "num_ids": 32, "draw_temperature": 1.0}),
+        ({"codec": "sampled", "num_ids": 20}, {"version": 2, "num_ids": 20}),
         (
             {"codec": "sampled", "num_draws": 7, "draw_temperature": 2},
             {"name": "sampled", "num_draws": 7, "draw_temperature": 2.0},
@@ -70,6 +71,36 @@ def test_the_codec_is_what_the_options_say(given: dict[str, Any], settings: dict
     check_options(config)
     found = codec_of(config.kept, support_size=100, width=8).settings
     assert settings.items() <= found.items()
+
+
+def test_draws_are_of_one_kind() -> None:
+    config = config_of(task="lm", codec="sampled", num_draws=9, num_ids=9)
+    with pytest.raises(UserError, match="--num-ids distinct ids: give one of both"):
+        codec_of(config.kept, support_size=100, width=8)
+
+
+@pytest.mark.parametrize(
+    ("given", "former"),
+    [
+        (
+            {"codec": "sampled", "temperatures": "1,3"},
+            {"num_draws": 50, "temperatures": [1.0, 3.0]},
+        ),
+        ({"codec": "sampled", "num_ids": 32}, None),
+        ({"codec": "sampled", "num_draws": 9}, None),
+        ({}, None),
+    ],
+)
+def test_what_the_same_options_were_before(given: dict[str, Any], former: Any) -> None:
+    """A cache that an earlier release began is gone on with, unless the new kind is asked for."""
+    config = config_of(task="lm", **given)
+    codec = codec_of(config.kept, support_size=100, width=8)
+    found = room_of(codec).former(codec, given_attributes(config.kept, codec.name))
+    if former is None:
+        assert found is None
+    else:
+        assert found is not None and former.items() <= found.settings.items()
+        assert found == codec_from(found.settings)
 
 
 def test_a_value_that_cannot_be_is_a_sentence() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
-from teacher_cache.stages.losses.draws import SampledTargets
+from teacher_cache.stages.losses.draws import SampledTargets, WeightedTargets
 from teacher_cache.stages.losses.linear_head import linear_objective
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
@@ -55,6 +55,14 @@ def make_inputs(
             proposal_log_probs=sparse.log_probs,
             temperature=config.temperature,
             support_size=vocab,
+        )
+    elif kind == "distinct":
+        targets = WeightedTargets(
+            ids=sparse.head_ids,
+            log_probs=sparse.log_probs,
+            shares=sparse.log_probs.exp() * torch.tensor([1.0, 2.5], dtype=torch.float64),
+            num_heads=torch.ones(num, dtype=torch.long),
+            head=sparse,
         )
     others = {
         "targets": targets,
@@ -102,7 +110,7 @@ def results(
     vocab=st.integers(2, 9),
     max_logits=st.integers(1, 120),
     seed=st.integers(0, 2**31),
-    kind=st.sampled_from(["dense", "sparse", "sampled"]),
+    kind=st.sampled_from(["dense", "sparse", "sampled", "distinct"]),
     name=st.sampled_from(["kl", "jsd"]),
     conf_power=st.sampled_from([0.0, 1.0]),
     has_bias=st.booleans(),

@@ -38,11 +38,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"codec": "topk", "exact": True},
     "nucleus": {"codec": "topk", "top_p": 0.02, "temperatures": (1.0, 2.0)},
     "sampled": {"codec": "sampled", "num_draws": 9, "draw_temperature": 1.5},
+    "distinct": {"codec": "sampled", "num_ids": 9, "draw_temperature": 1.5},
     "hidden": {"codec": "hidden"},
     "dense": {"codec": "dense"},
 }
 # Nats, of a log-prob: 8 bits for a head, f16 normalisers of draws, f16 states through a head.
-TOLERANCE = {"topk": 0.03, "nucleus": 0.03, "sampled": 0.02, "hidden": 0.02}
+TOLERANCE = {"topk": 0.03, "nucleus": 0.03, "sampled": 0.02, "distinct": 0.05, "hidden": 0.02}
 HALF = 0.01  # of f16 at 10 nats
 
 
@@ -203,7 +204,7 @@ def test_bytes_and_manifest(name: str, cached: Callable[[str], Path], texts: Pat
     assert settings["codec"]["name"] == SETTINGS[name].get("codec", "topk")
     assert settings["support"]["size"] == settings["codec"]["support_size"] == 50_257
     assert settings["packing"]["document_end"] == "eos"
-    assert ("draw_seed" in settings) == (name == "sampled")
+    assert ("draw_seed" in settings) == (name in ("sampled", "distinct"))
     summary = manifest.splits["labeled"]
     assert (summary.num_documents, summary.report["num_empty"]) == (6, 1)
     assert summary.num_truncated == 0
@@ -219,7 +220,7 @@ def test_bytes_and_manifest(name: str, cached: Callable[[str], Path], texts: Pat
     assert ("language_model_head.safetensors" in manifest.teacher_files) == (name == "hidden")
 
 
-@pytest.mark.parametrize("name", ["nucleus", "sampled", "hidden"])
+@pytest.mark.parametrize("name", ["nucleus", "sampled", "distinct", "hidden"])
 def test_a_lost_shard_is_made_again_bit_for_bit(
     name: str, tmp_path: Path, cached: Callable[[str], Path], teacher: Path, texts: Path
 ) -> None:
@@ -231,6 +232,23 @@ def test_a_lost_shard_is_made_again_bit_for_bit(
     result = cache_teacher.run(config)
     assert (result.num_shards_run, result.num_shards_kept) == (1, 1)
     assert contents(cache) == before
+
+
+def test_draws_that_an_earlier_release_began_are_gone_on_with(
+    tmp_path: Path, teacher: Path, texts: Path
+) -> None:
+    """`--codec sampled` alone meant 50 draws with replacement."""
+    plain = {"num_draws": None, "draw_temperature": None}
+    begun = config_of(tmp_path / "cache", teacher, texts, "sampled", **plain | {"num_draws": 50})
+    cache = cache_teacher.run(begun).cache
+    before = contents(cache)
+    (cache / "labeled/000/000001.arrow").unlink()
+    again = config_of(tmp_path / "cache", teacher, texts, "sampled", **plain)
+    result = cache_teacher.run(again)
+    assert (result.num_shards_run, result.num_shards_kept) == (1, 1)
+    assert contents(cache) == before
+    new = config_of(tmp_path / "new", teacher, texts, "sampled", **plain)
+    assert cache_teacher.run(new).manifest.settings["codec"]["version"] == 2
 
 
 def test_other_settings_are_not_mixed(

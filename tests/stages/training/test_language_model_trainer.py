@@ -18,7 +18,7 @@ from torch import Tensor
 from teacher_cache.cache.codecs.dense import DenseCodec
 from teacher_cache.cache.codecs.hidden import HiddenCodec
 from teacher_cache.cache.codecs.interface import Codec
-from teacher_cache.cache.codecs.sampled import SampledCodec
+from teacher_cache.cache.codecs.sampled import DistinctCodec, SampledCodec
 from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.packing import pack_tokens
@@ -52,6 +52,8 @@ CODECS: dict[str, Codec] = {
     "exact": TopKCodec(support_size=NUM_IDS, top_k=5, is_exact=True),
     "sampled": SampledCodec(support_size=NUM_IDS, num_draws=12),
     "flat": SampledCodec(support_size=NUM_IDS, num_draws=12, draw_temperature=2.0),
+    "distinct": DistinctCodec(support_size=NUM_IDS, num_ids=8),
+    "flat distinct": DistinctCodec(support_size=NUM_IDS, num_ids=8, draw_temperature=2.0),
     "hidden": HiddenCodec(support_size=NUM_IDS, width=WIDTH, head=HEAD),
     "dense": DenseCodec(support_size=NUM_IDS),
 }
@@ -165,6 +167,13 @@ def slow_divergence(codec: Codec, sample: Sample, place: int, log_q: Tensor, t: 
         log_p = codec.draw_temperature * (log_draw + lse[at_draw]) / t - lse[at_t]
         weights = counts / codec.num_draws * (log_p - log_draw).exp()
         return (weights * (log_p - log_q[ids])).sum()
+    if isinstance(codec, DistinctCodec):
+        kept = codec.kept(sample, t)
+        filled = kept.ids[place] >= 0
+        log_p, log_w = (
+            torch.from_numpy(x[place][filled]) for x in (kept.log_probs, kept.log_weights)
+        )
+        return (log_w.exp() * (log_p - log_q[kept.ids[place][filled]])).sum()
     if isinstance(codec, TopKCodec):
         found = codec.decode(codec.expand(sample), t)
         assert found.ids is not None
