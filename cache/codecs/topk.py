@@ -70,6 +70,9 @@ class TopKCodec:
         top_k: K, at most V.
         temperatures: the grid, G of them.
         is_exact: log-probs in f16 instead of u8 steps: `4K (+ K/4) + 4 + 4G` bytes.
+        version: 2 where the sums over the vocabulary were taken by powers of one exponential, which
+            may move a stored tail or log-prob by a last place of float16; 1, as before, where
+            each temperature had its own.
         top_p: keep of the K only the smallest head with at least this mass at T = 1, and its size
             (2 bytes); None keeps all K.
 
@@ -82,9 +85,15 @@ class TopKCodec:
     temperatures: tuple[float, ...] = DEFAULT_TEMPERATURES
     is_exact: bool = False
     top_p: float | None = None
+    version: int = 1
 
     def __post_init__(self) -> None:
         check_temperatures(self.temperatures)
+        if self.version not in (1, 2):
+            raise UserError(
+                f"version {self.version} of the codec 'topk' is unknown to this release: take a "
+                "newer one"
+            )
         if not 1 <= self.top_k <= min(self.support_size, LARGEST_TOP_K):
             raise UserError(
                 f"--top-k {self.top_k} cannot be: the teacher uses {self.support_size:,} ids, so "
@@ -108,6 +117,8 @@ class TopKCodec:
             "temperatures": list(self.temperatures),
             "is_exact": self.is_exact,
             "top_p": self.top_p,
+            # Only where it is so: caches of the first keep their fingerprint.
+            **({"version": self.version} if self.version > 1 else {}),
         }
 
     @property

@@ -9,7 +9,7 @@ measures them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.cache.codecs.ids import is_filled, pack_ids
+from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.codecs.temperatures import missing_temperature, require_within
 from teacher_cache.cache.codecs.topk import (
     IDS,
@@ -34,14 +35,23 @@ from teacher_cache.cache.schema import NEXT_LOG_PROB, TOP1_LOG_PROB
 from teacher_cache.stages.codecs import reductions
 from teacher_cache.stages.codecs.interface import Positions, Room, Sample, Unused
 from teacher_cache.stages.codecs.reductions import (
+    FAR_BELOW,
     Chunk,
+    NextLogits,
+    blocks_of_rows,
+    head_and_next,
     in_chunks,
+    joined,
     on_host,
     sorted_head,
     tail_statistics,
+    tail_sums,
 )
 from teacher_cache.stages.tokens.mapped_teacher import project_logits
-from teacher_cache.stages.tokens.support import MappedSupport, Support
+from teacher_cache.stages.tokens.support import MappedSupport, Support, require_finite
+
+MANY_IDS = 2**13
+"""From so many on, sums over all of them cost more than what stands around them."""
 
 
 class TopKRoom(Room[TopKCodec]):
@@ -53,8 +63,15 @@ class TopKRoom(Room[TopKCodec]):
     def made(
         self, given: Mapping[str, Any], *, support_size: int, width: int, has_unmatched: bool
     ) -> TopKCodec:
-        """Mass that has no id is the tail's."""
-        return TopKCodec(support_size=support_size, **given)
+        """Mass that has no id is the tail's; there, and of few ids, sums are taken as ever."""
+        is_fast = not has_unmatched and support_size >= MANY_IDS
+        return TopKCodec(support_size=support_size, **given, version=2 if is_fast else 1)
+
+    def former(self, codec: Codec, given: Mapping[str, Any]) -> Codec | None:
+        """With the sums of the first version."""
+        if not isinstance(codec, TopKCodec) or codec.version == 1:
+            return None
+        return replace(codec, version=1)
 
     def check_mapped(self, given: Mapping[str, Any], *, num_reached: int, num_student: int) -> None:
         """A head of ids that the teacher can say, and something left for what it says besides."""
@@ -77,6 +94,8 @@ class TopKRoom(Room[TopKCodec]):
         self, codec: TopKCodec, support: Support, positions: Positions
     ) -> tuple[ReducedTopK, Unused]:
         """Heads, and the tail's statistics at every temperature, summed over the tail itself."""
+        if codec.version > 1:
+            return _by_rows(codec, support, positions)
         return in_chunks(
             lambda chunk: _chunk(codec, chunk), support, positions, reductions.CHUNK_ELEMENTS
         )
@@ -138,6 +157,71 @@ def _chunk(codec: TopKCodec, chunk: Chunk) -> ReducedTopK:
         sizes=None if sizes is None else on_host(sizes),
         **always,
     )
+
+
+def _by_rows(
+    codec: TopKCodec, support: Support, positions: Positions
+) -> tuple[ReducedTopK, Unused]:
+    """The second version: a few rows at a time, which stay in the device's cache."""
+    parts: list[ReducedTopK] = []
+    unused: list[np.ndarray] = []
+    with torch.inference_mode():
+        for where in blocks_of_rows(positions.logits):
+            logits, next_ids = positions.logits[where], positions.next_ids[where]
+            part, mass = _rows(codec, support, logits, next_ids.to(logits.device))
+            parts.append(part)
+            unused.append(mass)
+    return joined(parts), np.concatenate(unused)
+
+
+def _rows(
+    codec: TopKCodec, support: Support, logits: Tensor, next_ids: Tensor
+) -> tuple[ReducedTopK, Unused]:
+    rows = support.selected(logits)
+    ids, after = head_and_next(rows, codec.top_k)
+    head = rows.gather(1, ids)
+    first = head[:, 0]
+    require_finite(first)
+    nexts = NextLogits.of(rows, next_ids)
+    has_tail = after != -torch.inf
+    largest = after.where(has_tail, first)  # of the tail
+    temperatures = tuple(dict.fromkeys((*codec.temperatures, 1.0)))
+    rows.sub_(largest[:, None]).scatter_(1, ids, FAR_BELOW)
+    tail_r, tail_m = tail_sums(rows, temperatures)
+    apart = (largest - first).double()[:, None]
+    tail_r = (tail_r + apart / tail_r.new_tensor(temperatures)).where(has_tail[:, None], -torch.inf)
+    tail_m = (tail_m + apart).where(has_tail[:, None], 0.0)
+    below = head - first[:, None]
+    lse = torch.logaddexp(below.double().logsumexp(dim=1), tail_r[:, temperatures.index(1.0)])
+    sizes, kept = nucleus(codec, (below - lse[:, None]).float())
+    num = len(codec.temperatures)
+    tail_r, tail_m = with_cut(
+        tail_r[:, :num], tail_m[:, :num], below.double().masked_fill(kept, -torch.inf), codec
+    )
+    reduced = ReducedTopK(
+        ids=on_host(ids),
+        below_max=on_host(below),
+        tail_r=on_host(tail_r),
+        tail_m=on_host(tail_m),
+        sizes=None if sizes is None else on_host(sizes),
+        top1_log_prob=on_host(-lse.float()),
+        next_log_prob=on_host(nexts.log_probs(first, lse.float())),
+    )
+    return reduced, on_host(support.unused_mass(logits, first, lse.float()))
+
+
+def with_cut(
+    tail_r: Tensor, tail_m: Tensor, cut: Tensor, codec: TopKCodec
+) -> tuple[Tensor, Tensor]:
+    """Tails [N, G] with the ids of a head that a nucleus cuts off, [N, K], -inf at all others."""
+    if codec.top_p is None:
+        return tail_r, tail_m
+    scaled = torch.stack([cut / temperature for temperature in codec.temperatures], dim=1)
+    grown = torch.logaddexp(tail_r, scaled.logsumexp(dim=2))
+    finite = grown.masked_fill(torch.isneginf(grown), 0.0)
+    moments = ((scaled - finite[:, :, None]).exp() * cut.clamp(min=FAR_BELOW)[:, None]).sum(dim=2)
+    mean = (tail_r - finite).exp() * tail_m + moments
+    return grown, mean.masked_fill(torch.isneginf(grown), 0.0)
 
 
 def nucleus(codec: TopKCodec, head: Tensor) -> tuple[Tensor | None, Tensor]:

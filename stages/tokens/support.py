@@ -26,6 +26,20 @@ from teacher_cache.stages.tokens.vocabulary_map import (
 )
 
 
+def require_finite(largest: Tensor) -> None:
+    """Refuse positions without a finite largest logit; a NaN is the largest of its row.
+
+    Raises:
+        UserError: naming how many.
+    """
+    finite = torch.isfinite(largest)
+    if not bool(finite.all()):
+        raise UserError(
+            f"the teacher's logits at {int((~finite).sum())} positions are not finite: give "
+            "--dtype float32, or bfloat16 where the device has it"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Support:
     """Ids below `size`, without the `unused` ones among them.
@@ -85,26 +99,40 @@ class Support:
         Raises:
             UserError: if a position has no finite largest logit, or one that is no number.
         """
-        below = logits[:, : self.size].float().clone()
-        missing = self.size - below.shape[1]
-        if missing > 0:  # ids of a student's longer table, which are unused
-            below = nn.functional.pad(below, (0, missing), value=-torch.inf)
-        if self.unused:
-            below[:, list(self.unused)] = -torch.inf
-        largest = below.amax(dim=1, keepdim=True)  # a NaN is the largest of its row
-        finite = torch.isfinite(largest)
-        if not bool(finite.all()):
-            raise UserError(
-                f"the teacher's logits at {int((~finite).sum())} positions are not finite: give "
-                "--dtype float32, or bfloat16 where the device has it"
-            )
+        below = self.selected(logits)
+        largest = below.amax(dim=1, keepdim=True)
+        require_finite(largest[:, 0])
         below -= largest
-        unused = [token_id for token_id in self.unused if token_id < logits.shape[1]]
-        outside = torch.cat([logits[:, self.size :], logits[:, unused]], dim=1)
-        if not outside.shape[1]:
+        if not self._outside(logits).shape[1]:
             return below, below.new_zeros(len(below))
-        odds = outside.float().logsumexp(dim=1) - largest[:, 0] - below.logsumexp(dim=1)
-        return below, torch.sigmoid(odds)
+        return below, self.unused_mass(logits, largest[:, 0], below.logsumexp(dim=1))
+
+    def selected(self, logits: Tensor) -> Tensor:
+        """Logits of the support, [N, V] float32, a new tensor, -inf at unused ids."""
+        found = logits[:, : self.size].float().clone()
+        missing = self.size - found.shape[1]
+        if missing > 0:  # ids of a student's longer table, which are unused
+            found = nn.functional.pad(found, (0, missing), value=-torch.inf)
+        if self.unused:
+            found[:, list(self.unused)] = -torch.inf
+        return found
+
+    def unused_mass(self, logits: Tensor, largest: Tensor, lse: Tensor) -> Tensor:
+        """[N], the teacher's probability (T = 1) of what the support leaves out.
+
+        Args:
+            logits: [N, R] of all rows.
+            largest: [N] of the support.
+            lse: [N] of the support, relative to it.
+        """
+        outside = self._outside(logits)
+        if not outside.shape[1]:
+            return torch.zeros_like(largest)
+        return torch.sigmoid(outside.float().logsumexp(dim=1) - largest - lse)
+
+    def _outside(self, logits: Tensor) -> Tensor:
+        unused = [token_id for token_id in self.unused if token_id < logits.shape[1]]
+        return torch.cat([logits[:, self.size :], logits[:, unused]], dim=1)
 
     @property
     def teacher(self) -> Support:
