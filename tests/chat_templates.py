@@ -79,12 +79,23 @@ DROPS_SYSTEM = (
     "{% if add_generation_prompt %}<|turn|>model\n{% endif %}"
 )
 
+# Brackets again, with calls behind a mark of their own that a model writes, and no text beside.
+BRACKETS_CALL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[ASK] {{ m.content }}[/ASK]"
+    "{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]"
+    "{% elif m.tool_calls %}<|call|>{{ m.tool_calls[0].function | tojson }}{{ eos_token }}"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# A call of which a template asks for the text, too.
+ASKS_FOR_CONTENT = TOOLS.replace("m.content or ''", "m.content.strip()")
+
 # What cannot be told.
 UPPER = MARKED.replace("{{ m.content }}", "{{ m.content | upper }}")
 LOOKS = MARKED.replace("{{ m.content }}", "{{ m.content }}{% if 'x' in m.content %}!{% endif %}")
 TWICE = MARKED.replace("{{ m.content }}", "{{ m.content }}|{{ m.content }}")
 NO_HEADER = "{% for m in messages %}{{ '<' + m.role + '> ' + m.content }}{% endfor %}"
 BACKWARDS = MARKED.replace("in messages", "in messages[::-1]")
+PLAIN_ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 OTHER_BEGINNING = MARKED.replace("<|turn|>{{ m.role }}", "{{ messages | length }}{{ m.role }}")
 
 

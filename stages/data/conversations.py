@@ -75,8 +75,8 @@ def conversation_columns(
     names = {name.strip().lower(): name for name in reversed(schema.names)}
     found: tuple[str, ...] | None = None
     if wanted is not None:
-        is_there = wanted in schema.names and schema.names.count(wanted) == 1
-        if is_there and (wanted in MESSAGE_COLUMNS or _is_nested(schema.field(wanted).type)):
+        # A column of texts that is asked for holds texts, whatever it is called.
+        if schema.names.count(wanted) == 1 and _is_nested(schema.field(wanted).type):
             found = (wanted,)
     elif not any(one in names for one in usual):
         column = next((names[one] for one in MESSAGE_COLUMNS if one in names), None)
@@ -271,7 +271,7 @@ class ChatCounts:
         dropped: texts that the template left out, by kind.
         first: the first that is usable, with its text.
         counts: what else is worth knowing: `answers`, `tokens`, `learned`, `without_end`,
-            `straddling`, `unprompted`, `untrained`.
+            `straddling`, `unprompted`, `marked_otherwise`, `untrained`.
     """
 
     num: int = 0
@@ -348,6 +348,8 @@ _REMARKS = {
     "without_end": "answers have no end of their turn behind them, so none is learned",
     "straddling": "tokens hold an answer's beginning and what is before: they are not learned",
     "unprompted": "answers stand behind another text than the model is prompted with",
+    "marked_otherwise": "conversations are marked otherwise by the template's own marks, which are "
+    "not gone by",
     "untrained": "answers are empty and teach nothing",
 }
 
@@ -482,6 +484,7 @@ class ChatReading:
             without_end=sum(not one.has_end for one in answers),
             unprompted=sum(not one.is_prompted for one in answers),
             straddling=tokens.num_straddling,
+            marked_otherwise=told.is_marked_otherwise,
             untrained=sum(map(_is_empty_answer, messages)) if answers else 0,
         )
         return ReadConversation(text=told.text, tokens=tokens)

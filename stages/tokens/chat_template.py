@@ -16,6 +16,7 @@ import re
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -42,6 +43,7 @@ THOUGHT = "thought"
 """Besides `DroppedKind`, the kind of text that templates drop of earlier answers."""
 WORD_LENGTH = 14
 _KIND_OF_ROLE = {"developer": "system", "function": "tool", ASSISTANT: "answer"}
+_MARKS = re.compile(r"\{%-?\s*generation\b")
 _THINK = re.compile(r"(</?think>)")
 # What a template does with a conversation that it was not written for.
 _TEMPLATE_ERRORS = (TypeError, KeyError, ValueError, AttributeError, IndexError)
@@ -99,12 +101,15 @@ class Told:
         answers: in order; those without any text are left out.
         others: where texts of other roles are, in order.
         dropped: by kind, how many texts the template leaves out.
+        is_marked_otherwise: whether the template's own marks, where it has any, are around other
+            texts than the answers'.
     """
 
     text: str
     answers: tuple[Answer, ...]
     others: tuple[tuple[int, int], ...]
     dropped: Mapping[str, int]
+    is_marked_otherwise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,31 +155,53 @@ class ChatTemplate:
             Untold: if the template refuses them.
         """
         calls = [one["function"]["arguments"] for one in _calls(messages)]
-        try:
-            text = self._rendered(messages, tools, has_prompt)
-        except Untold:
-            if not calls:
-                raise
-        else:
+        # A message that only calls has no text; some templates ask for one all the same.
+        with_content = [{"content": "", **one} for one in messages]
+        forms = [messages]
+        if calls:
+            forms += [with_content, *map(_with_json_arguments, (messages, with_content))]
+        refusals: list[Untold] = []
+        for form in forms:
+            try:
+                text = self._rendered(form, tools, has_prompt)
+            except Untold as error:
+                refusals.append(error)
+                continue
+            # As Python writes a mapping, where nothing of it was to be written so.
             if not any(one and str(one) in text and _json(one) not in text for one in calls):
                 return text
-        return self._rendered(_with_json_arguments(messages), tools, has_prompt)
+        raise refusals[0] if refusals else Untold("the template writes arguments as Python does")
 
-    def _rendered(self, messages: Sequence[Message], tools: Any, has_prompt: bool) -> str:
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Any,
+        has_prompt: bool,
+        marks: list[tuple[int, int]] | None = None,
+    ) -> str:
+        """As `render`, in this form; `marks` gets what the template marks for the model's."""
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         source = self.tokenizer.get_chat_template(None, tools=tools)
+        compiled = _compile_jinja_template(source)
+        blocks: list[str] = []
+        marking = (
+            nullcontext() if marks is None else compiled.environment.activate_tracker(blocks, marks)
+        )
         try:
-            return _compile_jinja_template(source).render(
-                **{**self.tokenizer.special_tokens_map, **self.variables},
-                messages=[_with_thoughts(one) for one in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=has_prompt,
-                # Not through `apply_chat_template`, which takes no function.
-                strftime_now=self.today.strftime,
-            )
+            with marking:
+                for block in compiled.generate(
+                    **{**self.tokenizer.special_tokens_map, **self.variables},
+                    messages=[_with_thoughts(one) for one in messages],
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=has_prompt,
+                    # Not through `apply_chat_template`, which takes no function.
+                    strftime_now=self.today.strftime,
+                ):
+                    blocks.append(block)
+                return "".join(blocks)
         except (TemplateError, *_TEMPLATE_ERRORS) as error:
             raise Untold(f"the template refuses it ({first_line(error)})") from error
 
@@ -208,17 +235,33 @@ class ChatTemplate:
             for number, message in enumerate(messages)
             if message["role"] == ASSISTANT and number in by_message
         )
-        others = [
-            places[idx]
-            for idx in found
-            if messages[second.leaves[idx].message]["role"] != ASSISTANT
-        ]
+        others = [places[idx] for idx in found if not second.is_answers(idx)]
         return Told(
             text=text,
             answers=answers,
             others=tuple(others),
+            is_marked_otherwise=self._is_marked_otherwise(second, tools),
             dropped=second.dropped(tools is not None and self._drops_tools(second, tools)),
         )
+
+    def _is_marked_otherwise(self, second: _Second, tools: Any) -> bool:
+        marks: list[tuple[int, int]] = []
+        if not _MARKS.search(canonical_json(self.tokenizer.chat_template)):
+            return False
+        # Of the words, which stand for the texts; in whichever form the template takes.
+        forms = (second.messages, _with_json_arguments(second.messages))
+        for form in forms:
+            marks.clear()
+            if self._rendered(form, tools, False, marks) == second.text:
+                break
+        marked = {
+            leaf
+            for leaf, start, stop in second.spans()
+            for a, b in marks
+            if a <= start and stop <= b
+        }
+        theirs = {leaf for leaf, *_ in second.spans() if second.is_answers(leaf)}
+        return marked != theirs
 
     def _twice(self, messages: Sequence[Message], tools: Any) -> tuple[str, _Second]:
         text = self.render(messages, tools=tools)
@@ -251,8 +294,15 @@ class ChatTemplate:
         tail, plain_tail = (second.behind(one, before) for one in (prompt, plain))
         length = _outside_marks(gap, _num_common(tail, gap))
         has_header = length > len(plain_tail)
-        # A header may be part of what is before, as Mistral's and Llama 2's: nothing is left then.
-        if not has_header and (length < len(tail) or gap[length:].strip()):
+        # A header may be part of what is before, as Mistral's and Llama 2's.
+        is_passed = has_header or (
+            length == len(tail)
+            and not (
+                gap[length:].strip()
+                and self._plain_gap(number, second, before, tools, gap[:length])
+            )
+        )
+        if not is_passed:
             raise Untold("the template's generation prompt does not lead to the answer")
         behind = second.gap(last + 1)
         stop, has_end = self._end(number, second, own[-1], behind, found, last, tools)
@@ -264,6 +314,18 @@ class ChatTemplate:
             has_end=has_end,
             is_prompted=second.text[: gap_at + length] == prompt,
         )
+
+    def _plain_gap(
+        self, number: int, second: _Second, before: int | None, tools: Any, header: str
+    ) -> str:
+        """What would stand behind a header before a plain text; all of it if it begins otherwise.
+
+        Calls and thoughts begin with marks that the model writes, and a plain text with none.
+        """
+        plain = [*second.messages[:number], {"role": ASSISTANT, "content": second.spare}]
+        text = self.render(plain, tools=tools).partition(second.spare)[0]
+        gap = second.behind(text, before)
+        return gap[len(header) :].strip() if gap.startswith(header) else gap or header or "nothing"
 
     def _end(
         self,
@@ -311,10 +373,12 @@ class _Second:
         messages: with the words.
         leaves: the texts.
         words: one each.
+        spare: a further word.
     """
 
-    def __init__(self, messages: list[Message], leaves: list[Leaf], words: list[str]):
+    def __init__(self, messages: list[Message], leaves: list[Leaf], words: list[str], spare: str):
         self.messages = messages
+        self.spare = spare
         self.leaves = leaves
         self._words = words
         self._pattern = re.compile("|".join(words) or r"(?!)")
@@ -334,21 +398,23 @@ class _Second:
             return words[-1]
 
         second = [_with_texts(number, one, replaced) for number, one in enumerate(messages)]
-        return cls(second, leaves, words)
+        return cls(second, leaves, words, next(fresh))
 
     def read(self, text: str) -> None:
-        """What the template makes of them.
-
-        Raises:
-            Untold: if a word is there twice.
-        """
+        """What the template makes of them."""
         numbers = {word: idx for idx, word in enumerate(self._words)}
         self.text = text
         self._found = [
             (match.start(), numbers[match.group()]) for match in self._pattern.finditer(text)
         ]
-        if len({idx for _, idx in self._found}) < len(self._found):
-            raise Untold("the template writes a text twice")
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Of the words that are there: which leaf, and where."""
+        yield from ((idx, start, start + WORD_LENGTH) for start, idx in self._found)
+
+    def is_answers(self, leaf: int) -> bool:
+        """Whether the assistant said it."""
+        return self.messages[self.leaves[leaf].message]["role"] == ASSISTANT
 
     def gap_start(self, place: int) -> int:
         """Where what is before the word of that place begins, of those that are there."""
@@ -363,8 +429,10 @@ class _Second:
         """By leaf, where it stands in the true text; those that were dropped have none.
 
         Raises:
-            Untold: if something else than the texts differs.
+            Untold: if something else than the texts differs, or one is there twice.
         """
+        if len({idx for _, idx in self._found}) < len(self._found):
+            raise Untold("the template writes a text twice")
         found: dict[int, tuple[int, int]] = {}
         at = len(self.gap(0))
         same = text.startswith(self.gap(0))

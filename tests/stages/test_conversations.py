@@ -349,6 +349,18 @@ def test_columns_of_other_names_and_shapes(tmp_path: Path, teacher: Path) -> Non
         assert np.array_equal(its[0]["loss_mask"][:size], first["loss_mask"]), name
 
 
+def test_a_column_of_texts_that_is_asked_for_stays_one(tmp_path: Path, teacher: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text(json.dumps({"conversation": "some text of some length"}))
+    labeled = CorpusConfig(
+        source=str(data), labeled=False, conversations=True, text_column="conversation"
+    )
+    config = config_of(
+        tmp_path / "cache", teacher, data, labeled=labeled, loss_on="all", end_of_turn=()
+    )
+    assert "conversations" not in cache_teacher.run(config).manifest.settings["data"]["labeled"]
+
+
 @pytest.mark.parametrize(
     ("changes", "saying"),
     [

@@ -164,6 +164,34 @@ def test_calls_of_tools_are_the_assistants_and_their_results_are_not(
     assert '"n": 3' in learned_texts(chat, template, template.told(messages))[0]
 
 
+def test_what_a_model_writes_first_is_learned_where_the_header_is_the_users(
+    base: PreTrainedTokenizerBase, chat: ChatTokenizer
+) -> None:
+    """Marks of calls and of thoughts behind a header that a plain text has, too."""
+    call = {"type": "function", "function": {"name": "find", "arguments": {"what": "it"}}}
+    messages = [
+        {"role": "user", "content": "where"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "here"},
+        {"role": "assistant", "content": "there"},
+    ]
+    template = template_of(base, kinds.BRACKETS_CALL)
+    assert learned_texts(chat, template, template.told(messages)) == [
+        '<|call|>{"name": "find", "arguments": {"what": "it"}}<|endoftext|>',
+        " there<|endoftext|>",
+    ]
+    thinking = [
+        {"role": "user", "content": "where"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\nthere"},
+    ]
+    template = template_of(base, kinds.BRACKETS)
+    assert learned_texts(chat, template, template.told(thinking)) == [
+        " <think>\nhm\n</think>\nthere<|endoftext|>"
+    ]
+    template = template_of(base, kinds.ASKS_FOR_CONTENT)
+    assert learned_texts(chat, template, template.told(messages))[0].startswith("<|call|>")
+
+
 @pytest.mark.parametrize(
     ("template", "saying"),
     [
@@ -171,6 +199,7 @@ def test_calls_of_tools_are_the_assistants_and_their_results_are_not(
         (kinds.LOOKS, "depends on the texts"),
         (kinds.TWICE, "writes a text twice"),
         (kinds.NO_HEADER, "does not lead to the answer"),
+        (kinds.PLAIN_ROLES, "does not lead to the answer"),
         (kinds.BACKWARDS, "in another order"),
         (kinds.OTHER_BEGINNING, "does not lead to the answer|otherwise than the whole"),
         (kinds.MARKED.replace("m.content", "m.content.nothing()"), "refuses it"),
@@ -195,6 +224,14 @@ def test_a_text_that_spells_a_control_token_is_refused(base: PreTrainedTokenizer
         template.told(messages)
     with pytest.raises(Untold, match="spells the control token"):
         template.rendered(messages)
+
+
+def test_where_all_counts_nothing_has_to_be_told(base: PreTrainedTokenizerBase) -> None:
+    messages = conversation(map("box {}".format, range(99)), False, 1)
+    for template in (kinds.UPPER, kinds.TWICE, kinds.NO_HEADER, kinds.BACKWARDS):
+        assert template_of(base, template).rendered(messages).text
+    dropped = template_of(base, kinds.DROPS_SYSTEM).rendered(messages).dropped
+    assert dropped == {"system": 1}
 
 
 def test_an_answer_that_quotes_a_header_is_learned_whole(
@@ -234,6 +271,28 @@ def test_a_token_over_the_beginning_of_an_answer_is_the_prompts(
     assert told.text == "u:q;a::) yes;"
     assert tokens.num_straddling == 1
     assert template.tokenizer.decode(tokens.ids[tokens.is_learned]) == ") yes;"
+
+
+@pytest.mark.parametrize(
+    ("marked", "is_otherwise"),
+    [
+        ("{% generation %}{{ m.content }}<|done|>{% endgeneration %}", False),
+        ("{% generation %}{% endgeneration %}{{ m.content }}<|done|>", True),
+    ],
+)
+def test_the_templates_own_marks_are_compared(
+    marked: str, is_otherwise: bool, base: PreTrainedTokenizerBase, chat: ChatTokenizer
+) -> None:
+    source = kinds.MARKED.replace("{{ m.content }}<|done|>", f"{marked}")
+    source = source.replace("{% generation %}", "{% if m.role == 'assistant' %}{% generation %}")
+    source = source.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
+    if not is_otherwise:
+        source = source.replace("{% endif %}", "{% else %}{{ m.content }}<|done|>{% endif %}", 1)
+    messages = conversation(map("text number {}".format, range(99)), False, 2)
+    template = template_of(base, source)
+    told = template.told(messages)
+    assert told.is_marked_otherwise == is_otherwise
+    assert learned_texts(chat, template, told) == expected(KINDS["marked"], messages)
 
 
 def test_the_date_is_that_of_the_run(base: PreTrainedTokenizerBase) -> None:
