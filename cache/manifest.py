@@ -83,6 +83,13 @@ class Manifest:
         """The same cache with its final counts, marked complete now."""
         return replace(self, splits=splits, complete=True, completed_at=utc_now())
 
+    @property
+    def maker(self) -> str:
+        """The command that made the cache, and makes again what is lost."""
+        if "converted_from" in self.about:
+            return "pipe convert"
+        return "pipe import-log-probs" if "log_probs" in self.settings else "pipe cache-teacher"
+
     def write(self, cache: Path) -> None:
         """Commit it atomically.
 

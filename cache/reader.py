@@ -36,7 +36,7 @@ class CacheReader:
         self.manifest = read_manifest(self.cache)
         if not self.manifest.complete:
             raise UserError(
-                f"{self.cache} is not complete: run the same `pipe cache-teacher` again, it "
+                f"{self.cache} is not complete: run the same `{self.manifest.maker}` again, it "
                 "resumes from the committed shards"
             )
         if split not in self.manifest.splits:

@@ -36,7 +36,7 @@ def verify(cache: Path, *, on_shard: Callable[[Sidecar], None] | None = None) ->
     if fingerprint(manifest.settings) != manifest.fingerprint:
         problems.append(f"{cache / MANIFEST_NAME}: the settings do not have the fingerprint")
     if not manifest.complete:
-        problems.append(f"{cache} is not complete: run the same `pipe cache-teacher` again")
+        problems.append(f"{cache} is not complete: run the same `{manifest.maker}` again")
     problems.extend(_teacher_problems(cache, manifest))
     sidecars = _indexed(cache, manifest, problems)
     if manifest.complete:

@@ -16,6 +16,7 @@ from teacher_cache.pipeline.options import (
     CheckOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
+    ImportOptions,
     PredictOptions,
     PredictSettings,
 )
@@ -25,7 +26,7 @@ from teacher_cache.stages.codecs.config import ConvertOptions
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 SECTIONS = (
-    *("finetune_teacher", "cache_teacher", "convert"),
+    *("finetune_teacher", "cache_teacher", "convert", "import_log_probs"),
     *("train_student", "students", "evaluate"),
 )
 
@@ -155,6 +156,24 @@ def convert(*, cache: Path, out: Path, **given: Any) -> None:
 
         quiet_libraries()
         commands.convert(options, cache, out)
+
+
+@_command("import-log-probs")
+@with_options(
+    ImportOptions,
+    leading=[
+        argument("answers", Path, "Answers (jsonl, parquet), or logits that llama.cpp saved."),
+        argument("out", Path, "Folder of the cache."),
+    ],
+)
+def import_log_probs(*, answers: Path, out: Path, **given: Any) -> None:
+    """Make a cache of what an inference engine said; resumes where it was killed."""
+    with reported():
+        options = _resolve(ImportOptions, "import_log_probs", given)
+        from teacher_cache.pipeline import commands
+
+        quiet_libraries()
+        commands.import_log_probs(options, answers, out)
 
 
 @_command("verify")

@@ -25,6 +25,7 @@ from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
+    ImportOptions,
     PredictSettings,
 )
 from teacher_cache.pipeline.presets import (
@@ -52,6 +53,7 @@ from teacher_cache.pipeline.tables import (
     quality_table,
     settings_table,
 )
+from teacher_cache.stages import cache_log_probs as importing
 from teacher_cache.stages import cache_teacher as stage_one
 from teacher_cache.stages import convert as conversion
 from teacher_cache.stages import evaluate as evaluation
@@ -140,6 +142,17 @@ def convert(options: ConvertOptions, cache: Path, out: Path) -> Path:
     console.print(manifest_table(result.manifest))
     console.print(f"✓ cache {result.cache} is complete ({done})", style="green")
     return result.cache
+
+
+def import_log_probs(options: ImportOptions, answers: Path, out: Path) -> Path:
+    """Make a cache of an engine's answers; return its folder."""
+    manifest = importing.run(
+        out, answers, **options.model_dump(exclude={"documents_per_shard"}),
+        shard_documents=options.documents_per_shard,
+    )  # fmt: skip
+    console.print(manifest_table(manifest))
+    console.print(f"✓ cache {out} is complete", style="green")
+    return out
 
 
 def train_student(config: TrainStudentConfig, *, name: str = "student") -> Path:
@@ -255,11 +268,12 @@ def run_all(
     content = read_config_file(config)
     apply_settings(content, settings)
     check_sections(content, sections, f"--config {config}")
-    if "convert" in content:
-        raise UserError(
-            f"--config {config} has a section convert, which `pipe run` has no step for: leave it "
-            "out, and run `pipe convert` on the cache"
-        )
+    for section, command in (("convert", "convert"), ("import_log_probs", "import-log-probs")):
+        if section in content:
+            raise UserError(
+                f"--config {config} has a section {section}, which `pipe run` has no step for: "
+                f"leave it out, and use `pipe {command}`"
+            )
     if "cache_teacher" not in content:
         raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
     stages = _validated(content)

@@ -102,7 +102,8 @@ def verify(cache: Path, *, deep: int, teacher: str | None, trust_remote_code: bo
         UserError: if there is no cache.
         CheckFailed: if anything differs from what was recorded; what it is stands above.
     """
-    total = sum(split.num_shards for split in read_manifest(cache).splits.values())
+    manifest = read_manifest(cache)
+    total = sum(split.num_shards for split in manifest.splits.values())
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("verify", total=total)
         report = verify_cache(cache, on_shard=lambda _: progress.advance(task))
@@ -111,8 +112,8 @@ def verify(cache: Path, *, deep: int, teacher: str | None, trust_remote_code: bo
     if report.problems:
         counted = "a problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         raise CheckFailed(
-            f"{cache} has {counted}: run the `pipe cache-teacher` or `pipe convert` that made it "
-            "again, it rebuilds what is damaged and nothing else"
+            f"{cache} has {counted}: run the `{manifest.maker}` that made it again, it rebuilds "
+            "what is damaged and nothing else"
         )
     checked = f"{report.num_shards:,} shards, {report.num_bytes / 1e6:,.2f} MB"
     console.print(f"✓ {cache} is sound: {checked}", style="green")

@@ -179,6 +179,40 @@ class CacheTeacherOptions(ComposedConfig):
     seed: int = Field(default=0, ge=0, description="Seed of the documents' order.")
 
 
+class ImportOptions(StageConfig):
+    """`pipe import-log-probs`."""
+
+    tokenizer: str = Field(description="The engine's tokenizer: hub id or folder.")
+    engine: str | None = Field(
+        default=None, description="The engine with its version, as in 'vllm 0.32.0'."
+    )
+    model: str | None = Field(
+        default=None, description="Hub id or path of the model that the engine ran."
+    )
+    revision: str | None = Field(default=None, description="Commit or hash of its weights.")
+    dtype: str | None = Field(
+        default=None,
+        description="Number format in which it ran. vLLM's `auto` is not float32 but bfloat16.",
+    )
+    gguf: Path | None = Field(
+        default=None,
+        description="Of logits that llama.cpp saved: the GGUF whose they are, which says all of "
+        "the above.",
+    )
+    second_pass: Path | None = Field(
+        default=None,
+        description="Of logits that llama.cpp saved: another file, of the text without its first "
+        "half window, which scores what the first pass only read.",
+    )
+    unlabeled: Path | None = Field(
+        default=None, description="Answers on a second corpus, for training without cross-entropy."
+    )
+    top_k: int = Field(default=64, ge=1, description="Tokens of a list to keep; none has fewer.")
+    max_length: int = Field(default=512, ge=2, description="Tokens of a sample.")
+    documents_per_shard: int = Field(default=1024, ge=1, description="Documents in a shard.")
+    overwrite: bool = Field(default=False, description="Start the cache again, whatever it holds.")
+
+
 class CheckOptions(JoinConfig):
     """`pipe check`."""
 

@@ -19,10 +19,13 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from teacher_cache.cache.errors import TeacherCacheError, UserError
-from teacher_cache.stages.ranks import is_main, num_processes
+from teacher_cache.stages.processes import is_main, num_processes
 
 EXIT_INTERRUPTED = 130
-RESUMING = ("finetune-teacher", "cache-teacher", "convert", "train-student", "run")
+RESUMING = (
+    *("finetune-teacher", "cache-teacher", "convert", "import-log-probs"),
+    *("train-student", "run"),
+)
 # How long a process that torchrun started beside the main one keeps an error to itself.
 GRACE_S = 30.0
 

@@ -33,6 +33,7 @@ from teacher_cache.stages.models.device import (
     resolve_dtype,
 )
 from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
+from teacher_cache.stages.processes import outcome_of_main, process_group
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.tokenizers import (
     could_not_load,
@@ -56,7 +57,6 @@ from teacher_cache.stages.training.batches import (
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
 from teacher_cache.stages.training.measures import classification_metrics
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
-from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run, saved
 from teacher_cache.stages.training.task import TrainingObserver
 

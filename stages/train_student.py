@@ -22,6 +22,7 @@ from teacher_cache.stages.models.device import (
     resolve_dtype,
     warn_of_missing_kernels,
 )
+from teacher_cache.stages.processes import outcome_of_main, process_group
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.pretrained import own_tokenizer
 from teacher_cache.stages.student.scans.dispatch import missing_kernels
@@ -40,7 +41,6 @@ from teacher_cache.stages.training.config import (
 )
 from teacher_cache.stages.training.data import open_splits
 from teacher_cache.stages.training.measures import EarlyStopping
-from teacher_cache.stages.training.processes import outcome_of_main, process_group
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run, saved
 from teacher_cache.stages.training.start import StartingStudent
 from teacher_cache.stages.training.task import Course, StudentTask, TrainingObserver

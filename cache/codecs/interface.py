@@ -37,7 +37,7 @@ class Reduced:
         """N."""
         return len(self.top1_log_prob)
 
-    def __getitem__(self, positions: slice) -> Self:
+    def __getitem__(self, positions: slice | np.ndarray) -> Self:
         """The same of some of the positions: a sample's, say."""
         arrays = {name: value for name, value in vars(self).items() if value is not None}
         return type(self)(**{name: value[positions] for name, value in arrays.items()})

@@ -250,10 +250,22 @@ def _packed_conversations(documents: Sequence[Document], *, max_length: int) -> 
     )
     learned = [one.is_learned for one in tokens if one.is_learned is not None]
     if learned:
-        ends = np.cumsum([len(one.input_ids) for one in samples])
-        parts = np.split(np.concatenate(learned), ends[:-1])
-        samples = [replace(one, is_learned=part) for one, part in zip(samples, parts, strict=True)]
+        samples = with_learned(samples, learned)
     return Packed(samples=samples, num_documents=len(tokens), num_empty=0, num_continued=0)
+
+
+def with_learned(
+    samples: Sequence[PackedSample], learned: Sequence[np.ndarray]
+) -> list[PackedSample]:
+    """Samples that know which of their tokens are to be predicted.
+
+    Args:
+        samples: of whole documents, at least one.
+        learned: of each document in their order, bool [its tokens].
+    """
+    ends = np.cumsum([len(one.input_ids) for one in samples])
+    parts = np.split(np.concatenate(learned), ends[:-1])
+    return [replace(one, is_learned=part) for one, part in zip(samples, parts, strict=True)]
 
 
 def pack_tokens(

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import refuse_changed_settings
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
-from teacher_cache.stages.ranks import num_local_processes, num_processes
+from teacher_cache.stages.processes import num_local_processes, num_processes
 from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.measures import ACCURACY, Measure
 from teacher_cache.stages.training.run_folder import (

@@ -19,7 +19,7 @@ from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.losses.config import LAST_STATES, TransferConfig
-from teacher_cache.stages.ranks import num_processes
+from teacher_cache.stages.processes import num_processes
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.training.auxiliaries import LayerProjections
 from teacher_cache.stages.training.config import ArchitectureConfig

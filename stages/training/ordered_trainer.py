@@ -18,9 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.ranks import num_processes
+from teacher_cache.stages.processes import num_processes, outcome_of_main, share_of
 from teacher_cache.stages.training.batches import AlternatingBatches
-from teacher_cache.stages.training.processes import outcome_of_main, share_of
 from teacher_cache.stages.training.run_folder import (
     commit_checkpoint,
     explained_save,

@@ -28,7 +28,7 @@ from teacher_cache.cache.commit import (
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import hash_files, refuse_changed_settings
 from teacher_cache.cache.lock import LOCK_NAME, writer_lock
-from teacher_cache.stages.training.processes import outcome_of_main
+from teacher_cache.stages.processes import outcome_of_main
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"

@@ -28,7 +28,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.finetune_teacher import LabelTrainer
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.ranks import rank
+from teacher_cache.stages.processes import process_group, rank
 from teacher_cache.stages.student import MambaStudentForSequenceClassification, build_student
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.training.arguments import training_arguments
@@ -43,7 +43,6 @@ from teacher_cache.stages.training.config import OptimizationConfig, TrainStuden
 from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.measures import classification_metrics
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
-from teacher_cache.stages.training.processes import process_group
 from teacher_cache.stages.training.trainer import StudentTrainer
 from tests.integration.fork_server import run_child
 from tests.integration.train_student_child import Steps

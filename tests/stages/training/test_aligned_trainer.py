@@ -21,6 +21,7 @@ from teacher_cache.cache.codecs.topk import TopKCodec
 from teacher_cache.stages.join.aligned_sample import AlignedSample
 from teacher_cache.stages.losses.chunk_likelihood import DEFAULT_TAU
 from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.processes import share_of
 from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
@@ -35,7 +36,6 @@ from teacher_cache.stages.training.batches import (
     PackedCollator,
 )
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.processes import share_of
 from teacher_cache.stages.training.targets import FixedMap
 from teacher_cache.stages.training.trainer import StudentTrainer
 from teacher_cache.stages.training.vocabulary_projection import (

@@ -24,6 +24,7 @@ from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.data.packing import pack_tokens
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.models.head import LanguageModelHead
+from teacher_cache.stages.processes import share_of
 from teacher_cache.stages.student import build_language_model
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.language_model import MambaStudentForCausalLM
@@ -36,7 +37,6 @@ from teacher_cache.stages.training.batches import (
     PackedSamples,
 )
 from teacher_cache.stages.training.config import OptimizationConfig
-from teacher_cache.stages.training.processes import share_of
 from teacher_cache.stages.training.trainer import StudentTrainer
 from tests.lessons import held_out_tokens, tokens_lesson
 from tests.tiny_language_models import MAX_LENGTH, WIDTH, cached, tiny_teacher

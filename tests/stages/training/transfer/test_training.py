@@ -17,6 +17,7 @@ from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages import train_student
 from teacher_cache.stages.losses.config import LAST_STATES, ObjectiveConfig
 from teacher_cache.stages.losses.objective import StepTotals
+from teacher_cache.stages.processes import share_of
 from teacher_cache.stages.student import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.mixing_matrices import mixing_matrices
 from teacher_cache.stages.student.position_map import PositionMap
@@ -29,7 +30,6 @@ from teacher_cache.stages.training.config import OptimizationConfig
 from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.layers import Schedule
 from teacher_cache.stages.training.lesson import Lesson
-from teacher_cache.stages.training.processes import share_of
 from teacher_cache.stages.training.run_folder import CHECKPOINTS, read_run
 from teacher_cache.stages.training.terms import Heard, Share
 from teacher_cache.stages.training.trainer import StudentTrainer

@@ -1,16 +1,19 @@
-"""Processes that train one model together: what one does for all, and who trains on what."""
+"""Processes that torchrun started to work together: which this one is, and what one does for all.
+
+No torch at import: the command line asks which process prints.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
-
-import torch
-from torch import distributed
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from teacher_cache.cache.errors import TeacherCacheError
-from teacher_cache.stages.ranks import is_main, local_rank, num_processes
+
+if TYPE_CHECKING:
+    import torch
 
 Result = TypeVar("Result")
 
@@ -20,6 +23,34 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "seq_idx")  # of a batch, what is
 # the group's threads are joined with the interpreter's lock held, and a thread that needs the lock
 # to free what it gathered is waited for without end. Python's own reference lets go without it.
 _groups_kept: list[object] = []
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 without torchrun.
+
+    As Accelerate sees it: a `WORLD_SIZE` without a `LOCAL_RANK` is somebody else's.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def num_local_processes() -> int:
+    """How many of them this machine runs."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if num_processes() > 1 else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", "0")) if num_processes() > 1 else 0
+
+
+def local_rank() -> int:
+    """Its number among those of this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that locks, writes and prints for all."""
+    return rank() == 0
 
 
 @contextmanager
@@ -33,6 +64,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         device: of this training: nccl connects CUDA devices, gloo CPUs.
     """
     if num_processes() > 1:
+        import torch
+        from torch import distributed
+
         if device.type == "cuda":
             torch.cuda.set_device(local_rank())
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -50,6 +84,8 @@ def outcome_of_main(act: Callable[[], Result]) -> Result:
     """
     if num_processes() == 1:
         return act()
+    from torch import distributed
+
     outcome: list[Any] = [None, None]
     if is_main():
         try:

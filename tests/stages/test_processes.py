@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_cache.stages import ranks
-from teacher_cache.stages.training.processes import outcome_of_main, share_of
+from teacher_cache.stages import processes
+from teacher_cache.stages.processes import outcome_of_main, share_of
 
 
 def batch_of(size: int) -> dict[str, torch.Tensor]:
@@ -40,6 +40,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")  # somebody else's
-    assert (ranks.num_processes(), ranks.num_local_processes(), ranks.rank()) == (1, 1, 0)
-    assert ranks.is_main()
+    found = (processes.num_processes(), processes.num_local_processes(), processes.rank())
+    assert found == (1, 1, 0)
+    assert processes.is_main()
     assert outcome_of_main(lambda: 3) == 3
