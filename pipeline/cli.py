@@ -6,6 +6,7 @@ Whatever is slow to import (torch, transformers, datasets) is imported inside a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,12 +31,17 @@ SECTIONS = (
     *("train_student", "students", "evaluate"),
 )
 
+# What a person wants to do, in the order in which it is done.
+MAKING = "Make a cache"
+TRAINING = "Train students from it"
+LOOKING = "Look at what there is"
+USING = "Use a student"
+
 CacheFolder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 
 app = typer.Typer(
     help="Run a transformer teacher once, cache its logits, distil Mamba students from the cache.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -50,11 +56,32 @@ def _resolve(model: type[Model], section: str, given: dict[str, Any]) -> Model:
     return resolve(model, section=section, sections=SECTIONS, **given)
 
 
-def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return app.command(name)
+def _command(name: str, group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return app.command(name, rich_help_panel=group)
 
 
-@_command("finetune-teacher")
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"teacher-cache {version('teacher-cache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """What stands before any command."""
+
+
+@_command("finetune-teacher", MAKING)
 @with_options(FinetuneTeacherOptions)
 def finetune_teacher(**given: Any) -> None:
     """Fine-tune a base encoder or decoder into a classification teacher."""
@@ -66,7 +93,7 @@ def finetune_teacher(**given: Any) -> None:
         commands.finetune_teacher(options)
 
 
-@_command("cache-teacher")
+@_command("cache-teacher", MAKING)
 @with_options(
     CacheTeacherOptions,
     leading=[switch("dry_run", "Print what would run, resolved, and stop; needs no network.")],
@@ -81,7 +108,7 @@ def cache_teacher(*, dry_run: bool, **given: Any) -> None:
         commands.cache_teacher(options, dry_run=dry_run)
 
 
-@_command("train-student")
+@_command("train-student", TRAINING)
 @with_options(TrainStudentConfig)
 def train_student(**given: Any) -> None:
     """Stage two: train a student from the cache alone; resumes where it was killed."""
@@ -93,7 +120,7 @@ def train_student(**given: Any) -> None:
         commands.train_student(config)
 
 
-@_command("check")
+@_command("check", TRAINING)
 @with_options(CheckOptions)
 def check(**given: Any) -> None:
     """Compare a cache's tokenization with a student's; exit 1 on a mismatch."""
@@ -105,7 +132,7 @@ def check(**given: Any) -> None:
         commands.check(config)
 
 
-@_command("inspect")
+@_command("inspect", LOOKING)
 def inspect(
     cache: CacheFolder,
     sample: Annotated[
@@ -137,7 +164,7 @@ def inspect(
         )
 
 
-@_command("convert")
+@_command("convert", MAKING)
 @with_options(
     ConvertOptions,
     leading=[
@@ -158,7 +185,7 @@ def convert(*, cache: Path, out: Path, **given: Any) -> None:
         commands.convert(options, cache, out)
 
 
-@_command("import-log-probs")
+@_command("import-log-probs", MAKING)
 @with_options(
     ImportOptions,
     leading=[
@@ -176,7 +203,7 @@ def import_log_probs(*, answers: Path, out: Path, **given: Any) -> None:
         commands.import_log_probs(options, answers, out)
 
 
-@_command("verify")
+@_command("verify", LOOKING)
 def verify(
     cache: CacheFolder,
     deep: Annotated[
@@ -197,7 +224,7 @@ def verify(
         inspection.verify(cache, deep=deep, teacher=teacher, trust_remote_code=trust_remote_code)
 
 
-@_command("evaluate")
+@_command("evaluate", LOOKING)
 @with_options(
     EvaluateCommandOptions,
     leading=[
@@ -215,7 +242,7 @@ def evaluate(*, runs: list[Path], json: Path | None, **given: Any) -> None:
         commands.evaluate(options, runs, json_file=json)
 
 
-@_command("predict")
+@_command("predict", USING)
 @with_options(
     PredictOptions,
     leading=[
@@ -233,7 +260,7 @@ def predict(*, run: Path, text: str, **given: Any) -> None:
         commands.predict(options, run, text)
 
 
-@_command("export")
+@_command("export", USING)
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
     out: Annotated[Path, typer.Argument(help="The file to write.")],
@@ -258,7 +285,7 @@ def export(
         commands.export(run, out, to=to, ids_only=ids_only)
 
 
-@_command("report")
+@_command("report", LOOKING)
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     out: Annotated[
@@ -289,7 +316,7 @@ def report(
         console.print(f"✓ report {page}", style="green", soft_wrap=True)
 
 
-@_command("run")
+@_command("run", TRAINING)
 def run(
     config: Annotated[
         str, typer.Option(help="YAML file, or the name of one of the package's: demo.")

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,29 @@ def test_help_goes_to_stdout_and_is_no_error() -> None:
         ended = start(*args)
         assert (ended.returncode, ended.stderr) == (0, "")
         assert "Usage: " in ended.stdout
+
+
+def test_commands_stand_in_the_order_of_work() -> None:
+    said = start("--help").stdout
+    groups = ("Make a cache", "Train students from it", "Look at what there is", "Use a student")
+    commands = ("cache-teacher", "train-student", "evaluate", "predict")
+    places = [said.index(one) for pair in zip(groups, commands, strict=True) for one in pair]
+    assert places == sorted(places)
+    assert "─ Commands" not in said, "each command is in a group"
+    assert start("--version").stdout == f"teacher-cache {version('teacher-cache')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("pipe imp", "import-log-probs"), ("pipe convert --top", "--top-k")]
+)
+def test_a_shell_completes_commands_and_options(words: str, expected: str) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    ended = subprocess.run(
+        [Path(sys.executable).with_name("pipe")],
+        env=os.environ | asked | {"_PIPE_COMPLETE": "complete_bash"},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert expected in ended.stdout.split()
 
 
 def test_results_go_to_stdout_and_what_runs_the_student_to_stderr(bert_run: Path) -> None:
