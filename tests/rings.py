@@ -43,6 +43,18 @@ RINGS: dict[str, Ring] = {
     "tests/pipeline/test_transfer.py::test_pooled_rows_of_a_causal_teacher": "ci",
     "tests/stages/teacher/test_language_modeling.py::test_bytes_and_manifest": "ci",
     "tests/stages/teacher/test_language_modeling.py::test_bytes_and_manifest[topk]": "test",
+    "tests/stages/test_conversations.py"
+    "::test_only_counted_positions_are_stored_and_they_are_those_of_the_whole": "ci",
+    "tests/stages/test_conversations.py"
+    "::test_only_counted_positions_are_stored_and_they_are_those_of_the_whole[topk-arrow]": "test",
+    "tests/stages/test_conversations.py"
+    "::test_only_counted_positions_are_stored_and_they_are_those_of_the_whole"
+    "[sampled-zarr]": "test",
+    "tests/stages/test_conversations.py::test_the_teacher_says_again_what_is_stored": "ci",
+    "tests/stages/test_conversations.py::test_the_teacher_says_again_what_is_stored[topk]": "test",
+    "tests/stages/test_conversations.py::test_a_conversion_is_what_capture_makes": "ci",
+    "tests/pipeline/test_conversations.py"
+    "::test_students_of_other_tokens_and_of_texts_are_refused": "ci",
     "tests/stages/test_another_task.py": "ci",
     "tests/stages/test_cache_teacher.py::test_a_cache_gains_views_and_computes_nothing_else": "ci",
     "tests/stages/test_layer_cache.py::test_a_grown_cache_is_the_one_made_at_once": "ci",
