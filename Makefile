@@ -1,6 +1,6 @@
 # Every target sets up what it needs: see scripts/setup-venv for what can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ci test-all test-gpu test-latest test-oldest test-kernels check format assets tokenizers transformers-tests clean
+.PHONY: help setup demo test test-ci test-all test-gpu test-latest test-oldest test-kernels bench check format assets tokenizers transformers-tests clean
 
 PYTHON ?=
 export PYTHON
@@ -56,6 +56,11 @@ test-kernels: ## build the CUDA kernels without a GPU, and the tests that can ru
 	$(VENV_PYTHON) -c 'import torch, causal_conv1d, mamba_ssm, selective_scan_cuda'
 	$(PYTEST) tests/stages/student tests/stages/teacher tests/stages/test_device.py
 	TRITON_INTERPRET=1 MAMBA_DETERMINISTIC=1 $(PYTEST) -m slow tests/stages/student/scans
+
+bench: setup assets ## bytes and time on one thread of a CPU, as ratios (docs/speed.md)
+	$(VENV_PYTHON) -m benchmarks.draws
+	$(VENV_PYTHON) -m benchmarks.reduction
+	$(VENV_PYTHON) -m benchmarks.linear_head
 
 check: setup ## ruff, the pre-commit hooks and pyright
 	$(VENV_PYTHON) -m pre_commit run --all-files

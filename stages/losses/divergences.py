@@ -141,7 +141,19 @@ def divergence(
     if ids is None:
         log_q = dense_log_probs(student_logits, teacher.temperature, support)
         return measure(teacher.outcome_log_probs, log_q)
-    log_q = head_log_probs(student_logits, ids, teacher.temperature, support)
+    return head_divergence(
+        head_log_probs(student_logits, ids, teacher.temperature, support), teacher, measure
+    )
+
+
+def head_divergence(log_q: Tensor, teacher: TeacherDistribution, measure: Measure) -> Tensor:
+    """How far the student is from a sparse teacher, [...].
+
+    Args:
+        log_q: [..., K+1] of `head_log_probs`, the student's log-probs of head and ghost.
+        teacher: with a head of the same ids.
+        measure: which divergence.
+    """
     return measure(_of_possible(teacher.outcome_log_probs, log_q), log_q)
 
 

@@ -292,7 +292,13 @@ def sampled_kl(
             f"student logits of shape {tuple(student_logits.shape)} against drawn ids of shape "
             f"{tuple(targets.ids.shape)}: they must agree but for the last dimension"
         )
-    log_q = head_log_probs(student_logits, targets.ids, targets.temperature, support)[..., :-1]
+    log_q = head_log_probs(student_logits, targets.ids, targets.temperature, support)
+    return kl_of_drawn(log_q, targets)
+
+
+def kl_of_drawn(log_q: Tensor, targets: SampledTargets | WeightedTargets) -> Tensor:
+    """`sampled_kl`, of the student's log-probs of the drawn ids and of all others, [..., D+1]."""
+    log_q = log_q[..., :-1]
     weights = targets.weights()
     drawn = weights != 0  # as in `kl`: 0 * inf is NaN
     log_p = torch.where(drawn, targets.log_probs, 0.0)

@@ -293,41 +293,69 @@ def distillation_objective(
         UserError: if `conf_power` is so high that no position keeps any weight.
     """
     labeled = labels is not None
-    _check(student_logits, targets, labels, config, top1_log_prob, has_teacher)
+    check_objective(student_logits, targets, labels, config, top1_log_prob, has_teacher)
     if has_teacher is not None:
         targets = targets.at_positions(has_teacher)
         top1_log_prob = None if top1_log_prob is None else top1_log_prob[has_teacher]
     taught = student_logits if has_teacher is None else student_logits[has_teacher]
     totals.check_covers(len(taught), labeled=labeled)
 
+    smoothing, per_position = config.label_smoothing, None
+    if labels is not None:
+        per_position = smoothed_cross_entropy(student_logits, labels, label_smoothing=smoothing)
+    top_ids = targets.top_ids()
+    return objective_of_distances(
+        _distances(taught, targets, config, support),  # [N with a teacher]
+        per_position,
+        None if top_ids is None else taught.argmax(dim=-1) == top_ids,
+        targets,
+        config=config,
+        totals=totals,
+        top1_log_prob=top1_log_prob,
+    )
+
+
+def objective_of_distances(
+    distances: Tensor,
+    cross_entropies: Tensor | None,
+    agrees: Tensor | None,
+    targets: Targets,
+    *,
+    config: ObjectiveConfig,
+    totals: StepTotals,
+    top1_log_prob: Tensor | None,
+) -> ObjectiveTerms:
+    """`distillation_objective` from what each position costs.
+
+    Args:
+        distances: [M] from the teacher, at the positions that have one.
+        cross_entropies: [N] to the labels, 0 where there is none to learn; None of an unlabelled
+            batch.
+        agrees: [M] bool, whether both hold the same outcome for the most probable; or None.
+        targets: at the M positions.
+        config: the weights of the terms.
+        totals: of the whole optimizer step.
+        top1_log_prob: [M], given where `conf_power` is above 0.
+    """
+    labeled = cross_entropies is not None
     weights = None
     if config.conf_power and top1_log_prob is not None:
         weights = confidence_weights(top1_log_prob, config.conf_power)
-    values = _distances(taught, targets, config, support)  # [N with a teacher]
-    kd, conf_w = totals.mean(values, weights, labeled=labeled)
+    kd, conf_w = totals.mean(distances, weights, labeled=labeled)
     kd_weight = config.alpha if labeled else config.unlabeled_alpha
     weighted = [(kd_weight * config.temperature**2, kd)]
     ce = None
-    if labels is not None:
-        smoothing = config.label_smoothing
-        per_position = smoothed_cross_entropy(student_logits, labels, label_smoothing=smoothing)
-        ce = per_position.sum() / max(1, totals.num_labels)
+    if cross_entropies is not None:
+        ce = cross_entropies.sum() / max(1, totals.num_labels)
         weighted.append((1 - config.alpha, ce))
-
     num = max(1, totals.num(labeled=labeled))
-    agreement, effective_draws = None, None
-    if isinstance(targets, Draws):
-        effective_draws = targets.num_effective().sum() / num
-    top_ids = targets.top_ids()
-    if top_ids is not None:
-        agreement = (taught.argmax(dim=-1) == top_ids).sum() / num
     return ObjectiveTerms(
         loss=weighted_sum(weighted),
         ce=None if ce is None else ce.detach(),
         kd=kd.detach(),
         conf_w=conf_w,
-        agreement=agreement,
-        effective_draws=effective_draws,
+        agreement=None if agrees is None else agrees.sum() / num,
+        effective_draws=targets.num_effective().sum() / num if isinstance(targets, Draws) else None,
     )
 
 
@@ -342,7 +370,7 @@ def _distances(
     return divergence(student_logits, targets, chosen_measure(config), support=support)
 
 
-def _check(
+def check_objective(
     student_logits: Tensor,
     targets: Targets,
     labels: Tensor | None,
@@ -350,6 +378,11 @@ def _check(
     top1_log_prob: Tensor | None,
     has_teacher: Tensor | None,
 ) -> None:
+    """Refuse what `distillation_objective` refuses.
+
+    Raises:
+        ValueError: as it says.
+    """
     num = student_logits.shape[:1]
     for name, one in (
         ("labels", labels),
