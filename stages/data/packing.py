@@ -22,7 +22,8 @@ The sequences of some documents depend on these alone, so a shard's depend on no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +33,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import NO_LABEL, SAMPLE_ID_BYTES
 from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.tokenization import token_ids
-from teacher_cache.stages.tokens.frame import reads_letters_alone, surroundings
+from teacher_cache.stages.tokens.frame import reads_letters_alone, surroundings, unseen_spaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,6 +144,8 @@ class Packed:
         num_empty: documents left out: whitespace only, or the tokenizer leaves nothing of them.
         num_continued: documents in more than one sequence.
         num_begun: documents whose text spells the begin that the tokenizer puts before it, too.
+        num_unseen: documents that begin with a space, or have one behind a special token's name,
+            that leaves no trace in their tokens.
     """
 
     samples: list[PackedSample]
@@ -150,6 +153,7 @@ class Packed:
     num_empty: int
     num_continued: int
     num_begun: int = 0
+    num_unseen: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -210,6 +214,7 @@ def pack(
     """
     version = packing_version(tokenizer) if version is None else version
     around = surroundings(tokenizer) if version > 1 else None
+    has_unseen = _has_unseen_space(tokenizer) if version > 1 else None
     begin = () if around is None else around.before
     shortest = max(SHORTEST_SEQUENCE, len(begin) + 1)
     if max_length < shortest:
@@ -222,18 +227,20 @@ def pack(
     if chats:
         return _packed_conversations(chats, max_length=max_length)
     read: list[tuple[bytes, np.ndarray]] = []
-    num_begun = 0
+    num_begun = num_unseen = 0
     for document, found in _tokenized(documents, tokenizer, end_id):
         ids = found if around is None else around.with_one_begin(found)
         num_begun += len(ids) < len(found)
         if ids:
             read.append((document.sample_id, np.asarray(ids, np.uint32)))
+            num_unseen += has_unseen is not None and has_unseen(document.text)
     return Packed(
         samples=pack_tokens(read, max_length=max_length, begin=begin),
         num_documents=len(read),
         num_empty=len(documents) - len(read),
         num_continued=sum(len(ids) > max_length for _, ids in read),
         num_begun=num_begun,
+        num_unseen=num_unseen,
     )
 
 
@@ -318,6 +325,15 @@ def _sample(pieces: list[Piece], tokens: list[np.ndarray]) -> PackedSample:
 def _end_id(tokenizer: PreTrainedTokenizerBase, document_end: DocumentEnd) -> int | None:
     eos_id = tokenizer.eos_token_id if document_end == "eos" else None
     return eos_id if isinstance(eos_id, int) else None
+
+
+def _has_unseen_space(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bool] | None:
+    """Whether a text has one space where none is seen; None where each is."""
+    names = [name for name, is_special in unseen_spaces(tokenizer).items() if is_special]
+    if not names:
+        return None
+    places = re.compile(f"(?:{'|'.join(re.escape(name) or '^' for name in names)}) (?! )")
+    return lambda text: places.search(text) is not None
 
 
 def _tokenized(

@@ -221,9 +221,13 @@ class ReadText:
             scores = score([one], own, None, batch_tokens=self.batch_tokens)
             rows[one.name] = _row(one, own, scores.models[0], marks)
             if teacher is not None:
-                marks[one.name] = (
+                apart = (
                     "reads other samples than the teacher (tokenizer or --max-length), so there is "
-                    "no KL or agreement: compare bits a byte"
+                    "no KL or agreement"
+                )
+                caveat = marks.get(one.name)
+                marks[one.name] = (
+                    f"{apart}: compare bits a byte" if caveat is None else f"{apart}; {caveat}"
                 )
         names = [*([] if teacher is None else [TEACHER]), *(one.name for one in self.students)]
         return Scored(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from teacher_cache.stages.tokens.byte_bounds import TokenSpans, spans_of_bytes, tokenize_with_spans
-from teacher_cache.stages.tokens.frame import Frame
+from teacher_cache.stages.tokens.frame import Frame, unseen_spaces
 from teacher_cache.stages.tokens.token_bytes import TokenBytes, token_bytes
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ _CHANGES = {
     "capital letters": "aBa",
     "accents": "aéa",
     "runs of spaces": "a   a",
+    "spaces at the ends": "  a  ",
     "line breaks": "a\na",
     "tabs": "a\ta",
     "combining marks": "ae\u0301a",
     "wide and joined letters": "a\uff21\ufb01a",
     "some characters": "a{~<}日🚀߷a",
 }
+
+_NUM_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +57,8 @@ class Piece:
         stop: one past the last.
         has_end: whether its document ends with it.
         has_end_token: whether the token behind the text is the end of text.
-        num_added: bytes that the tokens spell beyond `data`: the space put before a text, or none.
+        num_added: bytes that the tokens spell beyond `data`: the spaces put before a text and
+            behind tokens in it.
         num_unknown: tokens for what the tokenizer does not know.
     """
 
@@ -106,6 +110,15 @@ class Reader:
             for name, text in _CHANGES.items()
         }
         lost = [name for name, is_kept in kept.items() if not is_kept]
+        hiding = unseen_spaces(self.tokenizer)
+        greedy = [
+            repr(token.content)
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.lstrip or token.rstrip or hiding.get(token.content) is False
+        ]
+        if greedy:
+            shown = " ".join(greedy[:_NUM_SHOWN]) + (" ..." if greedy[_NUM_SHOWN:] else "")
+            lost.append(f"white space beside {shown}")
         loss = f"the tokens do not keep {', '.join(lost)} as they are" if lost else None
         return "; ".join(filter(None, (self.table.caveat, loss))) or None
 
@@ -125,18 +138,20 @@ class Reader:
             if start >= first and tuple(ids[start:]) == one:
                 stop, ending = start, one
                 break
-        contents = [self.table.content[int(one)] or b"" for one in ids[first:stop]]
-        data = b"".join(contents)
-        bounds = np.cumsum([0, *map(len, contents)], dtype=np.int64)
-        may_add = first > 0 if begins is None else begins
-        num_added = int(may_add and self.frame.has_added_space(data))
+        inner = ids[first:stop].tolist()
+        contents = [self.table.content[one] or b"" for one in inner]
+        is_added = self.frame.added_spaces(
+            inner, contents, begins=first > 0 if begins is None else begins
+        )
+        for idx in np.flatnonzero(is_added).tolist():
+            contents[idx] = contents[idx][1:]
         return self._framed(
             ids[:first],
-            ids[first:stop],
-            np.maximum(bounds - num_added, 0),
+            inner,
+            np.cumsum([0, *map(len, contents)], dtype=np.int64),
             ids[stop:],
-            data=data[num_added:],
-            num_added=num_added,
+            data=b"".join(contents),
+            num_added=int(is_added.sum()),
             has_end=bool(ending),
             has_end_token=ending[-1:] == (self.frame.end_id,),
         )
@@ -200,7 +215,7 @@ class Reader:
     def _framed(
         self,
         before: Sequence[int] | np.ndarray,
-        ids: Sequence[int] | np.ndarray,
+        ids: Sequence[int],
         bounds: np.ndarray,
         after: Sequence[int] | np.ndarray,
         *,
@@ -214,15 +229,15 @@ class Reader:
         is_text = np.zeros(len(whole), dtype=bool)
         is_text[first:stop] = True
         is_exact = np.zeros(len(whole), dtype=bool)
-        contents = [self.table.content[int(one)] for one in ids]
+        contents, edges = [self.table.content[one] for one in ids], bounds.tolist()
         is_exact[first:stop] = [
             content == data[start:end]
-            for content, start, end in zip(contents, bounds[:-1], bounds[1:], strict=True)
+            for content, start, end in zip(contents, edges[:-1], edges[1:], strict=True)
         ]
         is_spelt = is_exact.copy()
         is_exact &= whole != self.frame.end_id
-        if self.frame.adds_space and stop > first and not is_exact[first]:
-            is_spelt[first] = contents[0] == b" " + data[bounds[0] : bounds[1]]
+        for idx in self.frame.starts(ids):
+            is_spelt[first + idx] |= contents[idx] == b" " + data[edges[idx] : edges[idx + 1]]
         around = [
             np.full(len(one), bound) for one, bound in ((before, bounds[0]), (after, bounds[-1]))
         ]
@@ -239,7 +254,7 @@ class Reader:
             has_end=has_end,
             has_end_token=has_end_token,
             num_added=num_added,
-            num_unknown=sum(one == self.table.unknown for one in ids),
+            num_unknown=list(ids).count(self.table.unknown),
         )
 
 

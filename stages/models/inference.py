@@ -25,7 +25,8 @@ from teacher_cache.stages.models.batching import (
     measured_batching,
 )
 from teacher_cache.stages.models.pretrained import class_names
-from teacher_cache.stages.tokens.tokenizers import frame_of, special_ids
+from teacher_cache.stages.tokens.frame import surroundings
+from teacher_cache.stages.tokens.tokenizers import special_ids
 
 _TRIED_IDS = 1000
 
@@ -302,14 +303,14 @@ def classifier_batching(
 
 def _texts(tokenizer: Tokenizer, unused: set[int]) -> Callable[[int], np.ndarray]:
     """Documents of random tokens between the special tokens of any text."""
-    before, after = frame_of(tokenizer)
+    around = surroundings(tokenizer)
     special = special_ids(tokenizer) | unused
     ids = sorted(one for one in tokenizer.get_vocab().values() if one not in special)[:_TRIED_IDS]
     generator = np.random.default_rng(0)
 
     def document(length: int) -> np.ndarray:
-        num = max(1, length - len(before) - len(after))
-        return np.array([*before, *generator.choice(ids, num), *after], np.uint32)
+        num = max(1, length - len(around.before) - len(around.after))
+        return np.array([*around.before, *generator.choice(ids, num), *around.after], np.uint32)
 
     return document
 

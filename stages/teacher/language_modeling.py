@@ -260,6 +260,14 @@ class LanguageModeling(Task[LanguageModelTeacher, PackedSample]):
                 f"{packed.num_begun:,}",
                 f"{len(documents):,}",
             )
+        if packed.num_unseen:
+            logger.warning(
+                "%s of %s documents of this shard have a space, at the beginning or behind a "
+                "special token, that the tokenizer's own cannot be told from: students of other "
+                "tokenizers read them without it",
+                f"{packed.num_unseen:,}",
+                f"{len(documents):,}",
+            )
         return packed.samples
 
     def say(self, samples: Sequence[PackedSample], tap: LayerTap, on_batch: OnBatch) -> Said:

@@ -45,7 +45,8 @@ from teacher_cache.stages.models.pretrained import (
     settle_pad_id,
 )
 from teacher_cache.stages.teacher.config import TeacherConfig
-from teacher_cache.stages.tokens.tokenizers import frame_of, load_tokenizer
+from teacher_cache.stages.tokens.frame import surroundings
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,7 @@ def load_teacher(config: TeacherConfig, *, with_attention: bool = False) -> Clas
         max_length=longest_sample(config.teacher, model, tokenizer, config.max_length),
         plain=plain,
     )
-    _, after = frame_of(tokenizer)
-    ends_in_padding = not names_padding and after[-1:] == [pad_id]
+    ends_in_padding = not names_padding and surroundings(tokenizer).after[-1:] == (pad_id,)
     return ClassificationTeacher(
         **loading.ready(prepare, batching),
         tokenizer=tokenizer,

@@ -24,7 +24,8 @@ from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.models.device import dtype_name
 from teacher_cache.stages.teacher.forward import run_teacher
 from teacher_cache.stages.teacher.load import ClassificationTeacher
-from teacher_cache.stages.tokens.tokenizers import frame_of, special_ids
+from teacher_cache.stages.tokens.frame import surroundings
+from teacher_cache.stages.tokens.tokenizers import special_ids
 
 MAX_RELATIVE_ERROR = 1e-3
 
@@ -166,12 +167,12 @@ def token_states(
     Raises:
         UserError: if not even one such text fits into memory.
     """
-    before, after = frame_of(teacher.tokenizer)
+    around = surroundings(teacher.tokenizer)
     special = special_ids(teacher.tokenizer)
     ids = sorted(teacher.tokenizer.get_vocab().values())
     known = [token_id for token_id in ids if token_id < num_ids and token_id not in special]
     logger.info("the teacher reads each of %s tokens by itself", f"{len(known):,}")
-    texts = [np.array([*before, token_id, *after], np.uint32) for token_id in known]
+    texts = [np.array([*around.before, one, *around.after], np.uint32) for one in known]
     outputs = run_teacher(
         teacher, texts, batch_tokens=batch_tokens, pooled_width=pooled_width, on_batch=None
     )

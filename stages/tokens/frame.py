@@ -1,15 +1,17 @@
 """What a tokenizer puts around a text: a begin before it, a separator or the end behind it.
 
 A frame is no text. SentencePiece and WordPiece also begin a text's first token with a space that
-the text has not; it is no text either.
+the text has not; it is no text either. Some do so again behind each added token of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.tokens.token_bytes import TokenBytes
@@ -41,8 +43,8 @@ class Surroundings:
     def ends(self) -> tuple[Ids, ...]:
         """What may stand behind a text, the longest first; the end of text is in the first ones."""
         end = () if self.end_id is None else (self.end_id,)
-        several = ((*self.after, *end), end, self.after)
-        return tuple(dict.fromkeys(one for one in several if one))
+        several = dict.fromkeys(one for one in ((*self.after, *end), end, self.after) if one)
+        return tuple(sorted(several, key=len, reverse=True))
 
     @property
     def stop_ids(self) -> Ids:
@@ -78,6 +80,25 @@ def reads_letters_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
     letter, before, inner, after = _around_a_letter(tokenizer)
     alone = tokenizer.convert_ids_to_tokens(list(inner)) == [letter]
     return alone and not before and not after
+
+
+def _is_white(content: bytes | None) -> bool:
+    return content is not None and not content.strip()
+
+
+def unseen_spaces(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Names of added tokens behind which one space leaves no trace, and whether they are special.
+
+    The empty name is a text's beginning. SentencePiece puts a space before a text, and some of its
+    kind behind an added token in one, unless there is one: the tokens do not tell which.
+    """
+    letter, *_ = _around_a_letter(tokenizer)
+    added = tokenizer.added_tokens_decoder.values()
+    names = {"": True} | {token.content: bool(token.special) for token in added}
+    texts = [f"{name}{space}{letter}" for name in names for space in ("", " ")]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    pairs = zip(names, rows[::2], rows[1::2], strict=True)
+    return {name: names[name] for name, without, with_one in pairs if without == with_one}
 
 
 def _around_a_letter(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Ids, Ids, Ids]:
@@ -120,14 +141,16 @@ class Frame(Surroundings):
     Attributes:
         adds_space: whether a text's first token has a space that the text has not.
         adds_to_space: whether it has one more even where the text begins with one.
+        spaced: ids behind which a text goes on as it begins, with that space.
     """
 
     adds_space: bool
     adds_to_space: bool = False
+    spaced: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, table: TokenBytes) -> Frame:
-        """A tokenizer's, as one letter shows it.
+        """A tokenizer's, as one letter shows it, and the letter around each of its added tokens.
 
         Raises:
             UserError: if it makes no token of any text that was tried.
@@ -137,19 +160,72 @@ class Frame(Surroundings):
         spelt, spelt_behind_space = (
             b"".join(table.content[one] or b"" for one in ids) for ids in (inner, behind_space)
         )
+        adds_space = spelt.startswith(b" ")
+        adds_to_space = spelt_behind_space.startswith(b"  ")
+        spaced: frozenset[int] = frozenset()
+        if adds_space and table.caveat is None:  # WordPiece's words have one wherever they stand
+            spaced = _spaced(tokenizer, table, letter, is_told=adds_to_space)
         return cls(
             before=before,
             after=after,
             end_id=_end_id(tokenizer),
-            adds_space=spelt.startswith(b" "),
-            adds_to_space=spelt_behind_space.startswith(b"  "),
+            adds_space=adds_space,
+            adds_to_space=adds_to_space,
+            spaced=spaced,
         )
 
-    def has_added_space(self, spelt: bytes) -> bool:
-        """Whether what a text's tokens spell begins with a space that the text has not.
+    def added_spaces(
+        self, ids: Sequence[int], contents: Sequence[bytes], *, begins: bool
+    ) -> np.ndarray:
+        """Which tokens of a piece begin with a space that the text has not, bool [S].
 
         Where none is added to a text's own, one space at its beginning may be either; it is taken
         for the tokenizer's, as most texts begin with none.
+
+        Args:
+            ids: [S] without the frame.
+            contents: [S] bytes that they write.
+            begins: whether a text begins with the first.
         """
-        is_added = self.adds_to_space or not spelt.startswith(b"  ")
-        return self.adds_space and spelt.startswith(b" ") and is_added
+        found = np.zeros(len(ids), dtype=bool)
+        for start in self.starts(ids):
+            spelt = b"".join(contents[start : start + 2])
+            is_added = self.adds_to_space or not spelt.startswith(b"  ")
+            if (start or begins) and contents[start].startswith(b" ") and is_added:
+                found[start] = True
+        return found
+
+    def starts(self, ids: Sequence[int]) -> list[int]:
+        """Tokens of a piece, without the frame, that may begin with a space that the text lacks."""
+        if not self.adds_space or not len(ids):
+            return []
+        return [0, *(idx + 1 for idx, one in enumerate(ids[:-1]) if one in self.spaced)]
+
+
+def _spaced(
+    tokenizer: PreTrainedTokenizerBase, table: TokenBytes, letter: str, *, is_told: bool
+) -> frozenset[int]:
+    """Added tokens behind which a text goes on as it begins.
+
+    Not the one for what is unknown, which stands in the middle of words. Where a space behind one
+    may as well be the text's, it is taken for the tokenizer's behind a special token and behind
+    white space, as templates and code put none there; behind a mark (XLNet's `.`) for the text's.
+    """
+    names = {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token_id != table.unknown
+        and (token.special or is_told or _is_white(table.content[token_id]))
+    }
+    texts = [f"{letter}{name}{letter}" for name in names.values()]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    behind = {
+        token_id: row[row.index(token_id) + 1 :]
+        for token_id, row in zip(names, rows, strict=True)
+        if token_id in row
+    }
+    return frozenset(
+        token_id
+        for token_id, ids in behind.items()
+        if ids and (table.content[ids[0]] or b"").startswith(b" ")
+    )

@@ -225,9 +225,7 @@ def _unknown(
         found = re.search(rb'"unk_id":\s*(\d+)', backend.model.__getstate__()[:200])
         return int(found.group(1)) if found else None
     name = backend.model.unk_token
-    found_id = None if name is None else backend.model.token_to_id(name)
-    # Where one token has both parts it ends texts, too.
-    return None if found_id == tokenizer.eos_token_id else found_id
+    return None if name is None else backend.model.token_to_id(name)
 
 
 def _check_decoder(
@@ -359,7 +357,7 @@ def _sentencepiece_bytes(string: str) -> bytes:
 
 
 def _wordpiece_bytes(string: str) -> bytes:
-    if string.startswith("##") and len(string) > 2:
+    if string.startswith("##"):
         return string[2:].encode()
     return (string if _stands_alone(string) else " " + string).encode()
 

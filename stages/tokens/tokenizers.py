@@ -67,16 +67,6 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return without_role | set(tokenizer.all_special_ids)
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that stand before and behind a text."""
-    found = tokenizer("a", return_special_tokens_mask=True)
-    ids, is_special = list(found["input_ids"]), list(found["special_tokens_mask"])
-    if 0 not in is_special:
-        return ids, []
-    first, last = is_special.index(0), len(ids) - is_special[::-1].index(0)
-    return ids[:first], ids[last:]
-
-
 @dataclass(frozen=True)
 class _Library:
     """What reads a tokenizer's file where there is no tokenizer.json.

@@ -28,9 +28,11 @@ def documents(*texts: str) -> list[Document]:
 def test_every_byte_of_the_files_counts_once(make: Any, max_length: int) -> None:
     """Behind a begin token all of a text is predicted, wherever it is cut."""
     tokenizer = make()
-    texts = (CODE, "ab ab a", "  ab")
+    texts = (CODE, "ab ab a", "  ab", f"ab{tokenizer.unk_token}a{tokenizer.eos_token}ab a")
     rows = packed_rows(documents(*texts), tokenizer, max_length=max_length)
     num, caveat = num_predicted_bytes(rows, tokenizer)
+    # Special tokens that a text spells are no text.
+    texts = (*texts[:-1], "abaab a")
     assert (num, caveat) == (sum(len(text.encode()) for text in texts), None)
 
 

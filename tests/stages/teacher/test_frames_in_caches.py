@@ -20,7 +20,7 @@ from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.teacher import language_modeling
 from teacher_cache.stages.tokens.tokenizers import save_tokenizer
 from tests.tiny_models import write_tiny_language_model
-from tests.tiny_tokenizers import tiny_gemma
+from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace
 
 TEXTS = ["def x x\n    x x\n\n\tx " * 4, "<bos>x", "def"]
 
@@ -71,6 +71,15 @@ def test_a_begin_token_that_is_put_nowhere_is_said(
     tokenizer.backend_tokenizer.post_processor = None
     cache_teacher.run(config_of(tmp_path, tokenizer))
     assert "has the begin token <bos> and puts it nowhere" in caplog.text
+
+
+def test_a_space_that_no_token_tells_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(tmp_path, tiny_metaspace())
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": " a b"}))
+    cache_teacher.run(config)
+    assert "1 of 1 documents of this shard have a space, at the beginning or behind" in caplog.text
 
 
 def test_a_cache_of_an_earlier_release_goes_on_as_it_began(
