@@ -25,12 +25,17 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="teacher-cache-tests-"
 os.environ.setdefault("TEACHER_CACHE_ASSETS", str(Path(__file__).parents[1] / "assets"))
 
 import pytest
+from hypothesis import settings
 
 from tests import rings
 from tests.ready_made import ReadyMade, store_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -71,7 +71,7 @@ def _columns(draw: st.DrawFn) -> tuple[Fields, int]:
     }, num_classes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(_columns())
 def test_gives_back_every_bit(columns: tuple[Fields, int]) -> None:
     fields, num_classes = columns

@@ -17,7 +17,7 @@ def _take(stream: ShuffledBatches, num_batches: int) -> list[list[int]]:
     return [batch.tolist() for batch in islice(iter(stream), num_batches)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(_LENGTHS, _BATCH_SIZES, st.integers(0, 2**32), st.integers(0, 9))
 def test_an_epoch_is_a_permutation(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int
@@ -55,7 +55,7 @@ def test_batches_hold_similar_lengths() -> None:
     assert np.corrcoef(means[1:], means[:-1])[0, 1] < 0.2, "and yet lengths come in random order"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(_LENGTHS, _BATCH_SIZES, st.integers(0, 2**32), st.integers(0, 200), st.integers(1, 60))
 def test_resumes_at_the_next_batch(
     lengths: np.ndarray, batch_size: int, seed: int, num_done: int, num_more: int

@@ -92,7 +92,7 @@ def _written(folder: Path, store: str, schema: Schema, fields: Fields) -> Shard:
     return chosen.open(path, schema, stored, num_samples=len(fields["sample_id"]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(0, 9), max_size=70), seed=st.integers(0, 2**32 - 1))
 def test_every_store_gives_back_every_bit(lengths: list[int], seed: int) -> None:
     fields = _wide_fields(lengths, seed)

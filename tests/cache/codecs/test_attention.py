@@ -46,7 +46,7 @@ def kl_by_hand(exact: np.ndarray, decoded: list[float]) -> float:
     return math.fsum(p * math.log(p / q) for p, q in zip(shares, decoded, strict=True) if p > 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_rows())
 def test_rows_come_back_within_what_half_a_step_can_lose(rows: np.ndarray) -> None:
     codes = encode_rows(rows)
@@ -62,7 +62,7 @@ def test_rows_come_back_within_what_half_a_step_can_lose(rows: np.ndarray) -> No
     np.testing.assert_allclose(row_kl(rows, found)[0], kl, rtol=1e-3, atol=1e-7)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(_rows())
 def test_torch_and_numpy_give_the_same_bits(rows: np.ndarray) -> None:
     codes = encode_rows(rows)
@@ -122,7 +122,7 @@ def test_half_way_between_two_codes() -> None:
     assert_same_codes(codec.encode(torch.from_numpy(heads)), codec.encode(heads), heads)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     mode=st.sampled_from(["cls", "mean", "full"]),
     is_causal=st.booleans(),

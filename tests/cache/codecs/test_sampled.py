@@ -27,7 +27,7 @@ def stored_by(
     return codec.expand(codec.encode(reduced)), draws
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_ids=st.sampled_from([1, 2, 7, 300]),
     num_draws=st.integers(1, 255),

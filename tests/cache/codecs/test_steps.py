@@ -23,7 +23,7 @@ def _heads(draw: st.DrawFn) -> np.ndarray:
     return head[None]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(_heads())
 def test_steps_stay_within_half_a_step_and_are_equal_everywhere(head: np.ndarray) -> None:
     codes, widest = encode_steps(head)
@@ -40,7 +40,7 @@ def test_steps_stay_within_half_a_step_and_are_equal_everywhere(head: np.ndarray
     assert np.abs(found[0, kept] - head[0, kept]).max() <= bound
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(_heads())
 def test_rounded_by_chance_is_right_in_the_mean(head: np.ndarray) -> None:
     """A whole step off at most; in the mean as far as none below was taken for one above."""
@@ -106,7 +106,7 @@ def test_gaps_lose_less_than_steps_below_the_maximum() -> None:
     assert kl["gaps"] * 4 < min(kl["equal"], kl["square root"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     support_size=st.sampled_from([1, 50_257, 65_536, 65_537, 151_936, 262_144, 262_145]),
     num_slots=st.integers(1, 9),

@@ -79,7 +79,7 @@ def _logits(draw: st.DrawFn) -> np.ndarray:
     return np.array(rows, np.float32).reshape(-1, num_ids)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(_logits(), st.data())
 def test_any_logits(logits: np.ndarray, data: st.DataObject) -> None:
     num, num_ids = logits.shape

@@ -93,7 +93,7 @@ logits_of_a_position = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(row=logits_of_a_position, num_ids=st.integers(2, 9), t=st.sampled_from([1.0, 3.0]))
 def test_each_id_is_kept_with_its_probability(row: np.ndarray, num_ids: int, t: float) -> None:
     below = (row - row.max()).astype(np.float32)

@@ -186,7 +186,7 @@ def test_the_first_and_the_next_token_stay_the_teachers(changes: dict[str, objec
             assert stored["topk_sizes"][position] == size
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_head_and_ghost_hold_all_mass_of_any_map(data: st.DataObject) -> None:
     ids = data.draw(

@@ -93,7 +93,7 @@ def test_a_tail_of_1e_8_is_summed_over_the_tail(version: int) -> None:
     np.testing.assert_allclose(found.tail_r, expected.tail_r, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_ties_go_to_the_lower_id(data: st.DataObject) -> None:
     num_ids = data.draw(st.integers(1, 12))
@@ -105,7 +105,7 @@ def test_ties_go_to_the_lower_id(data: st.DataObject) -> None:
     assert sorted_head(torch.from_numpy(logits), top_k).tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_largest_are_in_the_blocks_of_the_largest(data: st.DataObject) -> None:
     """The same values as of a sort of all, whatever is tied; ids that have them."""

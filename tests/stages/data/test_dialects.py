@@ -435,9 +435,7 @@ FILES = {
 def test_any_file_that_a_program_wrote_is_read_as_by_the_reference(
     tmp_path: Path, num: int
 ) -> None:
-    @settings(
-        max_examples=num, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
-    )
+    @settings(max_examples=num, suppress_health_check=[HealthCheck.too_slow], database=None)
     @given(**FILES)
     def check(rows, separator, quoting, end, reordered) -> None:
         if len({label for _, label in rows}) < 2:
@@ -457,7 +455,7 @@ def test_any_file_without_quoting_keeps_its_documents(tmp_path: Path, num: int) 
     text = st.text(st.sampled_from(list("ab,\"' \\\u00e9")), min_size=1, max_size=8)
     rows_of = st.lists(st.tuples(text, st.sampled_from("01")), min_size=2, max_size=12)
 
-    @settings(max_examples=num, deadline=None, database=None)
+    @settings(max_examples=num, database=None)
     @given(rows_of, st.booleans())
     def check(rows, reordered) -> None:
         rows = [*rows, ("one", "0"), ("other", "1")]

@@ -51,7 +51,7 @@ def unpacked(samples: Sequence[PackedSample]) -> dict[bytes, list[int]]:
 lengths_and_limit = st.tuples(st.lists(st.integers(1, 40), max_size=30), st.integers(2, 17))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(lengths_and_limit)
 def test_every_token_is_there_once_and_in_order(given_: tuple[list[int], int]) -> None:
     lengths, max_length = given_
@@ -66,7 +66,7 @@ def test_every_token_is_there_once_and_in_order(given_: tuple[list[int], int]) -
         assert (sample.input_ids.dtype, sample.segment.dtype) == (np.uint32, np.uint16)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(lengths_and_limit)
 def test_segments_masks_and_positions(given_: tuple[list[int], int]) -> None:
     lengths, max_length = given_
@@ -85,7 +85,7 @@ def test_segments_masks_and_positions(given_: tuple[list[int], int]) -> None:
         assert len(sample.pieces) == expected[-1] + 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(lengths_and_limit)
 def test_only_what_must_be_cut_is_cut_and_no_sequence_could_take_its_next(
     given_: tuple[list[int], int],
@@ -102,7 +102,7 @@ def test_only_what_must_be_cut_is_cut_and_no_sequence_could_take_its_next(
         assert len(sample.input_ids) + first.stop - first.start > max_length
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 7), st.integers(0, 30))
 def test_more_documents_change_the_last_shard_only(
     lengths: list[int], per_shard: int, num_first: int
@@ -204,7 +204,7 @@ def test_a_novel_comes_back(austen_dir: Path, gpt2_tokenizer: PreTrainedTokenize
     assert num_counted == num_tokens - sum(len(sample.pieces) for sample in packed.samples)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=6), st.integers(2, 20))
 def test_any_text_comes_back(
     gpt2_tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int

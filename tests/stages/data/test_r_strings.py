@@ -35,7 +35,7 @@ def rdb(*objects: bytes) -> bytes:
     return b"".join(struct.pack(">I", len(one)) + zlib.compress(one) for one in objects)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(st.characters(codec="utf-8"))), st.sampled_from([2, 3]))
 def test_a_vector_comes_back(strings: list[str], version: int) -> None:
     assert parse_string_vector(serialised([*strings], version=version)) == strings

@@ -80,7 +80,7 @@ def test_refuses_a_length_without_room_for_text(bert_tokenizer, max_length):
         tokenize(_documents(TEXTS), bert_tokenizer, max_length=max_length)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=5), st.integers(3, 20))
 def test_equals_one_document_at_a_time(bert_tokenizer, texts, max_length):
     samples = tokenize(_documents(texts), bert_tokenizer, max_length=max_length)

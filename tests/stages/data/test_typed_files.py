@@ -215,7 +215,7 @@ ROW = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("num", [30, pytest.param(2000, marks=pytest.mark.slow)])
 def test_any_objects_are_read_as_they_are(tmp_path: Path, num: int) -> None:
-    @settings(max_examples=num, deadline=None, database=None)
+    @settings(max_examples=num, database=None)
     @given(
         st.lists(ROW, min_size=2, max_size=6), st.sampled_from([".json", ".jsonl"]), st.booleans()
     )
@@ -250,7 +250,7 @@ COLUMNS = st.sampled_from(
 
 @pytest.mark.parametrize("num", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_any_other_columns_of_arrow_are_left_alone(tmp_path: Path, num: int) -> None:
-    @settings(max_examples=num, deadline=None, database=None)
+    @settings(max_examples=num, database=None)
     @given(
         st.lists(
             st.text(st.characters(exclude_categories=["Cs"])) | st.none(), min_size=3, max_size=3

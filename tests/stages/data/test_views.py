@@ -206,7 +206,7 @@ def long_films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(cuts=st.sets(st.integers(1, 29)), limit=st.integers(1, 30))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_neither_shards_nor_limits_change_a_view(
     long_films: Path, cuts: set[int], limit: int
 ) -> None:

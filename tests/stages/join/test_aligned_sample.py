@@ -80,7 +80,7 @@ def check_byte_level(aligned: AlignedSample, sample: Any, ours: Reader, theirs: 
 
 
 @pytest.mark.parametrize("pair", [("smollm2", "gpt2"), ("gpt2", "smollm2"), ("gpt2", "gpt2")])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     texts=st.lists(st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=30)), max_size=4),
     max_length=st.integers(2, 20),

@@ -29,7 +29,7 @@ HARD_TEXTS = [
 texts = st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=30))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=texts)
 def test_gpt2s_tokens_lie_where_their_bytes_are(named: Named, text: str) -> None:
     tokenizer, table = named["gpt2"]
@@ -41,7 +41,7 @@ def test_gpt2s_tokens_lie_where_their_bytes_are(named: Named, text: str) -> None
 
 
 @pytest.mark.parametrize("name", ["smollm2", "bert", "sentencepiece"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=texts)
 def test_every_byte_is_in_one_token(name: str, named: Named, text: str) -> None:
     tokenizer, table = named[name]

@@ -47,7 +47,7 @@ def _check(chunks: Chunks, teacher: TokenSpans, student: TokenSpans) -> None:
 widths = st.lists(st.integers(0, 4), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(teacher=widths, student=widths, bos=st.tuples(st.booleans(), st.booleans()))
 def test_any_two_tokenizations_equal_a_slow_loop(
     teacher: list[int], student: list[int], bos: tuple[bool, bool]
@@ -64,7 +64,7 @@ def test_any_two_tokenizations_equal_a_slow_loop(
 
 
 @pytest.mark.parametrize("pair", [("smollm2", "gpt2"), ("bert", "smollm2"), ("gpt2", "bert")])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=30)))
 def test_real_tokenizers_cover_every_byte_once(
     pair: tuple[str, str], named: Named, text: str
@@ -77,7 +77,7 @@ def test_real_tokenizers_cover_every_byte_once(
     assert covered == (len(text.encode()) if both else 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=12), seed=st.integers(0, 99))
 def test_bytes_that_are_no_characters(gpt2_table: TokenBytes, data: bytes, seed: int) -> None:
     """Byte by byte on one side, in any pieces on the other."""

@@ -38,7 +38,7 @@ def _projected_slowly(logits: Tensor, student_ids: list[int]) -> tuple[list[floa
     return masses, unmatched
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(student_ids=maps, seed=st.integers(0, 100), excluded=st.integers(0, NUM_TEACHER - 1))
 def test_a_full_distribution_equals_a_slow_loop(
     student_ids: list[int], seed: int, excluded: int
@@ -73,7 +73,7 @@ def heads(draw: st.DrawFn) -> tuple[list[int], list[float], float]:
     return ids + [-1] * num_empty, probs[:-1] + [0.0] * num_empty, probs[-1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(head=heads(), student_ids=maps)
 def test_a_head_equals_a_slow_loop(
     head: tuple[list[int], list[float], float], student_ids: list[int]

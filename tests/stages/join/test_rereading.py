@@ -57,7 +57,7 @@ def test_frames(readers: dict[str, Reader]) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "sentencepiece"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=30)))
 def test_a_cached_document_spells_its_text(
     name: str, readers: dict[str, Reader], text: str
@@ -75,7 +75,7 @@ def test_a_cached_document_spells_its_text(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "sentencepiece", "bert"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=10), text=st.text(max_size=5))
 def test_bytes_that_are_no_characters(
     name: str, readers: dict[str, Reader], data: bytes, text: str

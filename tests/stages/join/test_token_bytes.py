@@ -12,7 +12,7 @@ from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=40))
 def test_the_tokens_of_a_text_spell_it(
     name: str, gpt2_tokenizer, smollm2_tokenizer, gpt2_table, smollm2_table, text: str

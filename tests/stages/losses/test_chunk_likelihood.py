@@ -33,7 +33,7 @@ def _gradient_slowly(teacher: float, student: float, tau: float) -> float:
     return (-p + (1 - p) * q / (1 - q)) / tau
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(teacher=log_likelihoods, student=log_likelihoods, tau=taus)
 def test_value_and_gradient_equal_the_formula(teacher: float, student: float, tau: float) -> None:
     theirs = torch.tensor([[student]], dtype=torch.float64, requires_grad=True)
@@ -48,7 +48,7 @@ def test_value_and_gradient_equal_the_formula(teacher: float, student: float, ta
     assert loss.item() >= -1e-12
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(same=st.floats(-300, 0), tau=taus)
 def test_equal_likelihoods_are_the_optimum(same: float, tau: float) -> None:
     student = torch.tensor([[same]], dtype=torch.float64, requires_grad=True)

@@ -134,7 +134,7 @@ def test_gradient_is_that_of_finite_differences(name: DivergenceName, k: int | N
     assert torch.autograd.gradcheck(value, leaves)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(NAMES),
     num_outcomes=st.integers(2, 12),

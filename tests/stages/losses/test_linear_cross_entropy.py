@@ -36,7 +36,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num=st.integers(0, 23),
     width=st.integers(1, 6),

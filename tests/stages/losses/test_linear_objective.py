@@ -104,7 +104,7 @@ def results(
     return found if bias is None else found | {"bias": bias.grad}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num=st.integers(0, 12),
     vocab=st.integers(2, 9),

@@ -41,7 +41,7 @@ def with_gradient(
     return values.detach(), leaf.grad
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     num=st.integers(1, 4),
     vocab=st.integers(2, 9),

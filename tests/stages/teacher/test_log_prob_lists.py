@@ -38,7 +38,7 @@ def listed(ids: np.ndarray, lists: Any, codec: TopKCodec = CODEC) -> ListedPosit
     return listed_positions(codec, ids, lists, used=used, where="it")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(num=st.integers(1, 6), seed=st.integers(0, 2**31), spread=st.sampled_from([0.1, 1.0, 4.0]))
 def test_head_and_tail_are_the_distributions(num: int, seed: int, spread: float) -> None:
     exact = distributions(num, seed, spread)

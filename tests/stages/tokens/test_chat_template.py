@@ -102,7 +102,7 @@ def test_every_kind_of_template(
     assert {kind: num for kind, num in told.dropped.items() if kind != "thought"} == drops
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(WORDS, min_size=9, max_size=9), name=st.sampled_from(sorted(KINDS)))
 def test_whatever_the_texts_are(
     texts: list[str], name: str, base: PreTrainedTokenizerBase, chat: ChatTokenizer

@@ -45,7 +45,6 @@ def order(num_labeled: int, num_unlabeled: int, **changes: Any) -> list[list[int
 
 
 # Ratios that are exact in binary, so that the definition has no rounding of its own.
-@settings(deadline=None)
 @given(
     sixteenths=st.integers(1, 64),
     num_batches=st.integers(0, 200),
@@ -70,7 +69,7 @@ def test_without_unlabelled_samples_the_ratio_is_nothing() -> None:
     assert all(position < 10 for batch in order(10, 0) for position in batch)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     num_labeled=st.integers(1, 60),
     num_unlabeled=st.integers(1, 60),

@@ -31,7 +31,7 @@ def targets_of(
     return targets, draws
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_ids=st.sampled_from([1, 2, 7, 300]),
     num_draws=st.integers(1, 255),

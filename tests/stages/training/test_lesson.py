@@ -170,7 +170,7 @@ measures = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     num_labeled=st.integers(1, 9),

@@ -11,7 +11,7 @@ from teacher_cache.stages.training.measures import (
 from tests import reference_losses as reference
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     num=st.integers(1, 40),

@@ -78,7 +78,7 @@ PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases(st.integers(1, 100)), strided=st.booleans())
 def test_equals_the_loop_in_output_and_gradients(case, strided, dtype, tolerance) -> None:
     check_against_the_loop(case, strided, dtype, tolerance)
@@ -86,7 +86,7 @@ def test_equals_the_loop_in_output_and_gradients(case, strided, dtype, tolerance
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(case=cases(st.integers(101, 2049) | st.sampled_from((1024, 2047, 2048, 2049))))
 def test_equals_the_loop_on_long_sequences(case, dtype, tolerance) -> None:
     check_against_the_loop(case, False, dtype, tolerance)

@@ -70,7 +70,7 @@ PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=cases(st.integers(1, 300)))
 def test_equals_the_loop_in_output_and_gradients(case, dtype, tolerance) -> None:
     check_against_the_loop(case, dtype, tolerance)
@@ -78,7 +78,7 @@ def test_equals_the_loop_in_output_and_gradients(case, dtype, tolerance) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(case=cases(st.integers(301, 2049) | st.sampled_from((1024, 2047, 2048, 2049))))
 def test_equals_the_loop_on_long_sequences(case, dtype, tolerance) -> None:
     check_against_the_loop(case, dtype, tolerance)

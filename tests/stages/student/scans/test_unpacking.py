@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from teacher_cache.stages.student.scans.unpacking import group_sizes, lay_end_to_end, plan_rows
@@ -22,7 +22,6 @@ def test_groups_are_few_and_at_most_half_padding(lengths: list[int]) -> None:
         assert size * group[0] <= 2 * sum(group)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 40), st.sampled_from((0.05, 0.3, 0.9)), st.integers(0, 99))
 def test_unpacked_and_put_back(batch: int, length: int, share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
