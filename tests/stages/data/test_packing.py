@@ -17,7 +17,7 @@ from teacher_cache.stages.data import packing
 from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.packaged.austen import chapters
 from teacher_cache.stages.data.packing import Packed, PackedSample, pack, pack_tokens
-from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace
+from tests.tiny_tokenizers import tiny_gemma, tiny_metaspace, tiny_sentencepiece
 
 ODD = ["\U0001f9d1‍\U0001f680 naïve", "汉字。かな", "", " \n\t", "a", "\x00�", "é" * 40]
 
@@ -237,6 +237,14 @@ def test_a_text_that_spells_its_begin_has_one() -> None:
     packed = pack(documents_of(["<bos>def x", "def x"]), tokenizer, max_length=16)
     assert packed.num_begun == 1
     assert packed.samples[0].input_ids.tolist().count(2) == 2  # of two documents
+
+
+def test_documents_with_a_space_that_no_token_tells_are_counted() -> None:
+    texts = [" a", "  a", "a", "a</s> b", "a</s>b", "a b"]
+    assert pack(documents_of(texts), tiny_metaspace(), max_length=16).num_unseen == 2
+    # Where a space is put before any text, one of its own shows.
+    assert pack(documents_of(texts), tiny_sentencepiece(), max_length=16).num_unseen == 0
+    assert pack(documents_of(texts), tiny_gemma(), max_length=16).num_unseen == 0
 
 
 def test_the_version_changes_only_where_something_does(

@@ -117,6 +117,14 @@ def test_what_is_unknown_is_no_text(bert_tokenizer, bert_table: TokenBytes) -> N
     assert token_bytes(tiny_gemma()).unknown is None
 
 
+def test_wordpieces_mark_alone_writes_nothing() -> None:
+    vocabulary = {"[UNK]": 0, "a": 1, "##a": 2, "##": 3}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    table = token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert table.content == (None, b" a", b"a", None)
+
+
 def test_tokens_with_an_end_of_word_are_refused() -> None:
     model = models.BPE(vocab={"a</w>": 0, "a": 1}, merges=[], end_of_word_suffix="</w>")
     backend = Tokenizer(model)
