@@ -6,6 +6,7 @@ Names of modules and parameters are those of mamba_ssm's `MixerModel`.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from teacher_cache.stages.student.position_map import places_of, real_first
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
 _OLD, _NEW = "cache_params", "cache"
+_SAYS_CACHE = hasattr(ModelOutput, _OLD)  # from transformers 5.24 on
 
 
 class OutputWithCache(ModelOutput):
@@ -47,7 +49,7 @@ class OutputWithCache(ModelOutput):
         """By name; a guided generation asks for its own state by `past_key_values`, thus alone."""
         return super().get(_NEW if key in (_OLD, "past_key_values") else key, default)
 
-    if not hasattr(ModelOutput, _OLD):  # from 5.24 on every output does all of this
+    if not _SAYS_CACHE:  # every output of those that do does all of this
 
         def __contains__(self, key: object) -> bool:
             """Whether something is there under this name."""
@@ -63,13 +65,23 @@ class OutputWithCache(ModelOutput):
             return getattr(self, _NEW)
 
 
-def the_cache(*caches: Cache | None) -> Cache | None:
+def the_cache(
+    cache: Cache | None, cache_params: Cache | None, past_key_values: Cache | None
+) -> Cache | None:
     """What was given under one of a cache's names, if anything was.
+
+    Where transformers says `cache`, the older name gets the warning that its own models give.
 
     Raises:
         ValueError: if it was under two.
     """
-    given = [cache for cache in caches if cache is not None]
+    if cache_params is not None and _SAYS_CACHE:
+        warnings.warn(
+            "`cache_params` is deprecated, as transformers' models have it: say `cache`",
+            FutureWarning,
+            stacklevel=3,
+        )
+    given = [one for one in (cache, cache_params, past_key_values) if one is not None]
     if len(given) > 1:
         raise ValueError(
             "cache, cache_params and past_key_values are names of one thing: give one of them"
