@@ -310,6 +310,15 @@ class Reference:
         return self._byte_letters is not None or "<0x00>" in self._model_ids
 
     @cached_property
+    def _unknown_id(self) -> int | None:
+        """What the tokenizer writes for a character that it does not know, whatever its name."""
+        model = json.loads(self._backend.to_str())["model"]
+        if "unk_id" in model:
+            return model["unk_id"]
+        name = model.get("unk_token")
+        return None if name is None else self._backend.token_to_id(name)
+
+    @cached_property
     def _known(self) -> dict[int, bytes]:
         return {}
 
@@ -322,7 +331,7 @@ class Reference:
     def _asked(self, token_id: int) -> bytes:
         string = self._backend.id_to_token(token_id)
         added = self._added.get(token_id)
-        if string is None or (string in ("<unk>", "[UNK]") and not self._has_all_bytes):
+        if string is None or (token_id == self._unknown_id and not self._has_all_bytes):
             return b""
         if added is not None and added.special:
             return string.encode()

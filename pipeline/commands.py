@@ -146,10 +146,7 @@ def convert(options: ConvertOptions, cache: Path, out: Path) -> Path:
 
 def import_log_probs(options: ImportOptions, answers: Path, out: Path) -> Path:
     """Make a cache of an engine's answers; return its folder."""
-    manifest = importing.run(
-        out, answers, **options.model_dump(exclude={"documents_per_shard"}),
-        shard_documents=options.documents_per_shard,
-    )  # fmt: skip
+    manifest = importing.run(out, answers, **options.model_dump())
     console.print(manifest_table(manifest))
     console.print(f"✓ cache {out} is complete", style="green")
     return out

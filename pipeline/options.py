@@ -184,32 +184,41 @@ class ImportOptions(StageConfig):
 
     tokenizer: str = Field(description="The engine's tokenizer: hub id or folder.")
     engine: str | None = Field(
-        default=None, description="The engine with its version, as in 'vllm 0.32.0'."
+        default=None,
+        description="The engine with its version, as in 'vllm 0.32.0'. Default: llama.cpp's, of "
+        "--gguf.",
     )
     model: str | None = Field(
-        default=None, description="Hub id or path of the model that the engine ran."
+        default=None,
+        description="Hub id or path of the model that the engine ran. Default: the name of --gguf.",
     )
-    revision: str | None = Field(default=None, description="Commit or hash of its weights.")
+    revision: str | None = Field(
+        default=None,
+        description="Commit or hash of its weights. Default: unknown; of --gguf, its own.",
+    )
     dtype: str | None = Field(
         default=None,
-        description="Number format in which it ran. vLLM's `auto` is not float32 but bfloat16.",
+        description="Number format in which it ran; vLLM's `auto` is not float32 but bfloat16. "
+        "Default: the file type of --gguf.",
     )
     gguf: Path | None = Field(
         default=None,
-        description="Of logits that llama.cpp saved: the GGUF whose they are, which says all of "
-        "the above.",
+        description="Of logits that llama.cpp saved: the GGUF whose they are. Default: none, for "
+        "the answers of other engines.",
     )
     second_pass: Path | None = Field(
         default=None,
         description="Of logits that llama.cpp saved: another file, of the text without its first "
-        "half window, which scores what the first pass only read.",
+        "half window, which scores what the first pass only read. Default: none.",
     )
     unlabeled: Path | None = Field(
-        default=None, description="Answers on a second corpus, for training without cross-entropy."
+        default=None,
+        description="Answers on a second corpus, for training without cross-entropy. Default: "
+        "none.",
     )
     top_k: int = Field(default=64, ge=1, description="Tokens of a list to keep; none has fewer.")
     max_length: int = Field(default=512, ge=2, description="Tokens of a sample.")
-    documents_per_shard: int = Field(default=1024, ge=1, description="Documents in a shard.")
+    shard_documents: int = Field(default=1024, ge=1, description="Documents in a shard.")
     overwrite: bool = Field(default=False, description="Start the cache again, whatever it holds.")
 
 

@@ -50,7 +50,7 @@ class GenerationOptions(StageConfig):
     chat: bool | None = Field(
         default=None,
         description="Take each text for what a user says, in the chat template that the student "
-        "learned with, and print the answer alone.",
+        "learned with, and print the answer alone. Default: no.",
     )
 
     @property

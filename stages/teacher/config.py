@@ -171,12 +171,13 @@ class ChatConfig(StageConfig):
         "(completion).",
     )
     chat_template: Annotated[Path | None, OF_CONVERSATIONS] = Field(
-        default=None, description="File with another chat template than the teacher's own."
+        default=None, description="File with another chat template. Default: the teacher's own."
     )
     chat_template_kwargs: Annotated[str | None, OF_CONVERSATIONS, BeforeValidator(_as_json)] = (
         Field(
             default=None,
-            description='Variables of the chat template as JSON, as in {"enable_thinking": false}.',
+            description='Variables of the chat template as JSON, as in {"enable_thinking": false}. '
+            "Default: none.",
         )
     )
     chat_date: Annotated[str, OF_CONVERSATIONS] = Field(

@@ -196,7 +196,7 @@ def test_a_fault_is_said_before_anything_is_written(
 ) -> None:
     file = write(tmp_path / "answers.jsonl", [lines[0], change(lines[1])])
     out = tmp_path / "cache"
-    named = ("--tokenizer", small_language_model, *SAID, "--documents-per-shard", "1")
+    named = ("--tokenizer", small_language_model, *SAID, "--shard-documents", "1")
     refused("import-log-probs", file, out, *named, saying=saying)
     assert not out.exists()
 

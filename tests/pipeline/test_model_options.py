@@ -26,6 +26,7 @@ COMMANDS: dict[str, type[StageConfig] | None] = {
     "check": options.CheckOptions,
     "inspect": None,
     "convert": ConvertOptions,
+    "import-log-probs": options.ImportOptions,
     "verify": None,
     "evaluate": options.EvaluateCommandOptions,
     "export": None,

@@ -13,6 +13,7 @@ from teacher_cache.pipeline.options import (
     CacheTeacherOptions,
     EvaluateCommandOptions,
     FinetuneTeacherOptions,
+    ImportOptions,
 )
 from teacher_cache.pipeline.settings import (
     apply_settings,
@@ -168,6 +169,7 @@ MODELS = {
     "train_student": TrainStudentConfig,
     "evaluate": EvaluateCommandOptions,
     "convert": ConvertOptions,
+    "import_log_probs": ImportOptions,
 }
 
 
