@@ -20,6 +20,7 @@ RINGS: dict[str, Ring] = {
     # Whole stages in processes of their own.
     "tests/integration/": "ci",
     "tests/integration/test_wrong_input.py": "test",
+    "tests/integration/test_other_tokens.py": "slow",  # a vocabulary of 262,145 ids, read whole
     # Kills: one drill of each kind, and at every step only further out.
     "tests/integration/test_killed_cache.py::test_killed_between_any_two_steps": "slow",
     "tests/integration/test_killed_cache.py::test_killed_while_it_makes_views[True]": "slow",

@@ -18,11 +18,11 @@ KEPT = {
     "minilm": 1,
     "gemma3": len(TEXTS),
     "qwen3": len(TEXTS) - 1,
-    "llama2": len(TEXTS) - 1,
+    "llama2": len(TEXTS) - 2,
     "claude": len(TEXTS) - 5,
     "deepseek_v4": len(TEXTS),
     "nepali-sp": 14,
-    "mon": 24,
+    "mon": 23,
 }
 PAIRS = [
     ("gemma3", "gpt2"),
