@@ -47,7 +47,8 @@ def test_a_text_comes_back_byte_for_byte_or_what_is_lost_is_said(name: str) -> N
     row = row_of(reader(name))
     assert row["wrong_ids"] == [] and row["silent_texts"] == []
     assert row["num_texts"] == KEPT[name]
-    assert (row["caveat"] is None) == (KEPT[name] >= len(TEXTS) - 1 and name != "qwen3")
+    # Spaces that Llama 2 cannot tell from its own are counted text by text, and no caveat.
+    assert (row["caveat"] is None) == (KEPT[name] >= len(TEXTS) - 2 and name != "qwen3")
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
