@@ -390,7 +390,7 @@ class _Source:
         """
         file = self.files[split]
         answers = file.answers(start, stop)
-        texts = [one.text or self._spelt(one) for one in answers]
+        texts = [self._spelt(one) if one.text is None else one.text for one in answers]
         made = token_ids(texts, self.tokenizer, max_length=None)
         found = []
         rows = enumerate(zip(answers, texts, made, strict=True), start)
@@ -464,7 +464,7 @@ class _Source:
 
     def _warn(self, split: str, counts: Counter[str]) -> None:
         path, num = self.files[split].path, counts["num_positions"]
-        if counts["num_tails_below_resolution"] == num:
+        if num and counts["num_tails_below_resolution"] == num:
             logger.warning(
                 "%s: every list holds all the mass; if the engine renormalised what it left (a "
                 "top-k or top-p of its own), what students learn is wrong",

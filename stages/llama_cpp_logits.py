@@ -144,6 +144,11 @@ class SavedLogits(AnswerFile):
 
     def _answer(self, windows: _Windows, number: int) -> Answer:
         tokens = windows.tokens(number)
+        if tokens.min() < 0 or tokens.max() >= windows.num_ids:
+            raise UserError(
+                f"{windows.path}, window {number + 1} has ids beyond the {windows.num_ids:,} of a "
+                "row: it was written over, so save it again"
+            )
         if self._model.begin_id is not None:
             tokens[0] = self._model.begin_id
         first = windows.window - windows.num_rows

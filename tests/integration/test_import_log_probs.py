@@ -351,6 +351,8 @@ def test_a_damaged_or_foreign_file_is_refused(
     ):
         file.write_bytes(whole[:num])
         refused("import-log-probs", *named, saying=saying)
+    file.write_bytes(whole[:20] + b"\xff\xff\xff\x7f" + whole[24:])
+    refused("import-log-probs", *named, saying="window 1 has ids beyond the .* of a row")
     file.write_bytes(b"GGUF" + whole[4:])
     refused("import-log-probs", *named, saying="was not saved by llama-perplexity")
     file.write_bytes(whole)
