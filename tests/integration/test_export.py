@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from tests.browser import open_browser
 from tests.command_line import TINY_STUDENT, done, refused
 from tests.ready_made import ReadyMade
 
@@ -64,3 +65,26 @@ def test_a_classifier_becomes_onnx(bert_run: Path, tmp_path: Path) -> None:
     shares = np.exp(logits[0]) / np.exp(logits[0]).sum()
     said = f"{labels[str(shares.argmax())]}\t{shares.max():.3f}\t{text}\n"
     assert done("predict", bert_run, text) == said
+
+
+@pytest.mark.slow
+def test_a_classifier_becomes_a_page(bert_run: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.html"
+    refused("export", run, out, "--to", "html", saying="is no Mamba classifier, and the page")
+    assert not out.exists()
+    done("export", bert_run, out, "--to", "html")
+    done("export", bert_run, out, "--to", "html")  # in its place
+    text = "One of these films never drags."
+    label, share, _ = done("predict", bert_run, text).split("\t")
+    num = len(AutoTokenizer.from_pretrained(bert_run)(text)["input_ids"])
+    with open_browser() as browser:
+        browser.open(out)
+        browser.wait_for("document.documentElement.dataset.ready")
+        browser.type("#text", text)
+        browser.wait_for(f"document.getElementById('state').innerText.startsWith('{num} ')")
+        cells = browser.run(
+            "return [...document.querySelector('tr.first').cells].map(c => c.innerText)"
+        )
+    assert cells[0] == label and float(cells[2].split()[0]) == pytest.approx(
+        100 * float(share), abs=0.1
+    )
