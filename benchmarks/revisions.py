@@ -1,11 +1,12 @@
-"""How a student's speed compares with that of another checkout of this project.
+"""How the speed of a student, or of the join, compares with another checkout of this project.
 
     git worktree add ../before COMMIT
-    python -m benchmarks.revisions ../before [--repeats 5]
+    python -m benchmarks.revisions ../before [--what student|join] [--repeats 5]
 
-The default language-model student of each kind trains (forward, loss, backward) and decodes token
-by token. A process of either checkout at a time, in turns; figures are seconds of CPU time of one
-thread, so what else the machine does matters little.
+*student*: the default language-model student of each kind trains (forward, loss, backward) and
+decodes token by token. *join*: the tables of two real tokenizers are read, one mapped to the other,
+and samples of one aligned with the other's tokens. A process of either checkout at a time, in
+turns; figures are seconds of CPU time of one thread, so what else the machine does matters little.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe
+from benchmarks.tokenizers import TEXTS, folder_of
 
 ROOT = Path(__file__).parents[1]
 TOP = ("pipeline", "stages", "cache", "configs")
@@ -58,11 +60,67 @@ print(json.dumps(found))
 """
 
 
-def seconds(checkout: Path) -> dict[str, float]:
+JOINED = f"""
+import json, sys, time
+import numpy as np
+from teacher_cache.stages.join import rereading
+from teacher_cache.stages.join.aligned_sample import SampleAligner
+from teacher_cache.stages.tokens.token_bytes import token_bytes
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+from teacher_cache.stages.tokens.vocabulary_map import exact_map
+def reader_of(tokenizer):
+    if hasattr(rereading.Reader, "of"):
+        return rereading.Reader.of(tokenizer)
+    table = token_bytes(tokenizer)
+    frame = rereading.Frame.of(tokenizer, table)
+    return rereading.Reader(tokenizer=tokenizer, table=table, frame=frame)
+found = {{}}
+def timed(name, function):
+    began = time.process_time()
+    result = function()
+    found[name] = time.process_time() - began
+    return result
+texts = json.load(open(sys.argv[1]))
+for pair, folders in json.loads(sys.argv[2]).items():
+    ours, theirs = (load_tokenizer(one, option="--more") for one in folders)
+    teacher = timed(pair + ", the teacher's table", lambda: reader_of(ours))
+    student = reader_of(theirs)
+    ends = ours.eos_token_id, theirs.eos_token_id
+    timed(pair + ", map", lambda: exact_map(teacher.table, student.table, ends=ends))
+    samples = []
+    for text in texts:
+        ids = np.array(ours(text)["input_ids"][:{LENGTH}])
+        samples.append({{
+            "input_ids": ids, "segment": np.zeros(len(ids), dtype=np.uint16),
+            "loss_mask": np.ones(len(ids), dtype=bool), "continues": np.array(False),
+            "next_log_prob": np.full(len(ids), -1.0, dtype=np.float32),
+        }})
+    aligner = SampleAligner(teacher=teacher, student=student)
+    aligner(samples[0])
+    timed(pair + ", aligning", lambda: [aligner(one) for one in samples])
+print(json.dumps(found))
+"""
+PAIRS = (("smollm2", "gpt2"), ("gemma3", "qwen3"))
+NUM_TEXTS = 200
+
+
+def joined_texts(scratch: Path) -> list[str]:
+    """What `JOINED` is told: a file of texts, and folders of tokenizers."""
+    prose = " ".join(TEXTS.values())
+    step = len(prose) // NUM_TEXTS
+    texts = [prose[step * place :] + prose[: step * place] for place in range(NUM_TEXTS)]
+    (scratch / "texts.json").write_text(json.dumps(texts))
+    folders = {
+        " to ".join(pair): [str(Path(folder_of(one)).resolve()) for one in pair] for pair in PAIRS
+    }
+    return [str(scratch / "texts.json"), json.dumps(folders)]
+
+
+def seconds(checkout: Path, script: str, told: list[str]) -> dict[str, float]:
     """CPU seconds of each measure in a fresh process that imports that checkout's package."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     outcome = subprocess.run(
-        [sys.executable, "-c", MEASURED],
+        [sys.executable, "-c", script, *told],
         cwd=checkout, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return json.loads(outcome.stdout.splitlines()[-1])
@@ -84,12 +142,19 @@ def main() -> None:
     """Print a ratio a measure: this checkout by the other, the median of the turns."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("other", type=Path, help="checkout to compare with")
+    parser.add_argument("--what", choices=("student", "join"), default="student")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     given = parser.parse_args()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         other = importable(given.other, Path(scratch))
-        turns = [(seconds(ROOT), seconds(other)) for _ in range(given.repeats)]
+        script, told = MEASURED, []
+        if given.what == "join":
+            script, told = JOINED, joined_texts(Path(scratch))
+        turns = [
+            (seconds(ROOT, script, told), seconds(other, script, told))
+            for _ in range(given.repeats)
+        ]
     print(describe(torch.device("cpu")))
     for name in turns[0][0]:
         ratios = [ours[name] / theirs[name] for ours, theirs in turns]

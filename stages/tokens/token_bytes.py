@@ -91,12 +91,15 @@ class TokenBytes:
     @cached_property
     def text_ids(self) -> dict[bytes, int]:
         """The id that the tokenizer writes for these bytes of text."""
-        found: dict[bytes, int] = {}
-        for token_id in sorted(range(len(self)), key=self.shadowed.__contains__):
-            data = self.content[token_id]
-            if data is not None and token_id not in self.special:
-                found.setdefault(data, token_id)
-        return found
+        text = [
+            (data, token_id)
+            for token_id, data in enumerate(self.content)
+            if data is not None and token_id not in self.special
+        ]
+        text.reverse()  # of several the lowest id, which comes last
+        return {data: one for data, one in text if one in self.shadowed} | {
+            data: one for data, one in text if one not in self.shadowed
+        }
 
     @cached_property
     def sha256(self) -> str:

@@ -97,13 +97,13 @@ def exact_map(
     named = {student.keys[one]: one for one in student.added | student.special}
     named.pop(None if student.unknown is None else student.keys[student.unknown], None)
     ids = np.full(len(teacher), -1, dtype=np.int64)
-    for token_id, key in enumerate(teacher.keys):
-        if key is None or token_id == teacher.unknown:
+    for token_id, data in enumerate(teacher.content):
+        if data is None or token_id == teacher.unknown:
             continue
-        kind, data = key[:1], key[1:]
-        found = student.text_ids.get(data) if kind == b"=" else named.get(key)
+        is_text = token_id not in teacher.special
+        found = student.text_ids.get(data) if is_text else named.get(teacher.keys[token_id])
         if found is None and token_id in teacher.added:
-            found = named.get((b"=" if kind == b"+" else b"+") + data)
+            found = named.get((b"+" if is_text else b"=") + data)
         ids[token_id] = -1 if found is None else found
     teacher_end, student_end = ends
     if isinstance(teacher_end, int) and isinstance(student_end, int):
