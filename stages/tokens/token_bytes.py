@@ -89,17 +89,16 @@ class TokenBytes:
         return keys
 
     @cached_property
-    def text_ids(self) -> dict[bytes, int]:
+    def text_ids(self) -> dict[bytes | None, int]:
         """The id that the tokenizer writes for these bytes of text."""
-        text = [
-            (data, token_id)
-            for token_id, data in enumerate(self.content)
-            if data is not None and token_id not in self.special
-        ]
-        text.reverse()  # of several the lowest id, which comes last
-        return {data: one for data, one in text if one in self.shadowed} | {
-            data: one for data, one in text if one not in self.shadowed
-        }
+        apart = self.special | self.shadowed
+        plain = [one for one in range(len(self) - 1, -1, -1) if one not in apart]
+        # Of several the lowest, which comes last.
+        found = dict(zip(map(self.content.__getitem__, plain), plain, strict=True))
+        for token_id in sorted(self.shadowed - self.special):
+            found.setdefault(self.content[token_id], token_id)
+        found.pop(None, None)
+        return found
 
     @cached_property
     def sha256(self) -> str:

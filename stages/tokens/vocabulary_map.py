@@ -96,15 +96,17 @@ def exact_map(
     """
     named = {student.keys[one]: one for one in student.added | student.special}
     named.pop(None if student.unknown is None else student.keys[student.unknown], None)
-    ids = np.full(len(teacher), -1, dtype=np.int64)
-    for token_id, data in enumerate(teacher.content):
-        if data is None or token_id == teacher.unknown:
-            continue
-        is_text = token_id not in teacher.special
-        found = student.text_ids.get(data) if is_text else named.get(teacher.keys[token_id])
-        if found is None and token_id in teacher.added:
-            found = named.get((b"+" if is_text else b"=") + data)
-        ids[token_id] = -1 if found is None else found
+    of_text = student.text_ids.get
+    ids = np.array([of_text(data, -1) for data in teacher.content], dtype=np.int64)
+    for token_id in teacher.special:
+        ids[token_id] = named.get(teacher.keys[token_id], -1)
+    for token_id in teacher.added:
+        data = teacher.content[token_id]
+        if ids[token_id] < 0 and data is not None:
+            other = b"=" if token_id in teacher.special else b"+"
+            ids[token_id] = named.get(other + data, -1)
+    if teacher.unknown is not None:
+        ids[teacher.unknown] = -1
     teacher_end, student_end = ends
     if isinstance(teacher_end, int) and isinstance(student_end, int):
         ids[teacher_end] = student_end
