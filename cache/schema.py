@@ -23,6 +23,8 @@ ABSENT_LABEL = -1
 NO_LABEL = -100
 """Stands for the class or the next token where there is none, as in torch and transformers."""
 POOLED = "pooled"
+TOKEN_TYPES = "token_types"
+"""Of pairs, which text each token is of, as the teacher was told; a student is not."""
 TOP1_LOG_PROB = "top1_log_prob"
 NEXT_LOG_PROB = "next_log_prob"
 CONTINUES = "continues"
@@ -103,18 +105,25 @@ Schema = tuple[FieldSpec, ...]
 
 
 def classification_schema(
-    num_classes: int, *, pooled_width: int | None = None, layer_fields: Schema = ()
+    num_classes: int,
+    *,
+    has_token_types: bool = False,
+    pooled_width: int | None = None,
+    layer_fields: Schema = (),
 ) -> Schema:
     """Fields of a text-classification cache: ids, label, the teacher's exact logits (float32).
 
     Args:
         num_classes: C.
+        has_token_types: the teacher is told which text of a pair a token is of.
         pooled_width: D of the teacher's pooled states (float16); None where they are not cached.
         layer_fields: maps and states of the teacher's layers.
     """
+    token_types = FieldSpec(name=TOKEN_TYPES, dtype="uint8", shape=("S",))
     fields = (
         FieldSpec(name="sample_id", dtype=f"V{SAMPLE_ID_BYTES}"),
         FieldSpec(name="input_ids", dtype="uint32", shape=("S",)),
+        *((token_types,) if has_token_types else ()),
         FieldSpec(name="label", dtype="int32", nullable=True),
         FieldSpec(name="class_logits", dtype="float32", shape=(num_classes,)),
     )

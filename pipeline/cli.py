@@ -247,7 +247,12 @@ def evaluate(*, runs: list[Path], json: Path | None, **given: Any) -> None:
     PredictOptions,
     leading=[
         argument("run", Path, "Folder of a trained student."),
-        argument("text", str, "Text to classify or go on with; - reads one text a line.", "-"),
+        argument(
+            "text",
+            str,
+            "Text to classify or go on with, of a pair the first (--second); - reads one a line.",
+            "-",
+        ),
     ],
 )
 def predict(*, run: Path, text: str, **given: Any) -> None:

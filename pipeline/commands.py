@@ -228,7 +228,12 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
     texts = [line.rstrip("\n") for line in sys.stdin] if is_stream else [text]
     task = known_task([run]).evaluation
     for answer in task.predict(
-        run, texts, device=options.evaluation, generation=options.generation, one_a_line=is_stream
+        run,
+        texts,
+        device=options.evaluation,
+        generation=options.generation,
+        classifying=options.classifying,
+        one_a_line=is_stream,
     ):
         print(answer)  # not through rich, which would make spaces of the tabs
 
@@ -244,6 +249,11 @@ def export(run: Path, out: Path, *, to: str, ids_only: bool = False) -> None:
     if ids_only and to != "gguf":
         raise UserError(f"--ids-only is for --to gguf, and this is --to {to}: leave it out")
     student = known_task([run]).evaluation.student.of_run(run, DeviceConfig(device="cpu"))
+    if to == "html" and student.pair is not None:
+        raise UserError(
+            f"{run} reads pairs ({', '.join(student.pair)}), and the page has room for one text: "
+            "give a student of single texts, or --to onnx"
+        )
     EXPORTS[to](student.model, None if ids_only else student.tokenizer, out, source=str(run))
     console.print(f"✓ export {out}", style="green", soft_wrap=True)
 

@@ -19,7 +19,11 @@ from teacher_cache.stages.config import (
     StageConfig,
     comma_separated,
 )
-from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
+from teacher_cache.stages.evaluation.config import (
+    ClassifyingOptions,
+    EvaluateOptions,
+    GenerationOptions,
+)
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.tasks import TaskName
 from teacher_cache.stages.teacher.config import (
@@ -51,7 +55,7 @@ class DataOptions(StageConfig):
     """How a person names labelled data."""
 
     data: str = Field(
-        description="Data: a preset (imdb, sst2, demo; for language models wikitext, openwebtext, "
+        description="Data: a preset (imdb, sst2, mnli, qnli, demo; for language models wikitext, openwebtext, "
         "moe-to-mamba, austen), a hub id (id:subset@revision), a folder (aclImdb's layout and "
         "save_to_disk's too), an archive, a csv, tsv, jsonl, parquet, arrow or txt file "
         "(compressed too), a pattern of files, or a URL of any of these."
@@ -62,7 +66,9 @@ class DataOptions(StageConfig):
         "else train.",
     )
     text_column: str | None = Field(
-        default=None, description="Column with the texts. Default: the usual names are tried."
+        default=None,
+        description="Column with the texts; of pairs both, as in premise,hypothesis. Default: the "
+        "usual names are tried.",
     )
     label_column: Annotated[str | None, OF_LABELS] = Field(
         default=None, description="Column with the labels. Default: the usual names are tried."
@@ -258,10 +264,12 @@ class PredictOptions(ComposedConfig):
     """`pipe predict`."""
 
     where: Part[DeviceConfig]
+    classifying: Part[ClassifyingOptions]
     generation: Part[GenerationOptions]
 
 
 class PredictSettings(EvaluateCommandOptions):
     """What `pipe predict` may find in the section `evaluate` of a file, and its own options."""
 
+    classifying: Part[ClassifyingOptions]
     generation: Part[GenerationOptions]

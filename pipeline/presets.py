@@ -45,7 +45,7 @@ class Preset:
         train: split that is cached.
         held_out: split that `pipe evaluate` reads; None where there is none.
         validation: split that fine-tuning evaluates on, None for a share of `train`.
-        text_column: of the texts.
+        text_column: of the texts, or both of pairs, a comma between.
         txt_unit: what of its lines is a document, where that is not each.
         label_column: of the labels; None where there are none.
         label_names: in the order of the class ids.
@@ -100,6 +100,24 @@ PRESETS = {
         label_names=("negative", "positive"),
         unlabeled=("stanfordnlp/imdb", "unsupervised"),
         teacher="distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+    ),
+    "mnli": Preset(
+        task="classification",
+        source="nyu-mll/glue:mnli",
+        held_out="validation_matched",  # the test labels are hidden
+        text_column="premise,hypothesis",
+        label_column="label",
+        label_names=("contradiction", "entailment", "neutral"),
+        teacher="cross-encoder/nli-distilroberta-base",
+    ),
+    "qnli": Preset(
+        task="classification",
+        source="nyu-mll/glue:qnli",
+        held_out="validation",  # the test labels are hidden
+        text_column="question,sentence",
+        label_column="label",
+        label_names=("entailment", "not_entailment"),
+        teacher="textattack/bert-base-uncased-QNLI",
     ),
     "demo": Preset(
         task="classification",
@@ -199,6 +217,7 @@ def main_corpus(
     return CorpusConfig(
         **{"source": options.data, "split": split, **own, **given},
         labeled=task.labeled,
+        pairs=task.reads_pairs,
         conversations=task.reads_conversations,
         max_samples=options.max_samples,
         seed=seed,
@@ -339,6 +358,8 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
         own["split"], own["text_column"] = _own_unlabeled_split(data), options.corpus.text_column
         if own["split"] is None:
             return None
+    elif "," in (options.corpus.text_column or ""):
+        own["text_column"] = options.corpus.text_column  # pairs are beside pairs
     if data == options.corpus.data or options.corpus.data is None:
         own |= {name: options.corpus.given.get(name) for name in OF_FILES}
     elif file_kind(Path(data)) in (".csv", ".tsv"):
@@ -350,6 +371,7 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
     return CorpusConfig(
         **own,
         labeled=False,
+        pairs=task.reads_pairs,
         conversations=task.reads_conversations,
         max_samples=options.unlabeled_max_samples,
         seed=options.seed,

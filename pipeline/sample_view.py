@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from teacher_cache.cache.codecs.interface import Decoded, has_rows, rows_of
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
+from teacher_cache.cache.plan import LABELED
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import ABSENT_LABEL
 from teacher_cache.pipeline.pictures import (
@@ -142,7 +143,10 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     if has_positions(reader.manifest) and not has_rows(sample).all():
         _print_counted(console, sample, tokenizer)
     else:
-        console.print(f"text: {tokenizer.decode(ids, skip_special_tokens=True)}", soft_wrap=True)
+        is_pair = isinstance(reader.manifest.settings["data"][LABELED].get("text_column"), list)
+        # Only its special tokens show where the second text of a pair begins.
+        text = tokenizer.decode(ids, skip_special_tokens=not is_pair)
+        console.print(f"{'pair' if is_pair else 'text'}: {text}", soft_wrap=True)
     console.print(
         f"{len(ids)} tokens: {' '.join(tokenizer.convert_ids_to_tokens(ids))}", soft_wrap=True
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.schema import TOKEN_TYPES
 from teacher_cache.stages.config import ComposedConfig, Part
+from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.survey import survey
 from teacher_cache.stages.data.tokenization import Sample, tokenize
@@ -32,7 +36,12 @@ from teacher_cache.stages.models.device import (
     resolve_device,
     resolve_dtype,
 )
-from teacher_cache.stages.models.pretrained import hash_weights, longest_sample, settle_pad_id
+from teacher_cache.stages.models.pretrained import (
+    hash_weights,
+    longest_sample,
+    reads_token_types,
+    settle_pad_id,
+)
 from teacher_cache.stages.processes import outcome_of_main, process_group
 from teacher_cache.stages.tokens.record import describe
 from teacher_cache.stages.tokens.tokenizers import (
@@ -106,9 +115,24 @@ class TokenizedSamples:
         return len(self._samples)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """`input_ids` and `label`."""
+        """`input_ids`, `label` and, where the model is told them, `token_types`."""
         sample = self._samples[position]
-        return {"input_ids": sample.input_ids, "label": sample.label}
+        types = {} if sample.token_types is None else {TOKEN_TYPES: sample.token_types}
+        return {"input_ids": sample.input_ids, "label": sample.label, **types}
+
+
+class TypedCollator(SampleCollator):
+    """Of a teacher, which may be told which text of a pair a token is of.
+
+    Adds `token_type_ids` [B, S] int64 where it is.
+    """
+
+    def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """One row a sample."""
+        found = super().arrays(samples)
+        if TOKEN_TYPES in samples[0]:
+            found["token_type_ids"] = pad_batch([one[TOKEN_TYPES] for one in samples], 0)[0]
+        return found
 
 
 def run(
@@ -140,7 +164,9 @@ def run(
     ):
         if record.complete:
             return FinetuneTeacherResult(teacher=folder, record=record, was_complete=True)
-        samples = _split(config, tokenizer, corpus, validation, max_length)
+        is_typed = corpus.num_texts > 1 and reads_token_types(model, tokenizer)
+        reading = partial(_tokenized, tokenizer, max_length, is_typed)
+        samples = _split(config, reading, corpus, validation)
         record = _train(config, folder, record, model, tokenizer, samples, observer)
     return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
 
@@ -166,7 +192,8 @@ class LabelTrainer(OrderedTrainer):
     ) -> Any:
         """This micro-batch's share of the step's loss; many models' own ignores the step."""
         labels = inputs["labels"]
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        read = {name: one for name, one in inputs.items() if name != "labels"}
+        outputs = model(**read)
         logits = outputs.logits[: len(labels)]  # none of a share without samples
         total = F.cross_entropy(widened(logits), labels, reduction="sum")
         loss = total / (num_items_in_batch if model.training else len(labels))
@@ -215,7 +242,7 @@ def _train(
         ),
         train_dataset=data,
         eval_dataset=evaluation,
-        data_collator=SampleCollator(pad_id),
+        data_collator=TypedCollator(pad_id),
         compute_metrics=_metrics,
         callbacks=observer.callbacks(),
     )
@@ -293,16 +320,15 @@ def _record(
 
 def _split(
     config: FinetuneTeacherConfig,
-    tokenizer: Tokenizer,
+    reading: Callable[[Corpus], list[Sample]],
     corpus: Corpus,
     validation: Corpus | None,
-    max_length: int,
 ) -> tuple[TokenizedSamples, TokenizedSamples | None]:
     """Samples to train on and, if there are any, to evaluate on."""
-    samples = _tokenized(corpus, tokenizer, max_length)
+    samples = reading(corpus)
     if validation is not None:
         names = dict(enumerate(corpus.class_names()))
-        kept, held = samples, _tokenized(validation.with_class_names(names), tokenizer, max_length)
+        kept, held = samples, reading(validation.with_class_names(names))
     else:
         is_out = held_out((sample.sample_id for sample in samples), config.training.eval_fraction)
         kept = [sample for sample, out in zip(samples, is_out, strict=True) if not out]
@@ -317,8 +343,11 @@ def _split(
     return TokenizedSamples(kept), TokenizedSamples(held) if held else None
 
 
-def _tokenized(corpus: Corpus, tokenizer: Tokenizer, max_length: int) -> list[Sample]:
-    return tokenize(corpus.documents(0, len(corpus)), tokenizer, max_length=max_length)
+def _tokenized(
+    tokenizer: Tokenizer, max_length: int, with_types: bool, corpus: Corpus
+) -> list[Sample]:
+    documents = corpus.documents(0, len(corpus))
+    return tokenize(documents, tokenizer, max_length=max_length, with_types=with_types)
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:

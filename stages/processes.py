@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "seq_idx")  # of a batch, what is no target
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "seq_idx")  # no targets
 
 # DistributedDataParallel's reducer holds its group as well. If the reducer is the last to let go,
 # the group's threads are joined with the interpreter's lock held, and a thread that needs the lock

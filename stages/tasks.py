@@ -25,6 +25,7 @@ class KnownTask(ABC):
         labeled: whether a document needs a label.
         predicts_tokens: whether the teacher speaks of token ids, which are aligned with others.
         reads_conversations: whether columns of messages are read.
+        reads_pairs: whether a document may be two texts.
         takes_unlabeled: whether text without labels that comes with the data is taken unasked.
         of_fallback: options of `--data` that other data, listed in `--fallback`, is read without.
         of_fallback_preset: the same of a preset.
@@ -39,6 +40,7 @@ class KnownTask(ABC):
     labeled: ClassVar[bool]
     predicts_tokens: ClassVar[bool]
     reads_conversations: ClassVar[bool]
+    reads_pairs: ClassVar[bool]
     takes_unlabeled: ClassVar[bool]
     of_fallback: ClassVar[tuple[str, ...]]
     of_fallback_preset: ClassVar[tuple[str, ...]]
@@ -71,6 +73,7 @@ class Classification(KnownTask):
     labeled = True
     predicts_tokens = False
     reads_conversations = False
+    reads_pairs = True
     takes_unlabeled = True
     of_fallback = ()
     of_fallback_preset = ("split", "text_column", "label_column", "label_names")
@@ -112,6 +115,7 @@ class LanguageModeling(KnownTask):
     labeled = False
     predicts_tokens = True
     reads_conversations = True
+    reads_pairs = False
     takes_unlabeled = False
     of_fallback = ("split",)
     of_fallback_preset = ("split",)

@@ -103,3 +103,57 @@ def write_wikitext(folder: Path) -> Path:
         table = datasets.Dataset.from_dict({"text": lines})
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return folder
+
+
+# Columns, splits and class features of the GLUE data sets on the hub (nyu-mll/glue); their test
+# splits have no labels.
+GLUE = {
+    "mnli": (
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched"),
+    ),
+    "qnli": (
+        ("question", "sentence"),
+        ("entailment", "not_entailment"),
+        ("validation", "test"),
+    ),
+}
+
+
+def write_glue(folder: Path, name: str, *, num_train: int = 48, num_held_out: int = 24) -> Path:
+    """Write pairs of real review sentences as the hub's `folder/<split>-00000-of-00001.parquet`.
+
+    A pair's label says how alike the reviews' own labels are, not what GLUE's would. Returns
+    `folder`.
+    """
+    columns, classes, others = GLUE[name]
+    features = datasets.Features(
+        {
+            **{column: datasets.Value("string") for column in columns},
+            "label": datasets.ClassLabel(names=list(classes)),
+            "idx": datasets.Value("int32"),
+        }
+    )
+    folder.mkdir(parents=True)
+    for split in ("train", *others):
+        num = num_train if split == "train" else num_held_out
+        read = _reviews("train" if split == "train" else "test", 2 * num)
+        first, second = read[:num], read[num:]
+        labels = [
+            -1
+            if split.startswith("test")
+            else (2 * (one.label or 0) + (other.label or 0)) % len(classes)
+            for one, other in zip(first, second, strict=True)
+        ]
+        table = datasets.Dataset.from_dict(
+            {
+                columns[0]: [one.text for one in first],
+                columns[1]: [one.text for one in second],
+                "label": labels,
+                "idx": list(range(num)),
+            },
+            features=features,
+        )
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.stages.config import comma_separated
 from teacher_cache.stages.data.labels import Labels, spelled
 from teacher_cache.stages.data.sources import Source
 from teacher_cache.stages.data.tables import FROM_FIRST_LINE, plain_type
@@ -29,39 +30,66 @@ _PARTNER = re.compile(
 _NAME_SHOWN = 60  # characters of a column's name in a message
 
 
-def columns_of(config: CorpusConfig, source: Source) -> tuple[str, str | None]:
-    """The columns of texts and, where there are any, of labels.
+def columns_of(config: CorpusConfig, source: Source) -> tuple[tuple[str, ...], str | None]:
+    """The columns of texts, two of pairs, and, where there are any, of labels.
 
     Raises:
-        UserError: if one is not there, both are one, there is a pair, or folders may be the labels.
+        UserError: if one is not there, both are one, there is a pair of which nobody says that it
+            is one, or folders may be the labels.
     """
     schema = source.schema
-    _check_pair(config, schema)
-    text_column = find_text_column(schema, config.text_column)
+    pair = _pair_of(config, schema)
+    if pair is None:
+        _check_pair(config, schema)
+    text_columns = tuple(find_text_column(schema, one) for one in pair or (config.text_column,))
     if not config.labeled:
-        return text_column, None
+        return text_columns, None
     named = [name for name in schema.names if name.strip()]
-    if config.label_column is None and set(named) == {text_column} and source.folders:
+    is_text_alone = config.label_column is None and set(named) == set(text_columns)
+    if is_text_alone and source.folders:
         raise UserError(
             f"the texts of {config.source} lie in the folders {', '.join(source.folders)}, which "
             "may be their classes: give the folder right above those of the classes, write the "
             "classes into a column, or read the texts alone with --unlabeled alone"
         )
-    if config.label_column is None and set(named) == {text_column}:
+    if is_text_alone:
         logger.info(
-            "%s has one column, %r: read as text without labels, of which the teacher alone is "
+            "%s has no column but %s: read as text without labels, of which the teacher alone is "
             "learned",
             config.source,
-            text_column,
+            " and ".join(map(repr, text_columns)),
         )
-        return text_column, None
+        return text_columns, None
     label_column = find_label_column(schema, config.label_column)
-    if label_column == text_column:
+    if label_column in text_columns:
         raise UserError(
-            f"the column {text_column!r} of {config.source} is named for both texts and labels "
+            f"the column {label_column!r} of {config.source} is named for both texts and labels "
             f"({_listed(schema)}): name the other one with --text-column or --label-column"
         )
-    return text_column, label_column
+    return text_columns, label_column
+
+
+def _pair_of(config: CorpusConfig, schema: pa.Schema) -> tuple[str, ...] | None:
+    """The two columns that are named for a pair; None where one is, or none.
+
+    Raises:
+        UserError: if they are not two, or a document of this task is one text.
+    """
+    wanted = config.text_column
+    if wanted is None or "," not in wanted or wanted in schema.names:
+        return None
+    names = comma_separated(wanted)
+    if len(names) != 2 or names[0] == names[1]:
+        raise UserError(
+            f"--text-column {wanted} names {len(names)} columns: give one, or the two different "
+            f"ones of a pair, as in premise,hypothesis ({_listed(schema)})"
+        )
+    if not config.pairs:
+        raise UserError(
+            f"--text-column {wanted} is a pair of texts, which classifiers read, and here a "
+            "document is one text: name one column"
+        )
+    return names
 
 
 def _check_pair(config: CorpusConfig, schema: pa.Schema) -> None:
@@ -87,9 +115,9 @@ def _check_pair(config: CorpusConfig, schema: pa.Schema) -> None:
     listed = " and ".join(sorted([*partners, text_column], key=schema.names.index))
     if config.text_column is None and config.labeled:
         raise UserError(
-            f"the columns {listed} of {config.source} look like a pair, and a sample is one text: "
-            f"write both into one column, or read {text_column!r} alone with --text-column "
-            f"{text_column}"
+            f"the columns {listed} of {config.source} look like a pair: read both with "
+            f"--text-column {','.join(sorted([partners[0], text_column], key=schema.names.index))}, "
+            f"or {text_column!r} alone with --text-column {text_column}"
         )
     logger.warning(
         "the columns %s of %s look like a pair: %r alone is read",

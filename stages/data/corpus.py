@@ -72,7 +72,12 @@ class CorpusConfig(StageConfig):
         "the only one there is",
     )
     text_column: str | None = Field(
-        default=None, description="the column with the texts; by default one of the usual names"
+        default=None,
+        description="the column with the texts, or the two of a pair with a comma between; by "
+        "default one of the usual names",
+    )
+    pairs: bool = Field(
+        default=False, description="whether two columns may be read as the texts of a pair"
     )
     label_column: str | None = Field(
         default=None, description="the column with the labels; by default one of the usual names"
@@ -135,15 +140,16 @@ class DocumentTokens:
 
 @dataclass(frozen=True)
 class Document:
-    """One text of a corpus.
+    """One text of a corpus, or a pair of texts.
 
     Attributes:
-        text: as the source holds it, or rendered.
+        text: as the source holds it, or rendered; of a pair the first one.
         source: a packaged or hub name with its revision, or a content hash; never a path.
         split: the split it was read from.
         position: its index in that split, before any shuffling or limit.
         label: the class id, None in an unlabelled corpus.
         tokens: of a conversation; None of other texts.
+        second: the other text of a pair; None where there is one text.
     """
 
     text: str
@@ -152,6 +158,17 @@ class Document:
     position: int
     label: int | None = None
     tokens: DocumentTokens | None = field(default=None, compare=False)
+    second: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The one text, or both of a pair."""
+        return (self.text,) if self.second is None else (self.text, self.second)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a text of it is white space; half a pair is none."""
+        return not all(text.strip() for text in self.texts)
 
     @property
     def sample_id(self) -> bytes:
@@ -161,7 +178,7 @@ class Document:
         alike: the start of SHA-256 over source, split, position and text.
         """
         digest = hashlib.sha256()
-        for part in (self.source, self.split, str(self.position), self.text):
+        for part in (self.source, self.split, str(self.position), *self.texts):
             encoded = part.encode("utf-8")
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
@@ -185,7 +202,7 @@ class Corpus:
     identity: dict[str, object]
     num_dropped: int
     _texts: datasets.Dataset
-    _text_column: str
+    _text_columns: tuple[str, ...]
     _source: str
     _split: str
     _labels: Labels | None
@@ -204,6 +221,11 @@ class Corpus:
         """The class names in id order, None when the source has none or no labels are read."""
         return self._labels.names if self._labels is not None else None
 
+    @property
+    def num_texts(self) -> int:
+        """Of a document: 2 of a pair."""
+        return len(self._text_columns)
+
     def documents(self, start: int, stop: int) -> list[Document]:
         """Documents `start` to `stop` (not included) of the corpus's order.
 
@@ -215,7 +237,7 @@ class Corpus:
         assert self.chat_columns is None, "conversations are rendered before they are read"
         positions = self._order[start:stop]
         rows = self._texts[positions.tolist()] if len(positions) else {}
-        texts = rows.get(self._text_column, [])
+        texts, *seconds = (rows.get(name, []) for name in self._text_columns)
         tokens = _tokens(rows) if _IDS in rows else None
         places = positions if self._places is None else self._places[positions]
         labels = self._labels.ids[positions].tolist() if self._labels is not None else []
@@ -228,6 +250,7 @@ class Corpus:
                 position=self._first + position,
                 label=labels[idx] if labels and labels[idx] != MISSING_LABEL else None,
                 tokens=None if tokens is None else tokens[idx],
+                second=(seconds[0][idx] or "") if seconds else None,
             )
             for idx, (text, position) in enumerate(zip(texts, places.tolist(), strict=True))
         ]
@@ -242,7 +265,8 @@ class Corpus:
         """
         assert self.chat_columns is not None, "it holds texts"
         counts, places = ChatCounts(num=len(self)), []
-        columns: dict[str, list[Any]] = {self._text_column: [], _IDS: []}
+        (text_column,) = self._text_columns
+        columns: dict[str, list[Any]] = {text_column: [], _IDS: []}
         if reading.config.loss_on != "all":
             columns[_LEARNED] = []
         for place in self._order.tolist():
@@ -253,7 +277,7 @@ class Corpus:
                 counts.add_unusable(error, self._first + place)
                 continue
             places.append(place)
-            columns[self._text_column].append(read.text)
+            columns[text_column].append(read.text)
             columns[_IDS].append(read.tokens.ids)
             if _LEARNED in columns:
                 columns[_LEARNED].append(read.tokens.is_learned)
@@ -265,7 +289,7 @@ class Corpus:
         if counts.unusable:
             settings["unusable"] = "drop"
         features = {
-            self._text_column: datasets.Value("string"),
+            text_column: datasets.Value("string"),
             _IDS: datasets.List(datasets.Value("uint32")),
             _LEARNED: datasets.List(datasets.Value("bool")),
         }
@@ -287,7 +311,7 @@ class Corpus:
         Raises:
             UserError: if all are.
         """
-        documents = [one for one in self.documents(0, len(self)) if one.text.strip()]
+        documents = [one for one in self.documents(0, len(self)) if not one.is_empty]
         if not documents:
             raise UserError(
                 f"the {len(self)} documents of {self.config.source} are all empty: check "
@@ -381,10 +405,10 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     chat_columns = None
     if config.conversations:
         chat_columns = conversation_columns(source.schema, config.text_column, TEXT_COLUMNS)
-    text_column, label_column = (
-        columns_of(config, source) if chat_columns is None else (chat_columns[0], None)
+    text_columns, label_column = (
+        columns_of(config, source) if chat_columns is None else (chat_columns[:1], None)
     )
-    table = source.read(chat_columns or [text_column, *([label_column] if label_column else [])])
+    table = source.read(chat_columns or [*text_columns, *([label_column] if label_column else [])])
     if len(table) == 0:
         raise SourceUnavailable(
             f"the split {source.split!r} of {config.source!r} holds no documents: give another"
@@ -392,11 +416,11 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     rows = source.rows(len(table))
     table = table if len(rows) == len(table) else table.select(rows)
     if config.txt_unit == "article":
-        table = _articles(config, table, text_column)
-    _say(config, source, text_column, label_column)
+        table = _articles(config, table, text_columns[0])
+    _say(config, source, text_columns, label_column)
     labels = None
     if config.labeled and label_column is None:
-        refuse_hidden_labels(config, table[:_NUM_LOOKED_AT][text_column])
+        refuse_hidden_labels(config, table[:_NUM_LOOKED_AT][text_columns[0]])
     if label_column is not None:
         labels = read_labels(
             _arrow(table), table.features, label_column, config.label_names, config.label_map
@@ -412,7 +436,8 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         config=config,
         identity={
             **source.identity,
-            "text_column": text_column,
+            # Of a pair a list, so that no one column is called like it.
+            "text_column": text_columns[0] if len(text_columns) == 1 else list(text_columns),
             "label_column": label_column,
             # Absent where they do nothing, so that caches from before them keep their fingerprints.
             **({"txt_unit": "article"} if config.txt_unit == "article" else {}),
@@ -420,8 +445,8 @@ def load_corpus(config: CorpusConfig) -> Corpus:
             **({} if is_kept.all() else {"missing_labels": "drop"}),
         },
         num_dropped=int((~is_kept).sum()),
-        _texts=table.select_columns(list(chat_columns or [text_column])),
-        _text_column=text_column,
+        _texts=table.select_columns(list(chat_columns or text_columns)),
+        _text_columns=text_columns,
         _source=source.label,
         _split=source.split,
         _labels=labels,
@@ -449,12 +474,16 @@ def _arrow(table: datasets.Dataset) -> pa.Table:
     return found.data.table
 
 
-def _say(config: CorpusConfig, source: Source, text_column: str, label_column: str | None) -> None:
+def _say(
+    config: CorpusConfig, source: Source, text_columns: Sequence[str], label_column: str | None
+) -> None:
     """What is read, how, and what is not."""
     labels = f", labels of {label_column!r}" if label_column else ""
     logger.info(
-        "%s: split %s%s, texts of %r%s",
-        *(config.source, source.split, source.part or "", text_column, labels),
+        "%s: split %s%s, %s of %s%s",
+        *(config.source, source.split, source.part or ""),
+        *("texts" if len(text_columns) == 1 else "pairs", " and ".join(map(repr, text_columns))),
+        labels,
     )
     for note in source.notes:
         logger.info("%s", note)

@@ -123,10 +123,11 @@ class _Texts:
     _seen: set[bytes] = field(default_factory=set)
 
     def add(self, document: Document) -> None:
-        if not document.text.strip():
+        if document.is_empty:
             return
-        digest = hashlib.sha256(document.text.encode("utf-8")).digest()[:16]
+        text = "\0".join(document.texts)
+        digest = hashlib.sha256(text.encode("utf-8")).digest()[:16]
         self.num += 1
-        self.longest = max(self.longest, len(document.text))
+        self.longest = max(self.longest, sum(map(len, document.texts)))
         self.num_duplicates += digest in self._seen
         self._seen.add(digest)

@@ -7,7 +7,8 @@ for the one to five words of the paper seldom tell its class; nothing is replace
 speech, which takes a tagger; and documents are spliced. The teacher labels the views.
 
 Only what the teacher reads of a document is perturbed: a view of a long one would else be the
-document itself once it is cut.
+document itself once it is cut. Of a pair both texts are perturbed in the view's one kind, each by
+draws of its own; a spliced one goes on with the same side of the other pair.
 
 A view is a function of the document, its place in the corpus's order, the view's number, the
 corpus's seed and how the teacher reads: it is the same in any run, whatever the limits, the shards
@@ -20,7 +21,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,18 +153,19 @@ def perturb(
     Returns:
         `num` views; None for one that came out empty or like an earlier one in every attempt.
     """
-    seen = {tuple(reading.ids(text)) for text in ("", document.text)}
-    words = _WORD.findall(reading.cut(document.text))
+    nothing = ("",) * len(document.texts)
+    seen = {tuple(reading.ids(*texts)) for texts in (nothing, document.texts)}
+    sides = _words(document, reading)
     views: list[View | None] = []
     for number in range(1, num + 1):
         key = f"{seed} {number} ".encode() + document.sample_id
         # `random()` is the one method whose numbers Python promises never to change.
         uniform = random.Random(int.from_bytes(hashlib.sha256(key).digest())).random
         view = None
-        for _ in range(PERTURBATION["attempts"] if words else 0):
-            candidate = _attempt(document, words, uniform, reading, other)
-            ids = tuple(reading.ids(candidate.text))
-            if candidate.text and ids not in seen:
+        for _ in range(PERTURBATION["attempts"] if all(sides) else 0):
+            candidate = _attempt(document, sides, uniform, reading, other)
+            ids = tuple(reading.ids(*candidate.texts))
+            if all(candidate.texts) and ids not in seen:
                 view = candidate
                 seen.add(ids)
                 break
@@ -171,9 +173,14 @@ def perturb(
     return views
 
 
+def _words(document: Document, reading: Reading) -> list[list[str]]:
+    """Of each text, what the teacher reads."""
+    return [_WORD.findall(text) for text in reading.cut(*document.texts)]
+
+
 def _attempt(
     document: Document,
-    words: list[str],
+    sides: Sequence[list[str]],
     uniform: Uniform,
     reading: Reading,
     other: Callable[[Uniform], Document | None],
@@ -182,16 +189,24 @@ def _attempt(
     kind = uniform()
     place = document.sample_id[:PLACE_BYTES]
     if kind < kinds["mask"]:
-        text = _masked(words, uniform, reading.mask_token)
+        texts = [_masked(words, uniform, reading.mask_token) for words in sides]
     elif kind < kinds["mask"] + kinds["part"]:
-        text = _part(words, uniform)
+        texts = [_part(words, uniform) for words in sides]
     else:
         partner = other(uniform)
-        others = _WORD.findall(reading.cut(partner.text)) if partner else []
-        text = _spliced(words, others, uniform)
+        others = _words(partner, reading) if partner else [[] for _ in sides]
+        both = zip(sides, others, strict=True)
+        texts = [_spliced(words, theirs, uniform) for words, theirs in both]
         if partner:
             place = min(place, partner.sample_id[:PLACE_BYTES])
-    return View(text, document.source, document.split, document.position, place=place)
+    return View(
+        texts[0],
+        document.source,
+        document.split,
+        document.position,
+        second=texts[1] if len(texts) > 1 else None,
+        place=place,
+    )
 
 
 def _masked(words: list[str], uniform: Uniform, mask_token: str | None) -> str:

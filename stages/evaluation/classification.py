@@ -12,12 +12,12 @@ import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.config import DeviceConfig
-from teacher_cache.stages.data.corpus import Document, load_corpus
+from teacher_cache.stages.data.corpus import Corpus, Document, load_corpus
 from teacher_cache.stages.data.labels import MISSING_LABEL, is_generic
 from teacher_cache.stages.data.survey import survey
-from teacher_cache.stages.evaluation.config import GenerationOptions
+from teacher_cache.stages.evaluation.config import ClassifyingOptions, GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
-from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored
+from teacher_cache.stages.evaluation.task import NOTHING_MORE, EvaluateConfig, Say, Scored
 from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,9 @@ class Classification:
             UserError: if all are empty.
         """
         assert config.corpus is not None, "asked before"
-        corpus = load_corpus(config.corpus).with_class_names(students[0].id2label)
+        corpus = load_corpus(config.corpus)
+        _require_one_form(corpus, students)
+        corpus = corpus.with_class_names(students[0].id2label)
         logger.info("held out: %s", survey(corpus).describe())
         documents = corpus.documents_with_text()
         return LabeledDocuments(
@@ -145,12 +147,13 @@ class Classification:
         *,
         device: DeviceConfig,
         generation: GenerationOptions,
+        classifying: ClassifyingOptions = NOTHING_MORE,
         one_a_line: bool,
     ) -> Iterator[str]:
-        """The class of each text, its probability and the text, tabs between.
+        """The class of each text, its probability and the text or both of a pair, tabs between.
 
         Raises:
-            UserError: for an empty text, or options of what writes.
+            UserError: for an empty text, half a pair, or options of what writes.
         """
         if generation.flags:
             raise UserError(
@@ -158,20 +161,84 @@ class Classification:
                 "leave that out"
             )
         classifier = self.student.of_run(run, device)
-        documents = [
-            Document(text=one, source="prompt", split="prompt", position=i)
-            for i, one in enumerate(texts)
-        ]
+        documents = _prompts(run, classifier.pair, texts, classifying, one_a_line=one_a_line)
         samples = classifier.tokenize(documents)
         if len(samples) < len(documents):
             raise UserError(
-                f"{len(documents) - len(samples)} of {len(documents)} texts are empty: leave them "
-                "out"
+                f"{len(documents) - len(samples)} of {len(documents)} "
+                f"{'pairs have an empty text' if classifier.pair else 'texts are empty'}: leave "
+                "them out"
             )
         logits = classifier.logits(samples, batch_tokens=PREDICTION_TOKENS).astype(np.float64)
         probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-        for one, row in zip(texts, probabilities, strict=True):
-            yield f"{classifier.id2label[int(row.argmax())]}\t{row.max():.3f}\t{one}"
+        for one, row in zip(documents, probabilities, strict=True):
+            answer = classifier.id2label[int(row.argmax())]
+            yield "\t".join([answer, f"{row.max():.3f}", *one.texts])
+
+
+def _prompts(
+    run: Path,
+    pair: tuple[str, ...] | None,
+    texts: Sequence[str],
+    classifying: ClassifyingOptions,
+    *,
+    one_a_line: bool,
+) -> list[Document]:
+    """The texts as documents, each a pair where the student reads pairs.
+
+    Raises:
+        UserError: for one text where there are to be two, or two where there is to be one.
+    """
+    second = classifying.second
+    if pair is None and second is not None:
+        raise UserError(f"--second is of pairs, and {run} reads single texts: leave it out")
+    if pair is not None and second is None and not one_a_line:
+        raise UserError(
+            f"{run} reads pairs ({', '.join(pair)}), and here is one text: give the second with "
+            "--second"
+        )
+    if second is not None and one_a_line:
+        raise UserError("--second goes with one TEXT; of lines, each holds both, a tab between")
+    documents = []
+    for number, text in enumerate(texts, 1):
+        sides = [text] if second is None else [text, second]
+        if pair is not None and one_a_line:
+            sides = text.split("\t")
+            if len(sides) != 2:
+                raise UserError(
+                    f"line {number} has {len(sides) - 1} tabs, expected one between the two texts "
+                    f"of a pair ({', '.join(pair)})"
+                )
+        documents.append(
+            Document(
+                text=sides[0],
+                second=sides[1] if len(sides) > 1 else None,
+                source="prompt",
+                split="prompt",
+                position=number - 1,
+            )
+        )
+    return documents
+
+
+def _require_one_form(corpus: Corpus, students: Sequence[Classifier]) -> None:
+    """Refuse single texts for students of pairs, and pairs for others.
+
+    Raises:
+        UserError: naming the student.
+    """
+    source = corpus.config.source
+    for one in students:
+        if one.pair is not None and corpus.num_texts == 1:
+            raise UserError(
+                f"{one.name} reads pairs ({', '.join(one.pair)}), and {source} is read as single "
+                f"texts: name both columns, as in --text-column {','.join(one.pair)}"
+            )
+        if one.pair is None and corpus.num_texts > 1:
+            raise UserError(
+                f"{one.name} reads single texts, and {source} is read as pairs: name one column "
+                "with --text-column"
+            )
 
 
 def _require_same_classes(classifier: Classifier, student: Classifier) -> None:

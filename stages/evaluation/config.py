@@ -56,5 +56,25 @@ class GenerationOptions(StageConfig):
     @property
     def flags(self) -> list[str]:
         """The options that were given, as they are typed."""
-        fields = type(self).model_fields
-        return [flag_of(one) for one in fields if getattr(self, one) is not None]
+        return given_flags(self)
+
+
+class ClassifyingOptions(StageConfig):
+    """What a classifier reads."""
+
+    second: str | None = Field(
+        default=None,
+        description="Of students of pairs: the second text, TEXT being the first; with - each line "
+        "holds both, a tab between. Default: none.",
+    )
+
+    @property
+    def flags(self) -> list[str]:
+        """The options that were given, as they are typed."""
+        return given_flags(self)
+
+
+def given_flags(options: StageConfig) -> list[str]:
+    """Of options whose default is none, those that were given, as they are typed."""
+    fields = type(options).model_fields
+    return [flag_of(one) for one in fields if getattr(options, one) is not None]

@@ -22,12 +22,18 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.conversations import ChatReading
 from teacher_cache.stages.data.corpus import Document, load_corpus
 from teacher_cache.stages.data.packing import PackedRow, packed_rows
-from teacher_cache.stages.evaluation.config import GenerationOptions
+from teacher_cache.stages.evaluation.config import ClassifyingOptions, GenerationOptions
 from teacher_cache.stages.evaluation.models import TEACHER, LanguageModel, TeacherModel
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.scores import Score, num_predicted_bytes, score
-from teacher_cache.stages.evaluation.task import EvaluateConfig, Say, Scored, Written
+from teacher_cache.stages.evaluation.task import (
+    NOTHING_MORE,
+    EvaluateConfig,
+    Say,
+    Scored,
+    Written,
+)
 from teacher_cache.stages.models.device import resolve_device
 from teacher_cache.stages.teacher.config import ChatConfig
 from teacher_cache.stages.tokens.chat_template import ChatRecord, Untold, listed_ids
@@ -348,6 +354,7 @@ class LanguageModeling:
         *,
         device: DeviceConfig,
         generation: GenerationOptions,
+        classifying: ClassifyingOptions = NOTHING_MORE,
         one_a_line: bool,
     ) -> Iterator[str]:
         """Each text with what the model writes behind it; as a JSON string if it is to be a line.
@@ -356,6 +363,11 @@ class LanguageModeling:
             UserError: for an empty text, or options that mean nothing.
         """
         check_generation(generation)
+        if classifying.flags:
+            raise UserError(
+                f"{', '.join(classifying.flags)} is of classifiers, and {run} is a language "
+                "model: leave that out"
+            )
         num_empty = sum(not text.strip() for text in texts)
         if num_empty:
             raise UserError(f"{num_empty} of {len(texts)} texts are empty: leave them out")

@@ -20,7 +20,7 @@ from teacher_cache.cache.errors import UserError, first_line
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
-from teacher_cache.stages.evaluation.runs import finished_student, known_task
+from teacher_cache.stages.evaluation.runs import finished_student, known_task, pair_of
 from teacher_cache.stages.models.batching import Batching
 from teacher_cache.stages.models.causal import (
     final_states,
@@ -37,6 +37,7 @@ from teacher_cache.stages.models.pretrained import (
     class_names,
     num_positions,
     on_device,
+    reads_token_types,
     require_rows,
 )
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
@@ -46,6 +47,7 @@ from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.teacher.load import load_language_model, load_teacher
 from teacher_cache.stages.tokens.support import Support
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+from teacher_cache.stages.training.run_folder import RunRecord
 
 TEACHER = "teacher"  # what a table calls it
 
@@ -64,6 +66,8 @@ class EvaluatedModel(ABC):
         batching: which samples share a pass, as measured.
         autocast: number format of the products of a student, whose weights stay float32; a
             teacher's weights are in its format themselves.
+        pair: columns of the two texts that a student has learned to read as one document; None of
+            single texts, and of a teacher, whose runs say it.
     """
 
     task: ClassVar[TaskName]
@@ -75,6 +79,7 @@ class EvaluatedModel(ABC):
     max_length: int
     batching: Batching
     autocast: torch.dtype = torch.float32
+    pair: tuple[str, ...] | None = None
 
     @classmethod
     def of_run(cls, run: Path, config: DeviceConfig) -> Self:
@@ -92,7 +97,7 @@ class EvaluatedModel(ABC):
         model = _load_model(run, cls.auto)
         tokenizer = load_tokenizer(str(run.resolve()), option="RUN")
         max_length = record.about["max_length"]
-        own = cls._of_student(str(run), model.eval(), tokenizer, max_length)
+        own = cls._of_student(str(run), model.eval(), tokenizer, record)
         return cls(
             name=run.name,
             model=on_device(model, device),
@@ -122,7 +127,7 @@ class EvaluatedModel(ABC):
     @classmethod
     @abstractmethod
     def _of_student(
-        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, max_length: int
+        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, record: RunRecord
     ) -> dict[str, Any]:
         """Its batching, and what this kind has besides, of a student just loaded."""
 
@@ -183,15 +188,25 @@ class Classifier(EvaluatedModel):
 
     @classmethod
     def _of_student(
-        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, max_length: int
+        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, record: RunRecord
     ) -> dict[str, Any]:
         pad_id = model.config.pad_token_id or 0
         batching = Batching()
         if not isinstance(model, MambaStudentForSequenceClassification):
             batching = classifier_batching(
-                where, model, tokenizer, pad_id=pad_id, max_length=max_length, plain=batching
+                where,
+                model,
+                tokenizer,
+                pad_id=pad_id,
+                max_length=record.about["max_length"],
+                plain=batching,
             )
-        return {"pad_id": pad_id, "id2label": class_names(model), "batching": batching}
+        return {
+            "pad_id": pad_id,
+            "id2label": class_names(model),
+            "batching": batching,
+            "pair": pair_of(record),
+        }
 
     @classmethod
     def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
@@ -200,13 +215,20 @@ class Classifier(EvaluatedModel):
 
     def tokenize(self, documents: list[Document]) -> list[Sample]:
         """Samples of the documents that are not empty, in their order."""
-        samples = tokenize(documents, self.tokenizer, max_length=self.max_length)
+        is_pair = any(document.second is not None for document in documents)
+        samples = tokenize(
+            documents,
+            self.tokenizer,
+            max_length=self.max_length,
+            with_types=is_pair and reads_token_types(self.model, self.tokenizer),
+        )
         ids = [sample.input_ids for sample in samples]
         require_rows(self.name, self.model, self.tokenizer, ids)
         return samples
 
     def logits(self, samples: list[Sample], *, batch_tokens: int) -> np.ndarray:
         """Class logits [N, C] float32, in the samples' order."""
+        types = [sample.token_types for sample in samples if sample.token_types is not None]
         return class_logits(
             self.model,
             [sample.input_ids for sample in samples],
@@ -215,6 +237,7 @@ class Classifier(EvaluatedModel):
             batching=self.batching,
             max_tokens=batch_tokens,
             autocast=self.autocast,
+            token_types=types or None,
         ).logits
 
 
@@ -227,7 +250,7 @@ class LanguageModel(EvaluatedModel):
 
     @classmethod
     def _of_student(
-        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, max_length: int
+        cls, where: str, model: PreTrainedModel, tokenizer: Tokenizer, record: RunRecord
     ) -> dict[str, Any]:
         if isinstance(model, MambaStudentForCausalLM):
             # Each document is a row of its own, so that nothing of packing has to be trusted.
@@ -235,7 +258,7 @@ class LanguageModel(EvaluatedModel):
         num_ids = max(tokenizer.get_vocab().values()) + 1
         return {
             "batching": language_model_batching(
-                where, model, max_length=max_length, num_ids=num_ids
+                where, model, max_length=record.about["max_length"], num_ids=num_ids
             )
         }
 

@@ -14,7 +14,7 @@ from teacher_cache.stages.evaluation.config import EvaluateOptions
 from teacher_cache.stages.tasks import DEFAULT_TASK, TASKS, KnownTask, task_named
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.training.batches import held_out
-from teacher_cache.stages.training.run_folder import RunRecord, read_run
+from teacher_cache.stages.training.run_folder import PAIR, RunRecord, read_run
 
 
 def finished_run(run: Path) -> RunRecord:
@@ -42,6 +42,12 @@ def finished_student(run: Path) -> RunRecord:
             "`pipe train-student` wrote"
         )
     return record
+
+
+def pair_of(record: RunRecord) -> tuple[str, ...] | None:
+    """Columns of the two texts that a document was to a run's teacher; None of single texts."""
+    found = record.about.get(PAIR)
+    return None if found is None else tuple(found)
 
 
 def known_task(runs: Sequence[Path]) -> KnownTask:

@@ -11,8 +11,14 @@ from pydantic import Field
 
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
-from teacher_cache.stages.evaluation.config import EvaluateOptions, GenerationOptions
+from teacher_cache.stages.evaluation.config import (
+    ClassifyingOptions,
+    EvaluateOptions,
+    GenerationOptions,
+)
 from teacher_cache.stages.evaluation.models import EvaluatedModel
+
+NOTHING_MORE = ClassifyingOptions()
 
 Say = Callable[[str], None]
 ModelT = TypeVar("ModelT", bound=EvaluatedModel)
@@ -113,6 +119,7 @@ class EvaluationTask(Protocol[ModelT]):
         *,
         device: DeviceConfig,
         generation: GenerationOptions,
+        classifying: ClassifyingOptions = NOTHING_MORE,
         one_a_line: bool,
     ) -> Iterator[str]:
         """What a student says of each text, as it is printed.
@@ -122,6 +129,7 @@ class EvaluationTask(Protocol[ModelT]):
             texts: that it reads.
             device: where it runs.
             generation: how it writes, if it does.
+            classifying: what it reads besides, and how it answers, if it classifies.
             one_a_line: whether each text has a line of its own, and its answer must have one too.
 
         Raises:

@@ -76,7 +76,8 @@ def compare(
     Raises:
         UserError: if `student_max_length` leaves no room for text beside the special tokens.
     """
-    student = describe(student_tokenizer, max_length=student_max_length)
+    pairs = cached.pair_form is not None
+    student = describe(student_tokenizer, max_length=student_max_length, pairs=pairs)
     student_table = id_to_string(student_tokenizer)
     tables = compare_tables(cached_table, student_table)
     found = [
@@ -85,6 +86,7 @@ def compare(
         *_special_token_differences(cached, student),
         *_length_differences(cached, student, longest_sample),
         *_side_differences(cached, student),
+        *_pair_differences(cached, student),
         *_probe_differences(probe, cached_table, student_tokenizer, student_table, student),
     ]
     return JoinReport(
@@ -95,6 +97,7 @@ def compare(
             "normaliser",
             f"max length {student_max_length:,} (longest cached sample {longest_sample:,})",
             "truncation and padding side",
+            *(("form of a pair",) if pairs else ()),
             f"{len(probe)} documents re-tokenised",
         ),
         differences=tuple(found),
@@ -242,6 +245,19 @@ def _side_differences(
             yield Difference(name=name, cache=ours, student=theirs, waivable=True)
 
 
+def _pair_differences(
+    cached: TokenizationRecord, student: TokenizationRecord
+) -> Iterable[Difference]:
+    """What stands around and between two texts; where the ids mean the same, it can be let pass."""
+    if cached.pair_form is not None and cached.pair_form != student.pair_form:
+        yield Difference(
+            name="form of a pair",
+            cache=cached.pair_form,
+            student=student.pair_form or "none",
+            waivable=cached.id_to_string_sha256 == student.id_to_string_sha256,
+        )
+
+
 def _probe_differences(
     probe: Sequence[ProbeDocument],
     cached_table: list[str | None],
@@ -256,7 +272,13 @@ def _probe_differences(
     themselves.
     """
     documents = [
-        Document(text=document.text, source="probe", split="probe", position=position)
+        Document(
+            text=document.text,
+            second=document.second,
+            source="probe",
+            split="probe",
+            position=position,
+        )
         for position, document in enumerate(probe)
     ]
     samples = tokenize(documents, student_tokenizer, max_length=student.max_length)

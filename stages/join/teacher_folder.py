@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import CheckFailed, UserError
@@ -41,6 +41,9 @@ class _Document(Protocol):
     def text(self) -> str: ...
 
     @property
+    def second(self) -> str | None: ...
+
+    @property
     def sample_id(self) -> bytes: ...
 
 
@@ -54,6 +57,7 @@ class ProbeDocument(StageConfig):
 
     sample_id: str  # hex
     text: str
+    second: str | None = Field(default=None, exclude_if=lambda text: text is None)  # of a pair
     input_ids: tuple[int, ...]
 
 
@@ -87,7 +91,8 @@ def write_tokenization(
     Raises:
         UserError: for a full disk, a read-only file system or a missing permission.
     """
-    record = describe(tokenizer, max_length=max_length)
+    pairs = any(document.second is not None for document in probe)
+    record = describe(tokenizer, max_length=max_length, pairs=pairs)
     save_tokenizer(folder, tokenizer)
     write_json_atomically(folder / TABLE_FILE, id_to_string(tokenizer))
     write_json_atomically(folder / PROBE_FILE, [document.model_dump() for document in probe])
@@ -146,6 +151,7 @@ def choose_probe(
         ProbeDocument(
             sample_id=documents[idx].sample_id.hex(),
             text=documents[idx].text,
+            second=documents[idx].second,
             input_ids=tuple(int(token) for token in samples[idx].input_ids),
         )
         for idx in sorted(chosen)

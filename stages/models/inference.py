@@ -33,8 +33,8 @@ _TRIED_IDS = 1000
 logger = logging.getLogger(__name__)
 
 OnBatch = Callable[[int, int], None]  # called with samples and tokens done
-# From ids [B, S] int64 and mask [B, S] to named vectors, each [B, width].
-BatchForward = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+# From ids [B, S] int64, mask [B, S] and token types [B, S] or none to named vectors, [B, width] each.
+BatchForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ def class_logits(
     batching: Batching,
     max_tokens: int,
     autocast: torch.dtype = torch.float32,
+    token_types: Sequence[np.ndarray] | None = None,
     on_batch: OnBatch | None = None,
 ) -> ClassLogits:
     """A classifier's logits of samples, as `run_in_batches` runs it.
@@ -85,18 +86,20 @@ def class_logits(
         max_tokens: padded positions in a batch; a longer sample is a batch of its own.
         autocast: number format of the products of a model whose weights are float32, as a student
             is trained; float32 leaves the model as it is.
+        token_types: as in `run_in_batches`.
         on_batch: called after each batch.
 
     Raises:
         UserError: if a single sample does not fit into memory.
     """
     outputs = run_in_batches(
-        lambda ids, mask: {"logits": forward(model, ids, mask, autocast)},
+        lambda ids, mask, types: {"logits": forward(model, ids, mask, autocast, types)},
         input_ids,
         widths={"logits": num_classes},
         pad_id=pad_id,
         batching=batching,
         max_tokens=max_tokens,
+        token_types=token_types,
         on_batch=on_batch,
     )
     return ClassLogits(logits=outputs.vectors["logits"], num_halvings=outputs.num_halvings)
@@ -110,6 +113,7 @@ def run_in_batches(
     pad_id: int,
     batching: Batching,
     max_tokens: int,
+    token_types: Sequence[np.ndarray] | None = None,
     before_batch: Callable[[np.ndarray], None] | None = None,
     on_batch: OnBatch | None = None,
 ) -> Outputs:
@@ -124,6 +128,7 @@ def run_in_batches(
         pad_id: fills the right end of shorter samples; masked.
         batching: of the model.
         max_tokens: padded positions in a batch; a longer sample is a batch of its own.
+        token_types: of the tokens, [S_i]; None: the model gets none.
         before_batch: called before each pass with the indices of the samples in its rows.
         on_batch: called after each batch.
 
@@ -134,10 +139,13 @@ def run_in_batches(
 
     def run(batch: np.ndarray) -> None:
         padded, mask = pad_batch([input_ids[i] for i in batch], pad_id)
+        types = None
+        if token_types is not None:
+            types = torch.from_numpy(pad_batch([token_types[i] for i in batch], 0)[0])
         if before_batch is not None:
             before_batch(batch)
         with told_in_a_sentence(lengths[batch]):
-            found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask))
+            found = batch_forward(torch.from_numpy(padded), torch.from_numpy(mask), types)
         for name, values in vectors.items():
             values[batch] = found[name].cpu().numpy()
 
@@ -213,7 +221,11 @@ def told_in_a_sentence(lengths: np.ndarray) -> Iterator[None]:
 
 
 def forward(
-    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, autocast: torch.dtype
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    autocast: torch.dtype,
+    token_types: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One batch's logits [B, C] float32, without gradients, on the model's device.
 
@@ -222,11 +234,15 @@ def forward(
         input_ids: [B, S] int64.
         mask: [B, S], nonzero at real tokens.
         autocast: as in `class_logits`.
+        token_types: [B, S] int64; None: the model gets none.
     """
     device = model.device
     is_on = autocast is not torch.float32
+    types = {} if token_types is None else {"token_type_ids": token_types.to(device)}
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=is_on):
-        output = model(input_ids=input_ids.to(device), attention_mask=mask.to(device, torch.int64))
+        output = model(
+            input_ids=input_ids.to(device), attention_mask=mask.to(device, torch.int64), **types
+        )
     return output.logits.float()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import pickle
 from collections.abc import Mapping, Sequence
@@ -355,6 +356,8 @@ def read_segments(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         return
 
     def give(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "token_type_ids" in kwargs:  # of a pair, which its ids do not tell
+            return args, kwargs
         ids = kwargs["input_ids"]
         types = torch.zeros_like(ids)
         for token_id, segment in segment_of.items():
@@ -362,6 +365,25 @@ def read_segments(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         return args, kwargs | {"token_type_ids": types}
 
     model.register_forward_pre_hook(give, with_kwargs=True)
+
+
+def reads_token_types(model: PreTrainedModel, tokenizer: Tokenizer) -> bool:
+    """Whether a model is told which text of a pair a token is of, besides separators.
+
+    Raises:
+        UserError: if its tokenizer numbers more texts than it has embeddings of.
+    """
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    given = tokenizer("a", "b").get("token_type_ids") or []
+    num_known = getattr(model.config, "type_vocab_size", None)
+    if not takes or not any(given) or num_known == 0:
+        return False
+    if num_known is not None and max(given) >= num_known:
+        raise UserError(
+            f"the tokenizer gives the tokens of a pair the types 0 to {max(given)}, and the model "
+            f"knows {num_known}: give the tokenizer that it was trained with"
+        )
+    return True
 
 
 def hold_tied_weights_once(module: nn.Module) -> Mapping[str, str]:

@@ -18,6 +18,7 @@ from teacher_cache.cache.schema import (
     ABSENT_LABEL,
     POOLED,
     SAMPLE_ID_BYTES,
+    TOKEN_TYPES,
     Fields,
     Ragged,
     Schema,
@@ -28,6 +29,7 @@ from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.models.batching import ALONE
 from teacher_cache.stages.models.inference import OnBatch
+from teacher_cache.stages.models.pretrained import reads_token_types
 from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig
 from teacher_cache.stages.teacher.forward import find_pooled_width, run_teacher
 from teacher_cache.stages.teacher.layers import (
@@ -47,7 +49,7 @@ from teacher_cache.stages.teacher.tables import (
     token_states,
 )
 from teacher_cache.stages.teacher.task import Findings, Said, StoredSample, TapOf, Task
-from teacher_cache.stages.tokens.record import describe
+from teacher_cache.stages.tokens.record import describe, pair_form
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +66,13 @@ class Classification(Task[ClassificationTeacher, Sample]):
 
     Attributes:
         pooled_width: D of the pooled states; None where they are not cached.
+        reads_types: the teacher is told which text of a pair each token is of.
     """
 
     packs_documents = False
 
     pooled_width: int | None
+    reads_types: bool = False
 
     @classmethod
     def prepared(cls, config: CaptureConfig, corpora: Mapping[str, Corpus]) -> Classification:
@@ -76,9 +80,13 @@ class Classification(Task[ClassificationTeacher, Sample]):
 
         Raises:
             UserError: if the teacher cannot be loaded or lacks what is asked for, or the labels are
-                none of its classes or all of one class.
+                none of its classes or all of one class, or only some of the corpora are pairs.
         """
+        _require_one_form(corpora)
         teacher = cls.load(config.forward, with_attention=config.layers.attention != "none")
+        is_pair = corpora["labeled"].num_texts > 1
+        if is_pair:
+            _warn_of_no_separator(teacher)
         labeled = corpora["labeled"].with_class_names(teacher.id2label)
         _check_classes(labeled)
         return cls(
@@ -90,6 +98,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
             if hidden_options(config.layers).pooled
             else None,
             layers=LayerPlan.prepared(config.layers, teacher, is_packed=cls.packs_documents),
+            reads_types=is_pair and reads_token_types(teacher.model, teacher.tokenizer),
         )
 
     @classmethod
@@ -107,6 +116,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
         """The fields of a sample."""
         return classification_schema(
             len(self.teacher.id2label),
+            has_token_types=self.reads_types,
             pooled_width=self.pooled_width,
             layer_fields=self.layers.fields,
         )
@@ -126,6 +136,8 @@ class Classification(Task[ClassificationTeacher, Sample]):
             "teacher": identity(self.teacher, record.files_sha256),
             "max_length": self.max_length,
             "truncation_side": record.truncation_side,
+            # Absent where there are none, so that other caches keep their fingerprints.
+            **({TOKEN_TYPES: True} if self.reads_types else {}),
             **self.layers.settings(),
         }
 
@@ -145,7 +157,12 @@ class Classification(Task[ClassificationTeacher, Sample]):
 
     def samples(self, documents: Sequence[Document]) -> list[Sample]:
         """Those that are not empty."""
-        samples = tokenize(documents, self.teacher.tokenizer, max_length=self.max_length)
+        samples = tokenize(
+            documents,
+            self.teacher.tokenizer,
+            max_length=self.max_length,
+            with_types=self.reads_types,
+        )
         self.teacher.require_rows([sample.input_ids for sample in samples])
         return samples
 
@@ -161,18 +178,21 @@ class Classification(Task[ClassificationTeacher, Sample]):
             [sample.input_ids for sample in samples],
             batch_tokens=self.batch_tokens,
             pooled_width=self.pooled_width,
+            token_types=_types(samples),
             tap=tap,
             on_batch=on_batch,
         )
         logits = outputs.vectors["class_logits"]
         _refuse_not_finite(logits, samples)
         ids = b"".join(sample.sample_id for sample in samples)
+        types = _types(samples) or []
         labels = [ABSENT_LABEL if sample.label is None else sample.label for sample in samples]
         pooled = {} if self.pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}
         return Said(
             fields={
                 "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
                 "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
+                **({TOKEN_TYPES: Ragged.from_arrays(types, "uint8")} if self.reads_types else {}),
                 "label": np.array(labels, np.int32),
                 "class_logits": logits,
                 **pooled,
@@ -187,6 +207,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
             [sample.input_ids for sample in samples],
             batch_tokens=self.batch_tokens,
             pooled_width=None,
+            token_types=_types(samples),
             tap=tap,
         )
 
@@ -292,6 +313,9 @@ class ClassesApart:
             [sample["input_ids"] for sample in samples],
             batch_tokens=VERIFIED_BATCH_TOKENS,
             pooled_width=self._pooled_width,
+            token_types=[sample[TOKEN_TYPES] for sample in samples]
+            if TOKEN_TYPES in samples[0]
+            else None,
             batching=ALONE,
             tap=tap_of(samples),
         ).vectors
@@ -321,6 +345,42 @@ class ClassesApart:
                 "again with --overwrite"
             )
         return self._logit
+
+
+def _types(samples: Sequence[Sample]) -> list[np.ndarray] | None:
+    """Of the samples' tokens; None where the teacher is told none, or there is no sample."""
+    found = [sample.token_types for sample in samples if sample.token_types is not None]
+    return found or None
+
+
+def _require_one_form(corpora: Mapping[str, Corpus]) -> None:
+    """Refuse pairs beside single texts.
+
+    Raises:
+        UserError: naming the corpus of each.
+    """
+    sources = {corpus.num_texts: corpus.config.source for corpus in corpora.values()}
+    if len(sources) > 1:
+        raise UserError(
+            f"{sources[2]} is read as pairs of texts and {sources[1]} as single ones, and a "
+            "teacher reads either: name both columns of either with --text-column, or take other "
+            "unlabelled text (--unlabeled none takes none)"
+        )
+
+
+def _warn_of_no_separator(teacher: ClassificationTeacher) -> None:
+    """As of GPT-2: its teacher has learned pairs in some other form, if it has."""
+    tokenizer = teacher.tokenizer
+    if tokenizer("a", "b")["input_ids"] == tokenizer("ab")["input_ids"] or (
+        tokenizer("a", "b")["input_ids"]
+        == tokenizer("a")["input_ids"] + tokenizer("b")["input_ids"]
+    ):
+        logger.warning(
+            "the tokenizer of %s puts nothing between the texts of a pair (%s): if the teacher "
+            "learned them in another form, write that form into one column",
+            teacher.name,
+            pair_form(tokenizer),
+        )
 
 
 def _half(pooled: np.ndarray) -> np.ndarray:

@@ -48,6 +48,7 @@ def run_teacher(
     *,
     batch_tokens: int,
     pooled_width: int | None,
+    token_types: Sequence[np.ndarray] | None = None,
     batching: Batching | None = None,
     tap: LayerTap | None = None,
     on_batch: OnBatch | None = None,
@@ -59,6 +60,7 @@ def run_teacher(
         input_ids: token ids of each sample, [S_i], S_i > 0.
         batch_tokens: padded positions in a batch.
         pooled_width: D; None leaves the pooled states out.
+        token_types: of each sample of pairs, [S_i]; None where the teacher gets none.
         batching: instead of the teacher's.
         tap: listens to the layers; its samples are those of `input_ids`.
         on_batch: called after each batch.
@@ -68,11 +70,11 @@ def run_teacher(
     """
     model = teacher.model
 
-    def logits_alone(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return {"class_logits": forward(model, ids, mask, torch.float32)}
+    def logits_alone(ids: Tensor, mask: Tensor, types: Tensor | None) -> dict[str, Tensor]:
+        return {"class_logits": forward(model, ids, mask, torch.float32, types)}
 
-    def with_pooled(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        logits, pooled = logits_and_pooled(model, ids, mask)
+    def with_pooled(ids: Tensor, mask: Tensor, types: Tensor | None) -> dict[str, Tensor]:
+        logits, pooled = logits_and_pooled(model, ids, mask, types)
         return {"class_logits": logits, POOLED: pooled}
 
     def announce(batch: np.ndarray) -> None:
@@ -88,6 +90,7 @@ def run_teacher(
             pad_id=teacher.pad_id,
             batching=batching or teacher.batching,
             max_tokens=batch_tokens,
+            token_types=token_types,
             before_batch=announce,
             on_batch=on_batch,
         )
@@ -105,7 +108,7 @@ def find_pooled_width(teacher: ClassificationTeacher) -> int:
 
 
 def logits_and_pooled(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, token_types: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """A batch's logits [B, C] and pooled states [B, D], float32, from one forward pass.
 
@@ -113,6 +116,7 @@ def logits_and_pooled(
         model: in evaluation mode.
         input_ids: [B, S] int64.
         mask: [B, S], nonzero at real tokens.
+        token_types: [B, S] int64, or none.
 
     Raises:
         UserError: if it cannot be told what the head reads.
@@ -124,7 +128,7 @@ def logits_and_pooled(
 
     hooks = [layer.register_forward_hook(remember) for layer in _head_layers(model)]
     try:
-        logits = forward(model, input_ids, mask, torch.float32)
+        logits = forward(model, input_ids, mask, torch.float32, token_types)
     finally:
         for hook in hooks:
             hook.remove()

@@ -51,9 +51,16 @@ class TokenizationRecord(StageConfig):
     )
     padding_side: str = Field(description="left or right")
     truncation_side: str = Field(description="left or right")
+    pair_form: str | None = Field(
+        default=None,
+        exclude_if=lambda form: form is None,  # records of single texts stay as they were
+        description="of pairs, the tokens of the pair `a` and `b`",
+    )
 
 
-def describe(tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenizationRecord:
+def describe(
+    tokenizer: PreTrainedTokenizerBase, *, max_length: int, pairs: bool = False
+) -> TokenizationRecord:
     """Record everything of a tokenizer that decides which ids a text becomes.
 
     Two tokenizers with equal records are interchangeable; calls between do not change a record.
@@ -61,6 +68,7 @@ def describe(tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Tokeniza
     Args:
         tokenizer: any of transformers' tokenizers.
         max_length: tokens at which its user truncates, special tokens included.
+        pairs: whether it reads pairs of texts.
     """
     saved = _save(tokenizer)
     sections = _sections(saved)
@@ -79,7 +87,13 @@ def describe(tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Tokeniza
         model_max_length=_limit(tokenizer),
         padding_side=tokenizer.padding_side,
         truncation_side=tokenizer.truncation_side,
+        pair_form=pair_form(tokenizer) if pairs else None,
     )
+
+
+def pair_form(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands around and between the texts of a pair: `[CLS] a [SEP] b [SEP]`, say."""
+    return " ".join(tokenizer.convert_ids_to_tokens(tokenizer("a", "b")["input_ids"]))
 
 
 def id_to_string(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:

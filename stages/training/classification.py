@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedConfig
@@ -27,6 +29,7 @@ from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.layers import Schedule
 from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.measures import ACCURACY, AGREEMENT, Measure
+from teacher_cache.stages.training.run_folder import PAIR
 from teacher_cache.stages.training.start import StartingStudent, start_student
 from teacher_cache.stages.training.task import Course, StudentTask
 from teacher_cache.stages.training.terms import weighed
@@ -70,7 +73,7 @@ class ClassificationStudents(StudentTask):
         )
         return Course(
             data=data,
-            student=student,
+            student=replace(student, about=student.about | self._pair()),
             trained=with_auxiliaries(student.model, *self._auxiliaries(student, data)),
             lesson=lambda _: self._lesson(student, data),
             held_out=HeldOutSamples(),
@@ -78,6 +81,11 @@ class ClassificationStudents(StudentTask):
             max_length=joined.max_length,
             write_files=_write_none,
         )
+
+    def _pair(self) -> dict[str, Any]:
+        """The columns of a pair; nothing where documents are single texts."""
+        column = self._readers[0].manifest.settings["data"]["labeled"].get("text_column")
+        return {PAIR: column} if isinstance(column, list) else {}
 
     def _auxiliaries(self, student: StartingStudent, data: TrainingData) -> list[Auxiliary]:
         """Projections of the pooled state and of layers, where the teacher's are matched."""

@@ -32,6 +32,8 @@ from teacher_cache.stages.processes import outcome_of_main
 
 RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
+PAIR = "pair"
+"""Of what a run is about: the columns of a pair, where its documents are pairs of texts."""
 
 # What may stand in a folder that is about to become a run.
 _OURS = (LOCK_NAME, temporary_name(RUN_NAME))

@@ -25,8 +25,12 @@ def reading(mask_token: str | None = MASK, max_words: int | None = None) -> Read
     """A model whose tokens are words, and which reads so many of them."""
     return Reading(
         mask_token=mask_token,
-        cut=lambda text: text if max_words is None else " ".join(text.split()[:max_words]),
-        ids=lambda text: [zlib.crc32(word.encode()) for word in text.split()[:max_words]],
+        cut=lambda *texts: tuple(
+            text if max_words is None else " ".join(text.split()[:max_words]) for text in texts
+        ),
+        ids=lambda *texts: [
+            zlib.crc32(word.encode()) for text in texts for word in text.split()[:max_words]
+        ],
     )
 
 
