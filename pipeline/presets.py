@@ -49,7 +49,8 @@ class Preset:
         txt_unit: what of its lines is a document, where that is not each.
         label_column: of the labels; None where there are none.
         label_names: in the order of the class ids.
-        unlabeled: source and split of the unlabelled text; None where the data itself is that.
+        unlabeled: source and split of the unlabelled text; None where the data itself is that, or
+            there is none beside labelled documents.
         is_streamed: too large to be fetched whole: only so much is read as is asked for.
         teacher: hub id or folder, None where one has to be named.
         base_model: what `finetune-teacher` starts from, None where a teacher exists.
@@ -352,6 +353,8 @@ def _unlabeled_corpus(options: CacheTeacherOptions, task: KnownTask) -> CorpusCo
     own: dict[str, Any] = {"source": data}
     if preset is not None and preset.unlabeled is not None:
         own["source"], own["split"] = preset.unlabeled
+    elif preset is not None and preset.label_names is not None and options.unlabeled is None:
+        return None
     elif preset is not None:
         own = {**preset.text, "split": preset.train}
     elif options.unlabeled is None:

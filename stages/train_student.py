@@ -41,7 +41,7 @@ from teacher_cache.stages.training.config import (
 )
 from teacher_cache.stages.training.data import open_splits
 from teacher_cache.stages.training.measures import EarlyStopping
-from teacher_cache.stages.training.run_folder import RunRecord, locked_run, saved
+from teacher_cache.stages.training.run_folder import PAIR, RunRecord, locked_run, saved
 from teacher_cache.stages.training.start import StartingStudent
 from teacher_cache.stages.training.task import Course, StudentTask, TrainingObserver
 from teacher_cache.stages.training.trainer import StudentTrainer
@@ -255,6 +255,8 @@ def _saved(folder: Path, course: Course, joined: Joined, record: RunRecord) -> R
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if PAIR in record.about:  # only of pairs do token types say anything; transformers saves this
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     tokenizer.model_max_length = course.max_length or VERY_LARGE_INTEGER
     with saved(folder):
         course.student.model.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -22,8 +23,15 @@ from teacher_cache.stages.models.device import recurrences_by_device
 CLASS_NAMES = {0: "neg", 1: "pos"}
 
 
-def write_tiny_bert(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> Path:
-    """A 2-layer BERT classifier of width 32 for the classes neg and pos; returns its folder."""
+def write_tiny_bert(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    classes: dict[int, str] = CLASS_NAMES,
+    **changes: Any,
+) -> Path:
+    """A 2-layer BERT classifier of width 32 for these classes, neg and pos; returns its folder."""
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -32,8 +40,9 @@ def write_tiny_bert(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: i
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=512,
-        id2label=CLASS_NAMES,
-        label2id={name: class_id for class_id, name in CLASS_NAMES.items()},
+        id2label=classes,
+        label2id={name: class_id for class_id, name in classes.items()},
+        **changes,
     )
     return _save(folder, BertForSequenceClassification(config), tokenizer)
 

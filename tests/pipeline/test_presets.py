@@ -53,6 +53,14 @@ TABLE = {
         ("stanfordnlp/imdb", "unsupervised"),
         "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
     ),
+    "mnli": (
+        "nyu-mll/glue:mnli", "premise,hypothesis", "train", "validation_matched",
+        ("contradiction", "entailment", "neutral"), None, "cross-encoder/nli-distilroberta-base",
+    ),
+    "qnli": (
+        "nyu-mll/glue:qnli", "question,sentence", "train", "validation",
+        ("entailment", "not_entailment"), None, "textattack/bert-base-uncased-QNLI",
+    ),
     "demo": (
         "reviews", "text", "train", "test", ("rotten", "fresh"),
         ("reviews", "unlabeled"), "teachers/demo-minilm",
@@ -78,9 +86,12 @@ def test_a_preset_names_data_teacher_and_splits(
     assert (labeled.source, labeled.split) == (source, train)
     assert (labeled.text_column, labeled.label_column) == (text_column, "label")
     assert (labeled.label_names, labeled.max_samples) == (names, None)
-    assert config.unlabeled is not None and not config.unlabeled.labeled
-    assert (config.unlabeled.source, config.unlabeled.split) == unlabeled
-    assert config.unlabeled.max_samples == 5000
+    if unlabeled is None:
+        assert config.unlabeled is None
+    else:
+        assert config.unlabeled is not None and not config.unlabeled.labeled
+        assert (config.unlabeled.source, config.unlabeled.split) == unlabeled
+        assert config.unlabeled.max_samples == 5000
     assert config.fallback == ()
     evaluated = held_out_labeled(data=name)
     assert (evaluated.source, evaluated.split) == (source, test)
@@ -130,6 +141,7 @@ def test_options_win_over_the_preset() -> None:
         "label_column": "stars",
         "txt_unit": "line",
         "labeled": True,
+        "pairs": True,
         "conversations": False,
         "label_names": ("bad", "good"),
         "label_map": None,

@@ -18,7 +18,7 @@ def test_the_part_that_is_read_has_the_same_tokens(
     tokenizer = bert_tokenizer.__class__.from_pretrained(bert_tokenizer.name_or_path)
     tokenizer.truncation_side = side
     reading = Reading.of(tokenizer, max_length=max_length)
-    part = reading.cut(TEXT)
+    (part,) = reading.cut(TEXT)
     assert reading.ids(part) == reading.ids(TEXT)
     assert (TEXT.startswith if side == "right" else TEXT.endswith)(part)
     assert (part == TEXT) == (max_length == 400)
@@ -26,4 +26,4 @@ def test_the_part_that_is_read_has_the_same_tokens(
 
 
 def test_a_text_of_no_tokens_is_not_read(bert_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert Reading.of(bert_tokenizer, max_length=8).cut("") == ""
+    assert Reading.of(bert_tokenizer, max_length=8).cut("") == ("",)
