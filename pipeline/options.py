@@ -55,9 +55,9 @@ class DataOptions(StageConfig):
     """How a person names labelled data."""
 
     data: str = Field(
-        description="Data: a preset (imdb, sst2, mnli, qnli, demo; for language models wikitext, openwebtext, "
-        "moe-to-mamba, austen), a hub id (id:subset@revision), a folder (aclImdb's layout and "
-        "save_to_disk's too), an archive, a csv, tsv, jsonl, parquet, arrow or txt file "
+        description="Data: a preset (imdb, sst2, mnli, qnli, demo; for language models wikitext, "
+        "openwebtext, moe-to-mamba, austen), a hub id (id:subset@revision), a folder (aclImdb's "
+        "layout and save_to_disk's too), an archive, a csv, tsv, jsonl, parquet, arrow or txt file "
         "(compressed too), a pattern of files, or a URL of any of these."
     )
     split: str | None = Field(

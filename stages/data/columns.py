@@ -114,10 +114,10 @@ def _check_pair(config: CorpusConfig, schema: pa.Schema) -> None:
         return
     listed = " and ".join(sorted([*partners, text_column], key=schema.names.index))
     if config.text_column is None and config.labeled:
+        both = ",".join(sorted([partners[0], text_column], key=schema.names.index))
         raise UserError(
             f"the columns {listed} of {config.source} look like a pair: read both with "
-            f"--text-column {','.join(sorted([partners[0], text_column], key=schema.names.index))}, "
-            f"or {text_column!r} alone with --text-column {text_column}"
+            f"--text-column {both}, or {text_column!r} alone with --text-column {text_column}"
         )
     logger.warning(
         "the columns %s of %s look like a pair: %r alone is read",

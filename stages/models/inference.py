@@ -33,7 +33,7 @@ _TRIED_IDS = 1000
 logger = logging.getLogger(__name__)
 
 OnBatch = Callable[[int, int], None]  # called with samples and tokens done
-# From ids [B, S] int64, mask [B, S] and token types [B, S] or none to named vectors, [B, width] each.
+# From ids [B, S] int64, mask [B, S] and token types [B, S], or none, to named vectors [B, width].
 BatchForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], dict[str, torch.Tensor]]
 
 

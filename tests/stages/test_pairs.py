@@ -215,7 +215,7 @@ def test_a_teacher_reads_pairs_or_single_texts(
     pairs: Path, teacher: Path, acl_imdb: Path, tmp_path: Path
 ) -> None:
     single = CorpusConfig(source=str(acl_imdb), split="unsupervised", labeled=False)
-    with pytest.raises(UserError, match="read as pairs of texts and .* as single ones"):
+    with pytest.raises(UserError, match=r"read as pairs of texts and .* as single ones"):
         stage_one(tmp_path / "cache", teacher, corpus_config(pairs), unlabeled=single)
 
 
@@ -254,7 +254,7 @@ def test_students_are_scored_beside_the_teacher_on_pairs(run: Path, pairs: Path)
     single = asked.model_copy(
         update={"corpus": corpus.model_copy(update={"text_column": "premise"})}
     )
-    with pytest.raises(UserError, match="reads pairs .premise, hypothesis., and .* single texts"):
+    with pytest.raises(UserError, match=r"reads pairs .premise, hypothesis., and .* single texts"):
         evaluate.run(single)
 
 

@@ -12,7 +12,9 @@ from teacher_cache.stages.data.views import Views
 
 TEST = ["A warm, funny film that never drags.", "Straße: 7 von 10!", "..."]
 READING = Reading(
-    mask_token="[MASK]", cut=lambda text: (text,), ids=lambda text: [len(word) for word in text.split()]
+    mask_token="[MASK]",
+    cut=lambda text: (text,),
+    ids=lambda text: [len(word) for word in text.split()],
 )
 APART = ["A cold, dull film that drags.", "Street: 7 of 10", "?!"]
 
