@@ -117,6 +117,8 @@ def check_architecture(config: ArchitectureConfig, task: type[StudentTask]) -> N
     Raises:
         UserError: saying what to give instead.
     """
+    if config.copies_teacher:
+        return  # its sizes are the teacher's
     if config.pretrained is None:
         MambaStudentConfig(**config.shape(task.name))
     else:

@@ -186,21 +186,26 @@ class TransferConfig(StageConfig):
         description="which layer's output of the student matches which cached one, as "
         "--attention-layer-map; last are the teacher's last states: 0:1,3:last",
     )
-    transfer_schedule: Literal["together", "staged"] = Field(
+    transfer_schedule: Literal["together", "staged", "layerwise"] = Field(
         default="together",
         description="all terms in every step; or in stages, each with its terms alone: attention "
-        "maps, then hidden states, then all others (MOHAWK's order)",
+        "maps, then hidden states, then all others (MOHAWK's order); layerwise the same, each "
+        "layer of --init teacher fed the teacher's state before it (cached with --hidden all)",
     )
     transfer_shares: Shares = Field(
         default=(0.2, 0.2),
         description="shares of the steps that the first and the second stage get, with "
-        "--transfer-schedule staged; a stage whose weight is 0 gets none",
+        "--transfer-schedule staged or layerwise; a stage whose weight is 0 gets none",
     )
 
     @property
     def transfers(self) -> bool:
         """Whether anything inside is matched."""
         return bool(self.attention_weight or self.hidden_weight)
+
+    @property
+    def _has_what_layers_learn(self) -> bool:
+        return self.transfer_schedule != "layerwise" or bool(self.hidden_weight)
 
     @model_validator(mode="after")
     def _options_are_of_what_is_matched(self) -> TransferConfig:
@@ -210,10 +215,11 @@ class TransferConfig(StageConfig):
             ("attention_layer_map", self.attention_weight, "--attention-weight"),
             ("attention_channels", self.attention_weight, "--attention-weight"),
             ("hidden_layer_map", self.hidden_weight, "--hidden-weight"),
+            ("transfer_schedule", self._has_what_layers_learn, "--hidden-weight"),
             ("transfer_schedule", either, "--attention-weight or --hidden-weight"),
             (
                 "transfer_shares",
-                self.transfer_schedule == "staged",
+                self.transfer_schedule != "together",
                 "--transfer-schedule staged",
             ),
         ):

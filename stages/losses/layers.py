@@ -110,6 +110,36 @@ def hidden_distance(projected: Tensor, teacher: Tensor, sources: Tensor) -> Tens
     return pooled_distance(projected[sample, position], teacher[sample, sources[sample, position]])
 
 
+def added_distance(student: Tensor, teacher: Tensor, before: Tensor) -> Tensor:
+    """How far what a layer adds is from what the teacher's adds, of the size of the latter.
+
+    `|s - t|^2 / |t - b|^2`, both layers having read `b`: 1 for a layer that adds nothing. Bick et
+    al. 2024, section 3.2, arXiv:2408.10189, take the norm of the difference itself, in which the
+    few positions of very large states count for nearly all.
+
+    Args:
+        student: [N, D] behind the student's layer; carry the gradient.
+        teacher: [N, D] behind the teacher's.
+        before: [N, D] before both.
+
+    Returns:
+        [N] not negative, float32 or wider; 0 where the teacher adds nothing.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    if not student.shape == teacher.shape == before.shape:
+        raise ValueError(
+            f"states of shape {tuple(student.shape)}, {tuple(teacher.shape)} and "
+            f"{tuple(before.shape)}"
+        )
+    student, teacher, before = (widened(one) for one in (student, teacher, before))
+    added = (teacher - before).square().sum(-1)
+    adds = added > 0
+    apart = (student - teacher).square().sum(-1)
+    return (apart / added.masked_fill(~adds, 1)).masked_fill(~adds, 0)
+
+
 def pooled_distance(projected: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine between the student's pooled states and the teacher's.
 

@@ -1,6 +1,7 @@
-"""The Mamba student without a head: embedding, residual layers of norm and mixer, last norm.
+"""The Mamba student without a head: embedding, residual layers, last norm.
 
-Names of modules and parameters are those of mamba_ssm's `MixerModel`.
+A layer is a mixer behind its norm, and an MLP behind another where the student has them; some
+mixers may be attention. Names of modules and parameters are those of mamba_ssm's `MixerModel`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput, TransformersKwargs, can_return_tuple
 
+from teacher_cache.stages.student.attention import Attention, KeysAndValues, Sight
 from teacher_cache.stages.student.config import AUTO_MAP, MambaStudentConfig, describe_folder
 from teacher_cache.stages.student.mixers import (
     CausalConvolution,
@@ -28,9 +30,11 @@ from teacher_cache.stages.student.mixers import (
     Mamba,
     Mamba2,
     StepProjection,
+    reset_output_projection,
     reversed_positions,
 )
-from teacher_cache.stages.student.norms import RMSNorm
+from teacher_cache.stages.student.mlp import MLP
+from teacher_cache.stages.student.norms import LayerNorm, RMSNorm
 from teacher_cache.stages.student.position_map import places_of, real_first
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
 
@@ -91,7 +95,9 @@ def the_cache(
 
 def has_begun(cache: Cache) -> bool:
     """Whether something was read into a cache since it was made or reset."""
-    return LayerState(cache, 0).convolution is not None
+    first: Any = cache.layers[0]  # keys and values, or states
+    has_state = getattr(first, "has_previous_state", None)
+    return cache.get_seq_length(0) > 0 if has_state is None else has_state[0]
 
 
 def refuse_foreign(keywords: Mapping[str, Any]) -> None:
@@ -156,23 +162,57 @@ class MambaStudentOutput(OutputWithCache):
     mixers: tuple[RecordedMixer, ...] | None = None
 
 
-class MambaLayer(GradientCheckpointingLayer):
-    """One mixer behind its norm."""
+def norm_of(config: MambaStudentConfig) -> RMSNorm | LayerNorm:
+    """One of the residual stream's."""
+    if config.norm == "layer":
+        return LayerNorm(config.d_model, eps=config.norm_epsilon)
+    return RMSNorm(config.d_model, epsilon=config.norm_epsilon)
 
-    def __init__(self, config: MambaStudentConfig) -> None:
+
+class MambaLayer(GradientCheckpointingLayer):
+    """One mixer behind its norm, and an MLP where the student has them.
+
+    Args:
+        config: of the student.
+        layer_idx: counted from 0.
+    """
+
+    def __init__(self, config: MambaStudentConfig, layer_idx: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
-        self.mixer = MIXERS[config.arch](config)
+        self.norm = norm_of(config)
+        self.mixer: Attention | Mamba | Mamba2
+        if config.attention is not None and layer_idx in config.attn_layer_idx:
+            self.mixer = Attention(config.attention, config.d_model)
+        else:
+            self.mixer = MIXERS[config.arch](config)
+        self.mlp = MLP(config) if config.d_intermediate else None
+        self.norm2 = None  # an MLP beside the mixer reads what the mixer reads
+        if config.d_intermediate and not config.parallel_mlp:
+            self.norm2 = norm_of(config)
+
+    def state_of(self, cache: Cache, layer_idx: int) -> LayerState | KeysAndValues:
+        """What its mixer goes on from."""
+        kind = KeysAndValues if isinstance(self.mixer, Attention) else LayerState
+        return kind(cache, layer_idx)
 
     def forward(
         self,
         residual: Tensor,
         layout: Layout,
-        state: LayerState | None,
+        state: LayerState | KeysAndValues | None,
         record: list[RecordedMixer] | None = None,
     ) -> Tensor:
-        """Add the mixer's output to the residual stream [B, S, d_model]."""
-        return residual + self.mixer(self.norm(residual), layout, state, record)
+        """Add what mixer and MLP make of the residual stream [B, S, d_model]."""
+        hidden = self.norm(residual)
+        if isinstance(self.mixer, Attention):
+            assert layout.sight is not None, "the configuration has attention layers"
+            mixed = self.mixer(hidden, layout.sight, state)
+        else:
+            mixed = self.mixer(hidden, layout, state, record)
+        residual = residual + mixed
+        if self.mlp is None:
+            return residual
+        return residual + self.mlp(hidden if self.norm2 is None else self.norm2(residual))
 
 
 class MambaStudentPreTrainedModel(PreTrainedModel):
@@ -209,6 +249,10 @@ class MambaStudentPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         if isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
+        if isinstance(module, Attention):
+            reset_output_projection(module.out_proj, self.config)
+        if isinstance(module, MLP):
+            reset_output_projection(module.fc2, self.config)
 
 
 class MambaStudentModel(MambaStudentPreTrainedModel):
@@ -221,8 +265,11 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
     def __init__(self, config: MambaStudentConfig) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.num_layers))
-        self.norm_f = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+        self.positions = None
+        if config.num_positions:
+            self.positions = nn.Embedding(config.num_positions, config.d_model)
+        self.layers = nn.ModuleList(MambaLayer(config, one) for one in range(config.num_layers))
+        self.norm_f = norm_of(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -274,8 +321,9 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if two
-                names of the cache are, if a bidirectional student is asked for one, or if
-                gradient checkpointing is to run with one.
+                names of the cache are, if a bidirectional student is asked for one, if gradient
+                checkpointing is to run with one, if mixers are asked for where some are attention,
+                or if a text is longer than the table of positions.
             TypeError: for an unknown keyword.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -290,7 +338,7 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
         residual = cast(
             Tensor, self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         )
-        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        residual = _widened(residual)
         mask = None if attention_mask is None else attention_mask.bool()
         if seq_idx is None:
             seq_idx = documents_of(position_ids, cache)
@@ -299,12 +347,18 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
         turned = None if cache is None else mask
         if turned is not None:
             residual, seq_idx, mask = _padded_on_the_right(residual, seq_idx, turned)
-        layout = self._layout(residual, mask, seq_idx)
+        layout = self._layout(residual, mask, seq_idx, cache)
+        if self.positions is not None and layout.sight is not None:
+            residual = residual + self._position_rows(layout.sight)
+        if output_mixers and self.config.attn_layer_idx:
+            raise ValueError("a student with attention layers has no scan in each to be recorded")
         record: list[RecordedMixer] | None = [] if output_mixers else None
         streams = [residual]
         for layer_idx, layer in enumerate(self.layers):
-            state = None if cache is None else LayerState(cache, layer_idx)
+            state = None if cache is None else layer.state_of(cache, layer_idx)
             streams.append(layer(streams[-1], layout, state, record))
+        if cache is not None and layout.sight is not None:
+            cache.visible = layout.sight.visible  # pyright: ignore[reportAttributeAccessIssue]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         kept = [self.norm_f(streams[-1]), *(streams if output_hidden_states else ())]
@@ -316,6 +370,37 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             hidden_states=tuple(kept[1:]) or None,
             mixers=None if record is None else tuple(record),
         )
+
+    def fed(
+        self,
+        states: Mapping[int, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        seq_idx: Tensor | None = None,
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """What each layer makes of a given state, by itself and not of what those below it made.
+
+        Args:
+            states: [B, S, d_model] before a layer, by layer; those of the first are the student's
+                own embeddings, and are not given.
+            input_ids: [B, S] integers.
+            attention_mask: [B, S], nonzero at real positions.
+            seq_idx: [B, S] integers that number the samples packed into one row, or none.
+
+        Returns:
+            [B, S, d_model] before and behind each layer of `states`, and the first; what is
+            before carries no gradient.
+        """
+        embedded = _widened(self.embedding(input_ids))
+        layout = self._layout(embedded, attention_mask.bool(), seq_idx, None)
+        if self.positions is not None and layout.sight is not None:
+            embedded = embedded + self._position_rows(layout.sight)
+        given = {0: embedded.detach(), **states}
+        given = {index: state.to(embedded.dtype) for index, state in given.items()}
+        return {
+            index: (state, self.layers[index](state, layout, None))
+            for index, state in given.items()
+        }
 
     def _cache_for(self, use_cache: bool | None, cache: Cache | None) -> Cache | None:
         """The given cache, or a new one where one is asked for."""
@@ -330,12 +415,42 @@ class MambaStudentModel(MambaStudentPreTrainedModel):
             )
         return DynamicCache(config=self.config) if cache is None else cache
 
-    def _layout(self, rows: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Layout:
+    def _layout(
+        self, rows: Tensor, mask: Tensor | None, seq_idx: Tensor | None, cache: Cache | None
+    ) -> Layout:
+        sight = None
+        if self.config.attn_layer_idx or self.positions is not None:
+            sight = Sight.of(
+                self.config.attention,
+                rows.shape[:2],
+                mask=mask,
+                seq_idx=seq_idx,
+                earlier=None if cache is None else _earlier(cache),
+                device=rows.device,
+            )
         if not self.config.bidirectional:
-            return Layout(seq_idx=seq_idx, mask=mask)
+            return Layout(seq_idx=seq_idx, mask=mask, sight=sight)
         is_real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         positions = reversed_positions(is_real if mask is None else mask)
-        return Layout(seq_idx=seq_idx, mask=mask, reversed_positions=positions)
+        return Layout(seq_idx=seq_idx, mask=mask, reversed_positions=positions, sight=sight)
+
+    def _position_rows(self, sight: Sight) -> Tensor:
+        """Of the table of positions, [B, S, d_model]."""
+        assert self.positions is not None, "the caller has looked"
+        num = self.config.num_positions
+        if not torch.compiler.is_compiling() and int(sight.positions.max()) >= num:
+            raise ValueError(f"a text is longer than the {num} positions that the student has")
+        return self.positions(sight.positions)
+
+
+def _widened(rows: Tensor) -> Tensor:
+    """The residual stream is float32 at least."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _earlier(cache: Cache) -> Tensor | None:
+    """Which earlier positions can still be seen, [B, K] bool; none at the start."""
+    return getattr(cache, "visible", None) if has_begun(cache) else None
 
 
 def _padded_on_the_right(

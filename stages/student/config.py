@@ -8,14 +8,37 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError, did_you_mean
+from teacher_cache.stages.student.attention_shape import AttentionShape
 from teacher_cache.stages.student.position_map import PositionMap
 
 ARCHITECTURES = ("mamba", "mamba2")
 POOLINGS = ("cls", "mean", "last")
 HEADS = ("mlp", "linear")
+CHOICES = {
+    "arch": ARCHITECTURES,
+    "pooling": POOLINGS,
+    "head": HEADS,
+    "mlp": ("gated", "plain"),
+    "mlp_activation": tuple(ACT2FN),
+    "norm": ("rms", "layer"),
+    "conv_activation": ("silu", "none"),
+}
+PLAIN: dict[str, Any] = {
+    "inner_width": None,
+    "d_intermediate": 0,
+    "norm": "rms",
+    "proj_bias": False,
+    "conv_activation": "silu",
+    "gated_norm": True,
+    "attn_layer_idx": (),
+    "num_positions": 0,
+    "head_bias": False,
+}
+"""What a student of Mamba's own layers has."""
 SIZES = (
     "vocab_size",
     "d_model",
@@ -100,6 +123,20 @@ class MambaStudentConfig(PreTrainedConfig):
         dt_init_floor: no initial step size is below this.
         A_init_range: lowest and highest initial decay rate of Mamba-2, or the one of all heads.
         norm_epsilon: added to the mean square in every norm.
+        inner_width: the mixers' inner width D; `expand * d_model` if none.
+        d_intermediate: width of an MLP behind each mixer; 0 for none.
+        mlp: "gated" (as mamba_ssm's: one half times the activation of the other) or "plain".
+        mlp_activation: of the MLP, by transformers' name.
+        mlp_bias: whether its two projections have one.
+        parallel_mlp: whether mixer and MLP read one norm and are added together.
+        norm: "rms" or "layer", of the residual stream.
+        proj_bias: whether Mamba-2's projections have one.
+        conv_activation: what follows Mamba-2's convolution: "silu" or "none".
+        gated_norm: whether Mamba-2 normalises what is gated.
+        attn_layer_idx: layers whose mixer is attention, counted from 0.
+        attn_cfg: `AttentionShape.to_dict()`, of these layers; that of `d_model` if none.
+        num_positions: rows of a table of positions that is added to the embeddings; 0 for none.
+        head_bias: whether a language model's head has one.
         pooling: "cls" and "last" read the last real position after `position_map`, "mean" the
             mean over all real positions.
         head: "mlp" (norm, linear, GELU, dropout, linear) or "linear" (dropout, linear).
@@ -135,6 +172,20 @@ class MambaStudentConfig(PreTrainedConfig):
     dt_init_floor: float = 1e-4
     A_init_range: float | list[float] | tuple[float, ...] = (1.0, 16.0)
     norm_epsilon: float = 1e-5
+    inner_width: int | None = None
+    d_intermediate: int = 0
+    mlp: str = "gated"
+    mlp_activation: str = "silu"
+    mlp_bias: bool = False
+    parallel_mlp: bool = False
+    norm: str = "rms"
+    proj_bias: bool = False
+    conv_activation: str = "silu"
+    gated_norm: bool = True
+    attn_layer_idx: list[int] | tuple[int, ...] = ()
+    attn_cfg: dict[str, Any] | None = None
+    num_positions: int = 0
+    head_bias: bool = False
     pooling: str = "cls"
     head: str = "mlp"
     dropout: float = 0.1
@@ -150,7 +201,22 @@ class MambaStudentConfig(PreTrainedConfig):
     @property
     def d_inner(self) -> int:
         """The mixers' inner width D."""
-        return self.expand * self.d_model
+        return self.inner_width or self.expand * self.d_model
+
+    @property
+    def attention(self) -> AttentionShape | None:
+        """Of the attention layers, if there are any."""
+        return AttentionShape.from_dict(self.attn_cfg or {}) if self.attn_layer_idx else None
+
+    @property
+    def num_residuals(self) -> int:
+        """How many projections add to one residual stream."""
+        return self.num_layers * (2 if self.d_intermediate else 1)
+
+    @property
+    def beyond_mamba(self) -> list[str]:
+        """Names of the fields by which it is more than Mamba's own layers of norm and mixer."""
+        return [name for name, plain in PLAIN.items() if getattr(self, name) != plain]
 
     @property
     def resolved_dt_rank(self) -> int:
@@ -165,18 +231,25 @@ class MambaStudentConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What transformers' caches keep for each layer: states, no keys and values."""
-        return ["linear_attention"] * self.num_layers
+        """What transformers' caches keep for each layer: states, or keys and values."""
+        return [
+            "full_attention" if layer in self.attn_layer_idx else "linear_attention"
+            for layer in range(self.num_layers)
+        ]
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the identity where no map is given, then do transformers' part of `__init__`."""
         if self.position_map is None:
             self.position_map = PositionMap().to_dict()
+        if self.attn_layer_idx and self.attn_cfg is None:
+            self.attn_cfg = AttentionShape.of_width(self.d_model).to_dict()
+        if self.num_positions:  # where transformers' tools look for the longest text
+            self.max_position_embeddings = self.num_positions
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Refuse unknown names and sizes that do not fit; runs at the end of `__init__`."""
-        for field, options in (("arch", ARCHITECTURES), ("pooling", POOLINGS), ("head", HEADS)):
+        for field, options in CHOICES.items():
             name = getattr(self, field)
             if name not in options:
                 raise UserError(
@@ -190,8 +263,10 @@ class MambaStudentConfig(PreTrainedConfig):
             raise UserError(f"The student's d_conv is {self.d_conv}: give 2 or more.")
         if self.dt_rank is not None and self.dt_rank < 1:
             raise UserError(f"The student's dt_rank is {self.dt_rank}: give 1 or more, or none.")
+        self.attn_layer_idx = tuple(self.attn_layer_idx)
         if self.arch == "mamba2":
             self._check_heads()
+        self._check_blocks()
         self._check_ranges()
         appended = PositionMap.from_dict(self.position_map or {}).token_id
         if appended is not None and not 0 <= appended < self.vocab_size:
@@ -213,6 +288,26 @@ class MambaStudentConfig(PreTrainedConfig):
                 f"The student's {inner // self.head_dim} heads do not divide into {self.ngroups} "
                 "groups: choose an ngroups that divides them."
             )
+
+    def _check_blocks(self) -> None:
+        """What surrounds and replaces mixers."""
+        if self.arch == "mamba":
+            for name in ("proj_bias", "conv_activation", "gated_norm"):
+                if getattr(self, name) != PLAIN[name]:
+                    raise UserError(f"The student's {name} is of arch mamba2, and it is mamba.")
+        beyond = [one for one in self.attn_layer_idx if not 0 <= one < self.num_layers]
+        if beyond:
+            raise UserError(
+                f"The student's attn_layer_idx names layer {beyond[0]}, and it has "
+                f"{self.num_layers}, 0 to {self.num_layers - 1}: name one of these."
+            )
+        if self.attn_layer_idx and self.bidirectional:
+            raise UserError(
+                "The student's attention layers read forwards, and it is bidirectional: leave one "
+                "of the two out."
+            )
+        if self.attention is not None:
+            self.attention.check()
 
     def _check_ranges(self) -> None:
         low_high = self.initial_decay_rates

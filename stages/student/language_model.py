@@ -71,13 +71,13 @@ class MambaStudentForCausalLM(MambaStudentPreTrainedModel, GenerationMixin):
                 "predict: leave bidirectional out."
             )
         self.backbone = MambaStudentModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     @property
     def output_head(self) -> LinearHead:
         """The head, as a loss takes it."""
-        return LinearHead(weight=self.lm_head.weight)
+        return LinearHead(weight=self.lm_head.weight, bias=self.lm_head.bias)
 
     @can_return_tuple
     def forward(

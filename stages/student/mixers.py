@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers import initialization as init
 
+from teacher_cache.stages.student.attention import Sight
 from teacher_cache.stages.student.config import MambaStudentConfig
 from teacher_cache.stages.student.norms import RMSNorm
 from teacher_cache.stages.student.position_map import real_first
@@ -41,11 +42,13 @@ class Layout:
             see it.
         reversed_positions: [B, S] int64, where each position of the reversed rows comes from; none
             where no mixer runs backwards.
+        sight: of attention layers; none where there are none.
     """
 
     seq_idx: Tensor | None = None
     mask: Tensor | None = None
     reversed_positions: Tensor | None = None
+    sight: Sight | None = None
 
     def reverse(self, rows: Tensor) -> Tensor:
         """The rows [B, S, ...] with their real part in reversed order; twice is the identity."""
@@ -150,13 +153,13 @@ def inverse_softplus_steps(like: Tensor, config: MambaStudentConfig) -> Tensor:
 
 
 def reset_output_projection(projection: nn.Linear, config: MambaStudentConfig) -> None:
-    """As torch starts a linear map, over the root of the number of layers that add to one residual.
+    """As torch starts a linear map, over the root of the number of maps that add to one residual.
 
     Args:
-        projection: from the inner width.
+        projection: to the residual stream.
         config: of the student.
     """
-    bound = 1 / math.sqrt(config.d_inner * config.num_layers)
+    bound = 1 / math.sqrt(projection.in_features * config.num_residuals)
     init.uniform_(projection.weight, -bound, bound)
 
 
@@ -169,10 +172,12 @@ class CausalConvolution(nn.Module):
     Args:
         channels: D.
         width: W.
+        activates: whether a SiLU follows.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, *, activates: bool = True) -> None:
         super().__init__()
+        self.activates = activates
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
@@ -184,7 +189,12 @@ class CausalConvolution(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None, initial_state: Tensor | None) -> Tensor:
         """Of [B, S, D]; `dispatch.convolve` says what the others are."""
         return dispatch.convolve(
-            x, self.weight, self.bias, seq_idx=seq_idx, initial_state=initial_state
+            x,
+            self.weight,
+            self.bias,
+            seq_idx=seq_idx,
+            initial_state=initial_state,
+            activates=self.activates,
         )
 
 
@@ -234,7 +244,8 @@ class Direction(nn.Module, ABC):
     def __init__(self, config: MambaStudentConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.conv1d = CausalConvolution(width, config.d_conv)
+        activates = config.conv_activation == "silu"
+        self.conv1d = CausalConvolution(width, config.d_conv, activates=activates)
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -458,10 +469,14 @@ class Mamba2(BothWays, Mamba2Direction):
         Mamba2Direction.__init__(self, config)
         # Order of the projection's outputs: z, xBC, dt.
         self.widths = (config.d_inner, len(self.conv1d.bias), self.num_heads)
-        self.in_proj = nn.Linear(config.d_model, sum(self.widths), bias=False)
+        self.in_proj = nn.Linear(config.d_model, sum(self.widths), bias=config.proj_bias)
         self.reverse = Mamba2Direction(config) if config.bidirectional else None
-        self.norm = RMSNorm(config.d_inner, epsilon=config.norm_epsilon, num_groups=config.ngroups)
-        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        self.norm = None
+        if config.gated_norm:
+            self.norm = RMSNorm(
+                config.d_inner, epsilon=config.norm_epsilon, num_groups=config.ngroups
+            )
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.proj_bias)
 
     def projected(self, hidden: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """XBC and dt, and z [B, S, H P]."""
@@ -469,5 +484,5 @@ class Mamba2(BothWays, Mamba2Direction):
         return (xBC, dt), z
 
     def gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """By a norm over the gated."""
-        return self.norm(y, gate=z)
+        """By a norm over the gated, or by SiLU alone."""
+        return y * F.silu(z) if self.norm is None else self.norm(y, gate=z)

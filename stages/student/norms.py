@@ -12,6 +12,22 @@ from torch.autograd.function import once_differentiable
 from teacher_cache.stages.student.scans.recorded import plain_operators
 
 
+class LayerNorm(nn.LayerNorm):
+    """Of the last dimension, in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise [..., D], in the weight's dtype."""
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        normed = F.layer_norm(
+            input.to(dtype),
+            self.normalized_shape,
+            self.weight.to(dtype),
+            self.bias.to(dtype),
+            self.eps,
+        )
+        return normed.to(self.weight.dtype)
+
+
 class RMSNorm(nn.Module):
     """Divide by the root mean square of the last dimension, times a weight; in float32.
 

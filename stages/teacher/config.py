@@ -89,8 +89,8 @@ class LayersConfig(StageConfig):
         description="States to cache besides the logits (float16), comma-separated: none; pooled, "
         "the vector that the teacher's classification head reads, for train-student "
         "--pooled-weight, and the pooled state of each token by itself, for --embeddings "
-        "teacher-states; last, each position's last state; numbers, its states behind these "
-        "layers, from 0.",
+        "teacher-states; last, each position's last state; numbers from 0, its states behind "
+        "these layers, or all.",
     )
     attention: Annotated[
         AttentionMode,

@@ -81,7 +81,8 @@ class LayerPlan:
             UserError: if the teacher gives no maps or states, or not those of a layer asked for.
         """
         source = None if config.attention == "none" else find_attention(teacher)
-        hidden = hidden_options(config)
+        text_config = teacher.model.config.get_text_config()
+        hidden = hidden_options(config).numbered(getattr(text_config, "num_hidden_layers", 0))
         widths, at_layers = _states_of(hidden, teacher)
         return cls(
             attention=None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.codecs.config import DEFAULT_CODEC, CodecConfig
@@ -59,11 +59,19 @@ class HiddenOptions:
         pooled: what a classification head reads.
         last: each position's last state.
         layers: each position's states behind these, ascending, from 0.
+        all_layers: whether those behind every layer are asked for.
     """
 
     pooled: bool = False
     last: bool = False
     layers: tuple[int, ...] = ()
+    all_layers: bool = False
+
+    def numbered(self, num_layers: int) -> HiddenOptions:
+        """With the numbers of a teacher's layers in place of `all_layers`."""
+        if not self.all_layers:
+            return self
+        return replace(self, layers=tuple(range(num_layers)), all_layers=False)
 
     def named(self) -> str | None:
         """In one order, for the fingerprint; None where nothing is asked for."""
@@ -81,15 +89,16 @@ def hidden_options(config: LayersConfig) -> HiddenOptions:
         return HiddenOptions()
     parts = [part.strip() for part in config.hidden.split(",")]
     numbers = [part for part in parts if part.isdecimal()]
-    if set(parts) - {"pooled", "last", *numbers}:
+    if set(parts) - {"pooled", "last", "all", *numbers}:
         raise UserError(
-            f"--hidden is {config.hidden!r}, expected none or, comma-separated, pooled, last and "
-            "numbers of layers from 0, as in last,0,5"
+            f"--hidden is {config.hidden!r}, expected none or, comma-separated, pooled, last, all "
+            "and numbers of layers from 0, as in last,0,5"
         )
     return HiddenOptions(
         pooled="pooled" in parts,
         last="last" in parts,
         layers=tuple(sorted({int(number) for number in numbers})),
+        all_layers="all" in parts,
     )
 
 

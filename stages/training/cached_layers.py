@@ -30,7 +30,7 @@ from teacher_cache.stages.training.layers import (
     layer_pairs,
     shown,
 )
-from teacher_cache.stages.training.terms import AttentionMaps, HiddenStates, Term
+from teacher_cache.stages.training.terms import AttentionMaps, HiddenStates, LayersAlone, Term
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,13 @@ class CachedLayers:
         """
         if not config.transfers:
             return None
-        if config.transfer_schedule == "staged" and num_processes() > 1:
+        if config.transfer_schedule != "together" and num_processes() > 1:
             # Data parallelism waits for a gradient of every weight that the forward pass used, and
             # one of zeros would let weight decay and momentum move what its stage leaves alone.
             raise UserError(
-                "--transfer-schedule staged trains in one process, and torchrun started "
-                f"{num_processes()}: start one, or give --transfer-schedule together"
+                f"--transfer-schedule {config.transfer_schedule} trains in one process, and "
+                f"torchrun started {num_processes()}: start one, or give --transfer-schedule "
+                "together"
             )
         codec = _codec(config, student, reader) if config.attention_weight else None
         return cls(
@@ -79,7 +80,36 @@ class CachedLayers:
             codec=codec,
             maps=None if codec is None else _maps(config, student, codec),
             hidden=_hidden(config, student, reader) if config.hidden_weight else None,
-        )
+        )._checked(student, reader)
+
+    def _checked(self, student: ArchitectureConfig, reader: CacheReader) -> CachedLayers:
+        """Itself.
+
+        Raises:
+            UserError: where layers are to learn alone and are no copies, or the cache lacks some;
+                and where maps are matched with mixers that have none.
+        """
+        if self.maps is not None and student.attention_layers:
+            raise UserError(
+                "--attention-weight matches mixing matrices of scans, and --layers keeps attention "
+                "in some layers: leave one of the two out"
+            )
+        if not self._is_layerwise:
+            return self
+        if not student.copies_teacher:
+            raise UserError(
+                "--transfer-schedule layerwise feeds each layer its teacher's state, and the "
+                "student's layers are not its teacher's: give --init teacher, or another schedule"
+            )
+        assert self.hidden is not None, "the options were checked"
+        cached = {pair.teacher for pair in self.hidden.pairs}
+        if cached != set(range(student.num_layers)):
+            raise UserError(
+                f"--transfer-schedule layerwise needs the states behind all {student.num_layers} "
+                f"layers, and {reader.cache} holds those of {len(cached)}: make a cache with "
+                "--hidden all"
+            )
+        return self
 
     @property
     def hidden_widths(self) -> dict[int, int]:
@@ -101,11 +131,18 @@ class CachedLayers:
         """What a student with this position map learns of them."""
         transfer = self.transfer(position_map)
         terms: list[Term] = [] if self.maps is None else [AttentionMaps(transfer=transfer)]
-        return terms if self.hidden is None else [*terms, HiddenStates(transfer=transfer)]
+        if self.hidden is None:
+            return terms
+        kind = LayersAlone if self._is_layerwise else HiddenStates
+        return [*terms, kind(transfer=transfer)]
+
+    @property
+    def _is_layerwise(self) -> bool:
+        return self.config.transfer_schedule == "layerwise"
 
     def projections(self, d_model: int, *, seed: int) -> list[LayerProjections]:
-        """What learns beside a student of this width: none where no states are matched."""
-        if self.hidden is None:
+        """What learns beside a student of this width: none where states are matched as they are."""
+        if self.hidden is None or self._is_layerwise:
             return []
         return [LayerProjections(d_model, widths=self.hidden_widths, seed=seed)]
 

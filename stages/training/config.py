@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from teacher_cache.cache.errors import did_you_mean
@@ -24,9 +25,35 @@ from teacher_cache.stages.join.config import JoinConfig, ProjectionConfig
 from teacher_cache.stages.losses.config import OF_CLASSIFIERS, ObjectiveConfig, TransferConfig
 
 MAMBA_ARCHITECTURES = ("mamba", "mamba2")
+MIXERS = (*MAMBA_ARCHITECTURES, "attention")
 PRETRAINED = "hf:"
 UnlabeledFrom = Literal["all", "corpus", "views", "labeled-views"]
 SHAPES_CLASSIFIERS = replace(OF_CLASSIFIERS, is_idle=False)
+
+
+def layer_kinds(value: Any) -> Any:
+    """`mamba2:0-5,attention:6` as mixer, first and last layer of each part."""
+    if not isinstance(value, str):
+        return value
+    found: list[tuple[str, int, int]] = []
+    for part in filter(None, (one.strip() for one in value.split(","))):
+        match = re.fullmatch(r"([\w-]+)\s*:\s*(\d+)(?:\s*-\s*(\d+))?", part)
+        first, last = (-1, -1) if match is None else (int(match[2]), int(match[3] or match[2]))
+        if match is None or match[1] not in MIXERS or last < first:
+            raise PydanticCustomError(
+                "no_layers",
+                "{part} is no part of --layers: give mixers ({mixers}) and their layers, as in "
+                "mamba2:0-5,attention:6",
+                {"part": part, "mixers": ", ".join(MIXERS)},
+            )
+        if any(first <= other and last >= start for _, start, other in found):
+            raise PydanticCustomError(
+                "layer_twice",
+                "{part} names a layer that another part of --layers has named: name each once",
+                {"part": part},
+            )
+        found.append((match[1], first, last))
+    return tuple(found)
 
 
 class ArchitectureConfig(StageConfig):
@@ -44,6 +71,32 @@ class ArchitectureConfig(StageConfig):
     d_state: int = Field(default=48, ge=1, description="State size N of each channel.")
     head_dim: int = Field(
         default=96, ge=1, description="Width P of a head of Mamba-2; divides expand * d_model."
+    )
+    d_intermediate: int = Field(
+        default=0, ge=0, description="Width of a gated MLP behind each mixer; 0 for none."
+    )
+    layers: Annotated[tuple[tuple[str, int, int], ...], BeforeValidator(layer_kinds)] = Field(
+        default=(),
+        description="Mixers by layer, from 0, as in mamba2:0-5,attention:6; layers that are not "
+        "named have that of --arch. Default: all have.",
+    )
+    init: Annotated[
+        Literal["random", "teacher"],
+        Of(
+            task="lm",
+            elsewhere="{flag} {value} copies a causal language model, and the cache is of a "
+            "classifier: leave {flag} out",
+        ),
+    ] = Field(
+        default="random",
+        description="What a Mamba-2's layers start from: random values, or the teacher's "
+        "(docs/training.md), whose sizes they then have; attention stays where --layers keeps it, "
+        "else it becomes a mixer.",
+    )
+    teacher_folder: Path | None = Field(
+        default=None,
+        description="Folder of the teacher for --init teacher; its weights must be those that "
+        "made the cache. Default: where the cache says it was.",
     )
     bidirectional: Annotated[bool, OF_CLASSIFIERS] = Field(
         default=False, description="Scan the reversed text too, in every layer."
@@ -66,11 +119,82 @@ class ArchitectureConfig(StageConfig):
         return self.arch.removeprefix(PRETRAINED) if self.arch.startswith(PRETRAINED) else None
 
     def shape(self, task: str) -> dict[str, Any]:
-        """What makes a Mamba of this task, by `MambaStudentConfig`'s names."""
-        of_another = {name for name, owner in owners(type(self)).items() if owner.task != task}
-        return self.model_dump(
-            exclude=of_another | ({"head_dim"} if self.arch == "mamba" else set())
-        )
+        """What makes a Mamba of this task with random weights, by `MambaStudentConfig`'s names."""
+        left_out = {name for name, owner in owners(type(self)).items() if owner.task != task}
+        left_out |= {"layers", "init", "teacher_folder"}
+        if self.arch == "mamba":
+            left_out.add("head_dim")
+        if not self.d_intermediate:  # older runs know no such name
+            left_out.add("d_intermediate")
+        shape = self.model_dump(exclude=left_out)
+        kept = self.attention_layers
+        return shape | {"attn_layer_idx": kept} if kept else shape
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The layers whose mixer is attention."""
+        return [
+            layer
+            for kind, first, last in self.layers
+            for layer in range(first, last + 1)
+            if kind == "attention"
+        ]
+
+    @property
+    def copies_teacher(self) -> bool:
+        """Whether its layers, and so its sizes, are the teacher's."""
+        return self.init == "teacher"
+
+    @model_validator(mode="after")
+    def _names_layers_that_are_there(self) -> ArchitectureConfig:
+        beyond = [last for _, _, last in self.layers if last >= self.num_layers]
+        if beyond and not self.copies_teacher:
+            raise PydanticCustomError(
+                "no_such_layer",
+                "--layers names layer {layer}, and the student has {num}, counted from 0: name one "
+                "of these, or give --num-layers",
+                {"layer": beyond[0], "num": self.num_layers},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_mixers_of_its_kind(self) -> ArchitectureConfig:
+        others = sorted({kind for kind, _, _ in self.layers} - {self.arch, "attention"})
+        if others:
+            raise PydanticCustomError(
+                "other_mixers",
+                "--layers names {other}, and --arch is {arch}: a student has mixers of one kind, "
+                "and attention",
+                {"other": others[0], "arch": self.arch},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_sizes_of_what_it_copies(self) -> ArchitectureConfig:
+        if not self.copies_teacher:
+            if self.teacher_folder is not None:
+                raise PydanticCustomError(
+                    "copies_nothing",
+                    "--teacher-folder is of --init teacher, which is not given: give it too, or "
+                    "leave --teacher-folder out",
+                )
+            return self
+        if self.arch != "mamba2":
+            raise PydanticCustomError(
+                "no_such_copy",
+                "--init teacher makes a Mamba-2 of the teacher's layers, and --arch is {arch}: "
+                "leave one of the two out",
+                {"arch": self.arch},
+            )
+        sizes = {"d_model", "num_layers", "expand", "d_state", "head_dim", "d_intermediate"}
+        given = sizes & self.model_fields_set
+        if given:
+            raise PydanticCustomError(
+                "has_sizes",
+                "--init teacher takes the teacher's sizes: leave {options} out",
+                {"options": _flags(given)},
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_heads_where_they_are_sized(self) -> ArchitectureConfig:
@@ -223,8 +347,18 @@ class TrainStudentConfig(ComposedConfig):
         return self
 
     @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> TrainStudentConfig:
+        if self.student.copies_teacher and self.training.embeddings != "random":
+            raise PydanticCustomError(
+                "two_starts",
+                "--init teacher brings the teacher's embeddings as they are: leave --embeddings "
+                "out",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _does_not_stop_before_it_begins(self) -> TrainStudentConfig:
-        is_staged = self.transfer.transfer_schedule == "staged"
+        is_staged = self.transfer.transfer_schedule != "together"
         if self.training.early_stopping is not None and is_staged:
             raise PydanticCustomError(
                 "stops_early",

@@ -42,6 +42,7 @@ from teacher_cache.stages.training.auxiliaries import (
 )
 from teacher_cache.stages.training.cached_layers import CachedLayers
 from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.copied_teacher import teacher_to_copy
 from teacher_cache.stages.training.data import ordered_data
 from teacher_cache.stages.training.held_out import HeldOutTokens
 from teacher_cache.stages.training.layers import Schedule
@@ -72,7 +73,9 @@ class LanguageModelStudents(StudentTask):
         super().__init__(config, readers)
         self._codec = codec_from(readers[0].manifest.settings["codec"])
         require_temperature(self._codec, config.objective.temperature)
-        self._layers = CachedLayers.of(config.transfer, config.student, readers[0])
+        self._start = teacher_to_copy(config.student, readers[0])
+        architecture = config.student if self._start is None else self._start.architecture
+        self._layers = CachedLayers.of(config.transfer, architecture, readers[0])
 
     @classmethod
     def described(cls, name: str) -> PreTrainedConfig:
@@ -190,7 +193,8 @@ class LanguageModelStudents(StudentTask):
     def _mamba(self, joined: Joined, recorded: dict[str, Any]) -> StartingStudent:
         """One whose table has the ids of the tokenizer."""
         tokenizer = joined.tokenizer
-        shape = self._config.student.shape(self.name)
+        start = self._start
+        shape = self._config.student.shape(self.name) if start is None else start.shape
         pad_id = filler_id(tokenizer)
         student_config = MambaStudentConfig(
             vocab_size=max(tokenizer.get_vocab().values()) + 1,
@@ -207,6 +211,9 @@ class LanguageModelStudents(StudentTask):
                 "has others: leave the option out"
             )
         taken = {} if random else take_embeddings(model, config, joined)
+        if start is not None:
+            start.copy_into(model, is_same=joined.alignment.kind == "same")
+            taken |= start.settings
         return StartingStudent(
             model=model,
             pad_id=pad_id,

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.losses.config import LAST_STATES, AttentionLoss, TransferConfig
-from teacher_cache.stages.losses.layers import attention_distance, hidden_distance, normalised_rows
+from teacher_cache.stages.losses.layers import (
+    added_distance,
+    attention_distance,
+    hidden_distance,
+    normalised_rows,
+)
+from teacher_cache.stages.student.backbone import MambaStudentModel
 from teacher_cache.stages.student.mixing_matrices import chosen_units, mean_absolute_mixing
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.scans.recorded import RecordedMixer
@@ -260,6 +266,11 @@ class HiddenTransfer:
     fields: tuple[str, ...]
     widths: tuple[int, ...]
 
+    @property
+    def by_pair(self) -> Iterator[tuple[LayerPair, str]]:
+        """Each pair and its field."""
+        return zip(self.pairs, self.fields, strict=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedRows:
@@ -380,8 +391,28 @@ class Transfer:
         assert self.hidden is not None, "states are matched"
         sources = self.position_map.sources(batch["attention_mask"].bool())
         distances: list[Tensor] = []
-        for pair, name in zip(self.hidden.pairs, self.hidden.fields, strict=True):
+        for pair, name in self.hidden.by_pair:
             num = len(batch[name])  # 0 in a share without samples
             states = projected[pair.student][:num]
             distances.append(hidden_distance(states, batch[name], sources[:num]).sum())
+        return torch.stack(distances).sum()
+
+    def distances_alone(self, backbone: MambaStudentModel, batch: Mapping[str, Tensor]) -> Tensor:
+        """Of each layer that is fed the teacher's state before it, the sum over positions.
+
+        Args:
+            backbone: of the student, whose layers are the teacher's.
+            batch: with the states behind all of the teacher's layers, in its order.
+        """
+        assert self.hidden is not None, "states are matched"
+        behind = {pair.teacher: batch[name] for pair, name in self.hidden.by_pair}
+        before = {i + 1: one for i, one in behind.items() if i + 1 in behind}
+        real = batch["attention_mask"].bool()
+        fed = backbone.fed(
+            before, batch["input_ids"], batch["attention_mask"], batch.get("seq_idx")
+        )
+        distances = [
+            added_distance(made[real], behind[i][real], given[real]).sum()
+            for i, (given, made) in fed.items()
+        ]
         return torch.stack(distances).sum()

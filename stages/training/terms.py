@@ -202,6 +202,33 @@ class HiddenStates(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayersAlone(Term):
+    """Each layer fed the teacher's state before it, against the one behind it: mean over states.
+
+    Bick et al. 2024, section 3.2, arXiv:2408.10189.
+
+    Attributes:
+        transfer: with hidden states of neighbouring layers.
+    """
+
+    transfer: Transfer
+    stage = "hidden"
+    is_held_out = False
+
+    def counted(self, student: Any, batch: Mapping[str, Tensor]) -> StepTotals:
+        """States of positions and layers."""
+        return StepTotals(num_hidden_states=self.transfer.num_hidden_states(batch))
+
+    def share(self, heard: Heard, totals: StepTotals) -> Share:
+        """How far what they add is from what the teacher's add."""
+        student: Any = heard.student
+        total = self.transfer.distances_alone(student.backbone, heard.batch)
+        value = total / max(1, totals.num_hidden_states)
+        weight = self.transfer.config.hidden_weight
+        return Share(name="layers", kind="all", weight=weight, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunks(Term):
     """Likelihoods of chunks of text against the teacher's, mean over the chunks of each kind.
 

@@ -160,6 +160,7 @@ SWITCHES: dict[str, tuple[str, set[str]]] = {
 APART = {"cache", "out", "student_tokenizer", "max_length", "epochs", "device", "report_to", "arch"}
 APART |= {"jsd_beta", "skew_alpha"}  # of their divergences, and the base has neither
 APART |= {"align", *ProjectionConfig.model_fields}  # of language models, in test_train_aligned
+APART |= {"d_intermediate", "layers", "init", "teacher_folder"}  # in test_copied_teacher
 APART |= {"unlabeled_from"}  # of the unlabelled samples, which take no part in the base
 # They need a cache of maps and states: tests/stages/training/transfer/test_training.py.
 APART |= set(TransferConfig.model_fields)

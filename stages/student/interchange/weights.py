@@ -41,8 +41,13 @@ def refuse_students(config: MambaStudentConfig, *, target: str) -> None:
     """Refuse to move a student that `target` has no place for.
 
     Raises:
-        UserError: for both directions.
+        UserError: for both directions, and for what no Mamba has.
     """
+    if config.beyond_mamba:
+        raise UserError(
+            f"{target} has no place for what this student has beyond Mamba's own layers "
+            f"({', '.join(config.beyond_mamba)}): move one without."
+        )
     if config.bidirectional:
         raise UserError(
             f"{target} has no bidirectional mixers, so this student cannot be moved there: train "

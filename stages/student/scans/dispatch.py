@@ -183,6 +183,7 @@ def convolve(
     *,
     seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
+    activates: bool = True,
 ) -> Tensor:
     """SiLU of the causal convolution per channel: causal-conv1d's kernel, or `causal_conv`.
 
@@ -192,6 +193,7 @@ def convolve(
         bias: [D] or none.
         seq_idx: [B, S] integers; taps do not reach across a change of value.
         initial_state: [B, W - 1, D] inputs before the first position; zeros if none.
+        activates: False for the convolution without its SiLU.
 
     Returns:
         [B, S, D] in x's dtype.
@@ -200,9 +202,9 @@ def convolve(
     if initial_state is None:
         kernel = _choose("convolution", kernels.CONVOLUTION, x, kernels.convolution_limit(weight))
     if kernel is not None:
-        return kernels.convolve(kernel, x, weight, bias, seq_idx=seq_idx)
+        return kernels.convolve(kernel, x, weight, bias, seq_idx=seq_idx, activates=activates)
     y = causal_conv(x, weight, bias, seq_idx=seq_idx, initial_state=initial_state)
-    return F.silu(y).to(x.dtype)
+    return (F.silu(y) if activates else y).to(x.dtype)
 
 
 def _choose(

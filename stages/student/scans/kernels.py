@@ -156,6 +156,7 @@ def convolve(
     bias: Tensor | None,
     *,
     seq_idx: Tensor | None,
+    activates: bool = True,
 ) -> Tensor:
     """The convolution and its SiLU by `causal_conv1d_fn`; arguments as in `dispatch.convolve`."""
     with torch.autocast(x.device.type, enabled=False):
@@ -164,7 +165,7 @@ def convolve(
             weight[:, 0],
             None if bias is None else bias.to(weight.dtype),
             seq_idx=None if seq_idx is None else _segments(seq_idx),
-            activation="silu",
+            activation="silu" if activates else None,
         )
     return _AlignedGradient.apply(y.mT)
 

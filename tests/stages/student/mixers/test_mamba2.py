@@ -28,7 +28,7 @@ def test_parameters_have_mamba_ssms_names_and_shapes() -> None:
 
 def test_starts_as_mamba_ssm_does() -> None:
     fresh = started_mixer("mamba2", expand=12, head_dim=4)  # 768 heads
-    assert isinstance(fresh, Mamba2)
+    assert isinstance(fresh, Mamba2) and fresh.norm is not None
     dt = torch.nn.functional.softplus(fresh.dt_bias)
     assert dt.min() * 1.001 >= 0.001 and dt.max() <= 0.1 * 1.001
     assert abs(dt.log().mean() - math.log(0.01)) < 0.2  # uniform in the logarithm
@@ -41,7 +41,7 @@ def test_starts_as_mamba_ssm_does() -> None:
 
 def test_forward_is_the_recurrence_written_out() -> None:
     module = small_mixer("mamba2", ngroups=2)
-    assert isinstance(module, Mamba2)
+    assert isinstance(module, Mamba2) and module.norm is not None
     hidden = torch.randn(2, 11, 8, dtype=torch.float64)
     z, xBC, dt = module.in_proj(hidden).split((16, 16 + 12, 4), dim=-1)
     padded = torch.cat((torch.zeros(2, 3, 28, dtype=torch.float64), xBC), dim=1)
