@@ -29,7 +29,6 @@ from teacher_cache.cache.commit import write_bytes_atomically, write_json_atomic
 from teacher_cache.pipeline.reporting import quiet_libraries, reported
 from teacher_cache.stages import cache_teacher, train_student
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
-from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 RESULTS, WORK = Path("benchmarks/results"), Path("runs/start")
@@ -92,7 +91,7 @@ def cached(folder: Path, effort: Effort, work: Path) -> Path:
         name="austen",
         teacher=str(folder),
         device="cpu",
-        labeled=CorpusConfig(**(chapters.model_dump() | {"labeled": True})),
+        labeled=chapters.model_copy(update={"labeled": True}),
         max_length=128,
         hidden="all",
         out=work / "cache",

@@ -31,6 +31,10 @@ _LLAMA3: dict[str, Any] = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 _HALF: dict[str, Any] = {"partial_rotary_factor": 0.5}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
@@ -39,6 +43,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     "mistral with a window": MistralConfig(**_SIZES, sliding_window=8),
     "qwen2": Qwen2Config(**_SIZES),
+    "qwen2 with yarn": Qwen2Config(**_SIZES, rope_parameters=_YARN),
     "qwen3": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
     "granite": GraniteConfig(
         **_SIZES, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3,
