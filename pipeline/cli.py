@@ -268,13 +268,15 @@ def predict(*, run: Path, text: str, **given: Any) -> None:
 @_command("export", USING)
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    out: Annotated[Path, typer.Argument(help="The file to write, or the folder.")],
     to: Annotated[
         str,
         typer.Option(
-            help="gguf, a language model with its tokenizer, which llama.cpp runs; onnx, any Mamba "
-            "student, which onnxruntime runs; or html, a classifier as a page that reads what is "
-            "typed in a browser."
+            help="transformers, a folder that it loads without this package (a classifier's with "
+            "code of its own); mamba-ssm, such a folder of a language model; gguf, a language "
+            "model with its tokenizer, which llama.cpp runs; onnx, any Mamba student, which "
+            "onnxruntime runs; or html, a classifier as a page that reads what is typed in a "
+            "browser."
         ),
     ],
     ids_only: Annotated[
@@ -282,7 +284,7 @@ def export(
         typer.Option(help="Leave the tokenizer out of a gguf: it takes and gives token ids."),
     ] = False,
 ) -> None:
-    """Write a trained student as one file that other programs run."""
+    """Write a trained student as a file or folder that other programs run."""
     with reported():
         from teacher_cache.pipeline import commands
 
@@ -292,12 +294,12 @@ def export(
 
 @_command("report", LOOKING)
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, compared.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page. Default: report.html in the run's folder.")
+        Path | None, typer.Option(help="The page. Default: report.html in the first run's folder.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Where the run's cache lies now. Default: as the run says.")
+        Path | None, typer.Option(help="Where the runs' cache lies now. Default: as they say.")
     ] = None,
     sample: Annotated[
         list[str] | None,
@@ -307,18 +309,21 @@ def report(
         ),
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="Show these figures too: `pipe evaluate --json` wrote them.")
+        Path | None,
+        typer.Option(
+            help="Compare by these figures, which `pipe evaluate --json` wrote. Default: the runs "
+            "are evaluated on what they held out of their cache."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's curves, figures, cache and attention maps as one HTML page."""
+    """Write runs' result, curves, disagreements, cost and cache as one HTML page."""
     with reported():
-        from teacher_cache.pipeline.report.report import REPORT_NAME, ReportOptions, write_report
+        from teacher_cache.pipeline import commands
+        from teacher_cache.pipeline.report.report import REPORT_NAME, ReportOptions
 
         quiet_libraries()
-        options = ReportOptions(run=run, cache=cache, samples=sample or (), evaluation=evaluation)
-        page = out or run / REPORT_NAME
-        write_report(options, page)
-        console.print(f"✓ report {page}", style="green", soft_wrap=True)
+        options = ReportOptions(runs=runs, cache=cache, samples=sample or (), evaluation=evaluation)
+        commands.report(options, out or runs[0] / REPORT_NAME)
 
 
 @_command("run", TRAINING)

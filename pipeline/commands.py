@@ -35,6 +35,7 @@ from teacher_cache.pipeline.presets import (
     with_own_cache,
 )
 from teacher_cache.pipeline.progress import StageOneProgress, TrainingProgress
+from teacher_cache.pipeline.report.report import ReportOptions, write_report
 from teacher_cache.pipeline.reporting import console
 from teacher_cache.pipeline.settings import (
     apply_settings,
@@ -65,15 +66,22 @@ from teacher_cache.stages.config import DeviceConfig, refuse_foreign_options
 from teacher_cache.stages.evaluation.runs import known_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
+from teacher_cache.stages.student.interchange.folders import write_mamba_ssm, write_transformers
 from teacher_cache.stages.student.interchange.llama_cpp import write_gguf
 from teacher_cache.stages.student.interchange.onnx import write_onnx
 from teacher_cache.stages.student.interchange.web_page import write_page
-from teacher_cache.stages.tasks import TASKS, KnownTask, task_named
+from teacher_cache.stages.tasks import TASKS, task_named
 from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 CACHES = Path("caches")
-EXPORTS = {"gguf": write_gguf, "html": write_page, "onnx": write_onnx}
+EXPORTS = {
+    "gguf": write_gguf,
+    "html": write_page,
+    "mamba-ssm": write_mamba_ssm,
+    "onnx": write_onnx,
+    "transformers": write_transformers,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +247,7 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
 
 
 def export(run: Path, out: Path, *, to: str, ids_only: bool = False) -> None:
-    """Write a student as a file of another format.
+    """Write a student as a file or folder of another format.
 
     Raises:
         UserError: if there is no such format, or the student has no counterpart in it.
@@ -256,6 +264,12 @@ def export(run: Path, out: Path, *, to: str, ids_only: bool = False) -> None:
         )
     EXPORTS[to](student.model, None if ids_only else student.tokenizer, out, source=str(run))
     console.print(f"✓ export {out}", style="green", soft_wrap=True)
+
+
+def report(options: ReportOptions, page: Path) -> None:
+    """Write what runs came to as a page."""
+    write_report(options, page, lambda text: console.print(text, style="dim"))
+    console.print(f"✓ report {page}", style="green", soft_wrap=True)
 
 
 def run_all(
@@ -284,7 +298,7 @@ def run_all(
     if "cache_teacher" not in content:
         raise UserError(f"--config {config} has no section cache_teacher: there is nothing to run")
     stages = _validated(content)
-    task = _refuse_early(stages)
+    _refuse_early(stages)
 
     teacher = stages.get("finetune_teacher")
     cache_options = stages["cache_teacher"]
@@ -305,11 +319,17 @@ def run_all(
         runs[name] = train_student(student.model_copy(update=update), name=name)
     if "evaluate" in stages and runs:
         _heading(console, "evaluation")
+        beside = next(iter(runs.values())).parent
+        figures = beside / f"{cache.name}-evaluation.json"
         evaluate(
-            with_own_cache(stages["evaluate"], task, cache),
+            with_own_cache(stages["evaluate"], cache),
             list(runs.values()),
-            json_file=next(iter(runs.values())).parent / f"{cache.name}-evaluation.json",
+            json_file=figures,
             names={folder.name: name for name, folder in runs.items()},
+        )
+        report(
+            ReportOptions(runs=list(runs.values()), cache=cache, evaluation=figures),
+            beside / f"{cache.name}-report.html",
         )
 
 
@@ -345,23 +365,18 @@ def _validated(content: Mapping[str, Any]) -> dict[str, Any]:
     return stages
 
 
-def _refuse_early(stages: Mapping[str, Any]) -> KnownTask:
-    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps.
-
-    Returns:
-        The task of the run.
-    """
+def _refuse_early(stages: Mapping[str, Any]) -> None:
+    """Refuse now what a stage would refuse when its turn comes, hours from now perhaps."""
     options = stages["cache_teacher"]
     if "finetune_teacher" in stages:
         options = options.model_copy(update={"teacher": options.teacher or "made by this run"})
     task = TASKS[resolve_cache_teacher(options).task]
     if "evaluate" in stages:
         to_come = Path("made by this run")
-        held_out_corpus(with_own_cache(stages["evaluate"], task, to_come), task)
+        held_out_corpus(with_own_cache(stages["evaluate"], to_come), task)
     for student in stages["students"].values():
         refuse_foreign_options(student, task=task.name)
         check_architecture(student.student, task.student)
-    return task
 
 
 def _heading(console: Console, text: str) -> None:

@@ -46,9 +46,6 @@ OF_LABELS = Of(
     elsewhere="{flag} is of classifiers: leave it out with language models, for which each token "
     "is the label of those before it",
 )
-OF_CACHES = Of(
-    task="lm", elsewhere="{flag} is of language models: give labelled documents with --data"
-)
 
 
 class DataOptions(StageConfig):
@@ -253,10 +250,10 @@ class EvaluateCommandOptions(ComposedConfig):
     corpus: Part[HeldOutOptions]
     text: Part[TextOptions]
     evaluation: Part[EvaluateOptions]
-    cache: Annotated[Path | None, OF_CACHES] = Field(
+    cache: Path | None = Field(
         default=None,
-        description="Of language models, in the place of --data: a cache, which needs no teacher; "
-        "of the one that a run was trained on, what it held out. Default: none.",
+        description="In the place of --data: a cache, which needs no teacher; of the one that a "
+        "run was trained on, what it held out. Default: none.",
     )
 
 

@@ -429,17 +429,14 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
     )
 
 
-def with_own_cache(
-    options: EvaluateCommandOptions, task: KnownTask, cache: Path
-) -> EvaluateCommandOptions:
-    """Where neither data nor a cache is named, the runs' own takes its place, if the task can.
+def with_own_cache(options: EvaluateCommandOptions, cache: Path) -> EvaluateCommandOptions:
+    """Where neither data nor a cache is named, the runs' own takes its place.
 
     Args:
         options: of the evaluation.
-        task: of the runs.
         cache: that they are trained from.
     """
-    if task.evaluates_own_cache and options.corpus.data is None and options.cache is None:
+    if options.corpus.data is None and options.cache is None:
         return options.model_copy(update={"cache": cache})
     return options
 

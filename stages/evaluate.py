@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.stages.evaluation.details import Details
 from teacher_cache.stages.evaluation.models import EvaluatedModel
 from teacher_cache.stages.evaluation.runs import (
     known_task,
@@ -36,18 +37,21 @@ class EvaluateResult:
         rows: classifiers' majority, teacher (unless there is none), then the runs as given; each of
             its task's kind (`Evaluation` or `LanguageModelEvaluation`).
         marks: by row, what a reader must know: a join that was let pass, say.
+        details: intervals, bins and disagreements; None of a task that gives none.
     """
 
     num_documents: int
     prompt: str | None = None
     rows: tuple[Any, ...]
     marks: dict[str, str]
+    details: Details | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As `pipe evaluate --json` writes it: without a prompt where nothing was written."""
+        """As `pipe evaluate --json` writes it: without what there is not."""
         figures = asdict(self)
-        if self.prompt is None:
-            del figures["prompt"]
+        for name in ("prompt", "details"):
+            if figures[name] is None:
+                del figures[name]
         return figures
 
 
@@ -64,8 +68,7 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
     """
     say = on_step or (lambda _: None)
     known = known_task(config.runs)
-    is_named = config.corpus is not None if config.cache is None else known.evaluates_own_cache
-    if not is_named:
+    if config.corpus is None and config.cache is None:
         raise UserError(known.needs_data)
     task = known.evaluation
     require_distinct_names(config.runs, task.row_names)
@@ -96,6 +99,7 @@ def run(config: EvaluateConfig, on_step: Callable[[str], None] | None = None) ->
         prompt=None if written is None else written.prompt,
         rows=tuple(replace(row, **costs.get(row.name, {})) for row in scored.rows),
         marks=_joined(tokenization_marks(config.runs), scored.marks),
+        details=scored.details,
     )
 
 

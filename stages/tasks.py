@@ -29,7 +29,6 @@ class KnownTask(ABC):
         takes_unlabeled: whether text without labels that comes with the data is taken unasked.
         of_fallback: options of `--data` that other data, listed in `--fallback`, is read without.
         of_fallback_preset: the same of a preset.
-        evaluates_own_cache: whether students can be evaluated on what they held out of their cache.
         has_codec: whether what the teacher says is kept by a codec, whose loss can be measured.
         needs_teacher: what is wrong with `--data NAME` that names no teacher.
         needs_data: of an evaluation.
@@ -44,7 +43,6 @@ class KnownTask(ABC):
     takes_unlabeled: ClassVar[bool]
     of_fallback: ClassVar[tuple[str, ...]]
     of_fallback_preset: ClassVar[tuple[str, ...]]
-    evaluates_own_cache: ClassVar[bool]
     has_codec: ClassVar[bool]
     needs_teacher: ClassVar[str]
     needs_data: ClassVar[str]
@@ -77,13 +75,15 @@ class Classification(KnownTask):
     takes_unlabeled = True
     of_fallback = ()
     of_fallback_preset = ("split", "text_column", "label_column", "label_names")
-    evaluates_own_cache = False
     has_codec = False
     needs_teacher = (
         "is no preset, so it names no teacher: give --teacher, the folder or hub id of a "
         "fine-tuned classifier"
     )
-    needs_data = "evaluate needs --data: labelled documents that the student has not seen"
+    needs_data = (
+        "evaluate needs --data: labelled documents that the student has not seen; or --cache, of "
+        "which it reads what the run held out"
+    )
 
     @property
     def teacher(self) -> type[Task[Any, Any]]:
@@ -119,7 +119,6 @@ class LanguageModeling(KnownTask):
     takes_unlabeled = False
     of_fallback = ("split",)
     of_fallback_preset = ("split",)
-    evaluates_own_cache = True
     has_codec = True
     needs_teacher = (
         "names no language model: give --teacher, the folder or hub id of a causal language model"

@@ -36,6 +36,16 @@ class Browser:
         """Open a file."""
         self._call("POST", "/url", {"url": page.resolve().as_uri()})
 
+    def emulate(self, *, width: int, scheme: str, height: int = 900) -> None:
+        """Be a screen of that size whose owner prefers `light` or `dark`."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        for command, values in (
+            ("Emulation.setDeviceMetricsOverride", size),
+            ("Emulation.setEmulatedMedia", media),
+        ):
+            self._call("POST", "/goog/cdp/execute", {"cmd": command, "params": values})
+
     def run(self, script: str) -> Any:
         """What a script returns."""
         return self._call("POST", "/execute/sync", {"script": script, "args": []})

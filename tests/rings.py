@@ -82,10 +82,14 @@ RINGS: dict[str, Ring] = {
     "tests/pipeline/test_labels.py::test_text_without_labels_is_enough": "ci",
     # Pages and pictures.
     "tests/pipeline/pictures/": "ci",
-    "tests/pipeline/report/": "ci",
+    "tests/pipeline/report/test_report.py": "ci",
+    "tests/pipeline/report/test_looked_at.py": "slow",
     "tests/stages/student/test_transformers_suite.py": "slow",
     # Compiled graphs, built packages, fresh interpreters.
     "tests/stages/student/test_tracing.py": "ci",
+    "tests/stages/student/interchange/test_folders.py": "ci",
+    "tests/stages/student/interchange/test_folders.py"
+    "::test_what_cannot_be_expressed_is_refused_by_name": "test",
     "tests/stages/student/scans/test_kernels.py"
     "::test_without_cuda_nothing_of_the_libraries_is_imported": "ci",
     "tests/test_house.py::test_a_wheel_of_the_sdist_is_the_same": "ci",

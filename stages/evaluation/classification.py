@@ -1,24 +1,52 @@
-"""Evaluating classifiers: a document has one position at which a teacher speaks."""
+"""Evaluating classifiers: a document has one position at which a teacher speaks.
+
+The teacher's part comes from running it over the documents, or from a cache, which needs none.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.manifest import TEACHER_FOLDER
+from teacher_cache.cache.reader import CacheReader
+from teacher_cache.cache.schema import ABSENT_LABEL, TOKEN_TYPES
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import Corpus, Document, load_corpus
 from teacher_cache.stages.data.labels import MISSING_LABEL, is_generic
 from teacher_cache.stages.data.survey import survey
+from teacher_cache.stages.data.tokenization import Sample
 from teacher_cache.stages.evaluation.config import ClassifyingOptions, GenerationOptions
+from teacher_cache.stages.evaluation.details import (
+    CONFIDENCE_EDGES,
+    Bin,
+    Details,
+    Disagreement,
+    Judged,
+    ModelDetails,
+    binned,
+    bins_of,
+    first_outcomes,
+    intervals_of,
+    largest_of_documents,
+)
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
+from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.task import NOTHING_MORE, EvaluateConfig, Say, Scored
-from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
+from teacher_cache.stages.models.pretrained import reads_token_types
+from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+from teacher_cache.stages.training.measures import (
+    agreement_metrics,
+    classification_metrics,
+    kl_of_each,
+    log_softmax,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +113,12 @@ class LabeledDocuments:
             UserError: if a model has other classes, its tokenizer leaves nothing of a document, or
                 there are neither labels nor a teacher.
         """
-        has_label = self.labels != MISSING_LABEL
-        if teacher is None and not has_label.any():
+        if teacher is None and not (self.labels != MISSING_LABEL).any():
             raise UserError(
                 "the documents have no labels, so students can be compared with their teacher "
                 "alone: leave --teacher none out, or give labelled documents"
             )
-        rows = [_majority(self.labels[has_label])] if has_label.any() else []
-        teacher_logits = None
+        logits: dict[str, np.ndarray] = {}
         for classifier in [*([teacher] if teacher else []), *self.students]:
             say(f"classifying {len(self.labels):,} documents with {classifier.name}")
             _require_same_classes(classifier, self.students[0])
@@ -103,28 +129,100 @@ class LabeledDocuments:
                     f"{len(self.documents) - len(samples)} documents that are not empty: take them "
                     "out"
                 )
-            logits = classifier.logits(samples, batch_tokens=self.batch_tokens)
-            if classifier is teacher:
-                teacher_logits = logits
-            rows.append(_row(classifier.name, logits, self.labels, teacher_logits))
-        return Scored(num_documents=len(self.labels), rows=rows)
+            logits[classifier.name] = classifier.logits(samples, batch_tokens=self.batch_tokens)
+            lengths = np.array([len(one.input_ids) for one in samples])
+        return _scored(
+            logits,
+            self.labels,
+            lengths,  # of the last model; they differ by its tokenizer alone
+            text_of=lambda i: "\n".join(self.documents[i].texts),
+            id2label=self.students[0].id2label,
+        )
+
+    def written(self, models: Sequence[Classifier], say: Say) -> None:
+        """Classifiers write nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedDocuments:
+    """A cache's labelled split, or where a run was trained on it what the runs held out.
+
+    Attributes:
+        students: that read its tokens.
+        reader: of it.
+        chosen: which samples.
+        batch_tokens: padded tokens in a forward batch.
+    """
+
+    students: Sequence[Classifier]
+    reader: CacheReader
+    chosen: np.ndarray
+    batch_tokens: int
+
+    def score(self, teacher: Classifier | None, say: Say) -> Scored:
+        """A row for the most frequent class, for what the cache has of the teacher, each student.
+
+        Raises:
+            UserError: if a student has other classes than the cache.
+        """
+        about = self.reader.manifest.about
+        names = {int(one): name for one, name in about["id2label"].items()}
+        for student in self.students:
+            if student.id2label != names:
+                raise UserError(
+                    f"{student.name} has the classes {list(student.id2label.values())}, the cache "
+                    f"{self.reader.cache} has {list(names.values())}: give text with --data"
+                )
+        found = [self.reader.sample(int(i)) for i in self.chosen]
+        labels = np.array([int(one["label"]) for one in found], np.int64)
+        labels[labels == ABSENT_LABEL] = MISSING_LABEL
+        logits = {TEACHER: np.stack([one["class_logits"] for one in found])}
+        for student in self.students:
+            say(f"classifying {len(found):,} cached documents with {student.name}")
+            has_types = student.pair is not None and reads_token_types(
+                student.model, student.tokenizer
+            )
+            samples = [
+                Sample(
+                    sample_id=b"",
+                    input_ids=one["input_ids"],
+                    label=None,
+                    was_truncated=False,
+                    token_types=one.get(TOKEN_TYPES) if has_types else None,
+                )
+                for one in found
+            ]
+            logits[student.name] = student.logits(samples, batch_tokens=self.batch_tokens)
+        first = self.students[0]
+
+        def text_of(i: int) -> str:
+            # Only its special tokens show where the second text of a pair begins.
+            ids = found[i]["input_ids"].tolist()
+            return str(first.tokenizer.decode(ids, skip_special_tokens=first.pair is None))
+
+        lengths = np.array([len(one["input_ids"]) for one in found])
+        return _scored(logits, labels, lengths, text_of=text_of, id2label=names)
 
     def written(self, models: Sequence[Classifier], say: Say) -> None:
         """Classifiers write nothing."""
 
 
 class Classification:
-    """Classifiers, on documents with labels."""
+    """Classifiers, on documents with labels or on a cache."""
 
     row_names = (MAJORITY, TEACHER)
     student = teacher = Classifier
 
-    def read(self, config: EvaluateConfig, students: Sequence[Classifier]) -> LabeledDocuments:
-        """Read the documents, their labels by the names of the first student's classes.
+    def read(
+        self, config: EvaluateConfig, students: Sequence[Classifier]
+    ) -> LabeledDocuments | CachedDocuments:
+        """Read the documents, their labels by the names of the first student's classes; or a cache.
 
         Raises:
-            UserError: if all are empty.
+            UserError: if all are empty, or the cache does not fit the students.
         """
+        if config.cache is not None:
+            return _read_cache(config, config.cache, students)
         assert config.corpus is not None, "asked before"
         corpus = load_corpus(config.corpus)
         _require_one_form(corpus, students)
@@ -241,6 +339,34 @@ def _require_one_form(corpus: Corpus, students: Sequence[Classifier]) -> None:
             )
 
 
+def _read_cache(
+    config: EvaluateConfig, cache: Path, students: Sequence[Classifier]
+) -> CachedDocuments:
+    if config.teacher not in (None, "none"):
+        raise UserError(
+            f"--teacher {config.teacher} is run over text, and --cache has what the teacher said: "
+            "leave one of them out"
+        )
+    reader = CacheReader(cache)
+    task = reader.manifest.settings["task"]
+    if task != students[0].task:
+        raise UserError(
+            f"--cache {cache} is of the task {task!r}, and {students[0].name} of "
+            f"{students[0].task!r}: give text with --data"
+        )
+    held_out = held_out_of(config.runs, reader)
+    cached = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="--cache")
+    for one in students:
+        if one.tokenizer.get_vocab() != cached.get_vocab():
+            raise UserError(
+                f"{one.name} reads other tokens than {cache} holds: give text with --data"
+            )
+    chosen = np.arange(len(reader)) if held_out is None else np.flatnonzero(held_out)
+    return CachedDocuments(
+        students=students, reader=reader, chosen=chosen, batch_tokens=config.batch_tokens
+    )
+
+
 def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
     """Names must be equal; a teacher that only has placeholders (`LABEL_0`) must have as many."""
     comparable = classifier.id2label == student.id2label or (
@@ -261,6 +387,108 @@ def _majority(labels: np.ndarray) -> Evaluation:
     )
     metrics = classification_metrics(logits, labels)
     return Evaluation(name=MAJORITY, accuracy=metrics["accuracy"], f1=metrics["f1"])
+
+
+def _scored(
+    logits: dict[str, np.ndarray],
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    text_of: Callable[[int], str],
+    id2label: dict[int, str],
+) -> Scored:
+    """Rows and details.
+
+    Args:
+        logits: by name [N, C], the teacher's first if there is one.
+        labels: [N], `MISSING_LABEL` where there is none.
+        lengths: [N] tokens.
+        text_of: a document's text.
+        id2label: names of the classes.
+    """
+    has_label = labels != MISSING_LABEL
+    of_teacher = logits.get(TEACHER)
+    rows = [_majority(labels[has_label])] if has_label.any() else []
+    rows += [_row(name, one, labels, of_teacher) for name, one in logits.items()]
+    judged = {name: _judged(one, labels, lengths, of_teacher) for name, one in logits.items()}
+    intervals, differences = intervals_of(judged)
+    names = [id2label[i] for i in range(len(id2label))]
+    details = {
+        name: ModelDetails(
+            intervals=intervals[name],
+            **bins_of(judged[name]),
+            **_against_labels(one[has_label], labels[has_label]),
+        )
+        for name, one in logits.items()
+    }
+    for name, one in logits.items() if of_teacher is not None else ():
+        if name != TEACHER:
+            found = _disagreements(one, of_teacher, labels, text_of, names)
+            details[name] = replace(details[name], disagreements=found)
+    return Scored(
+        num_documents=len(labels),
+        rows=rows,
+        details=Details(models=details, differences=differences, class_names=names),
+    )
+
+
+def _judged(
+    logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, teacher: np.ndarray | None
+) -> Judged:
+    num, has_label = len(labels), labels != MISSING_LABEL
+    log_probs = log_softmax(logits)
+    chosen = log_probs.argmax(axis=1)
+    of_label = log_probs[np.arange(num), np.where(has_label, labels, 0)]
+    figures = {
+        "accuracy": np.where(has_label, chosen == labels, np.nan),
+        "nll": np.where(has_label, -of_label, np.nan),
+    }
+    if teacher is not None:
+        figures["agreement"] = (chosen == teacher.argmax(axis=1)).astype(float)
+        figures["kl"] = kl_of_each(logits, teacher)
+    return Judged(
+        document=np.arange(num),
+        length=lengths,
+        confidence=None if teacher is None else np.exp(log_softmax(teacher).max(axis=1)),
+        figures=figures,
+    )
+
+
+def _against_labels(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Counts by label and class, and how right a model is by how sure it is."""
+    if not len(labels):
+        return {}
+    log_probs = log_softmax(logits)
+    confusion = np.zeros((logits.shape[1],) * 2, np.int64)
+    np.add.at(confusion, (labels, log_probs.argmax(axis=1)), 1)
+    confidence = np.exp(log_probs.max(axis=1))
+    figures = {
+        "confidence": confidence,
+        "accuracy": (log_probs.argmax(axis=1) == labels).astype(float),
+    }
+    bins: list[Bin] = binned(confidence, CONFIDENCE_EDGES, figures)
+    return {"confusion": confusion.tolist(), "calibration": bins}
+
+
+def _disagreements(
+    logits: np.ndarray,
+    teacher: np.ndarray,
+    labels: np.ndarray,
+    text_of: Callable[[int], str],
+    names: Sequence[str],
+) -> list[Disagreement]:
+    kl = kl_of_each(logits, teacher)
+    ours, theirs = np.exp(log_softmax(logits)), np.exp(log_softmax(teacher))
+    return [
+        Disagreement(
+            text=text_of(int(i)),
+            truth=None if labels[i] == MISSING_LABEL else names[labels[i]],
+            kl=float(kl[i]),
+            teacher=first_outcomes(theirs[i], names),
+            student=first_outcomes(ours[i], names),
+        )
+        for i in largest_of_documents(kl, np.arange(len(kl)))
+    ]
 
 
 def _row(

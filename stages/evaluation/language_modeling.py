@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -23,10 +23,19 @@ from teacher_cache.stages.data.conversations import ChatReading
 from teacher_cache.stages.data.corpus import Document, load_corpus
 from teacher_cache.stages.data.packing import PackedRow, packed_rows
 from teacher_cache.stages.evaluation.config import ClassifyingOptions, GenerationOptions
+from teacher_cache.stages.evaluation.details import (
+    Details,
+    Disagreement,
+    Judged,
+    ModelDetails,
+    bins_of,
+    intervals_of,
+    largest_of_documents,
+)
 from teacher_cache.stages.evaluation.models import TEACHER, LanguageModel, TeacherModel
 from teacher_cache.stages.evaluation.references import CachedReference, LiveReference
 from teacher_cache.stages.evaluation.runs import held_out_of
-from teacher_cache.stages.evaluation.scores import Score, num_predicted_bytes, score
+from teacher_cache.stages.evaluation.scores import Score, Scores, num_predicted_bytes, score
 from teacher_cache.stages.evaluation.task import (
     NOTHING_MORE,
     EvaluateConfig,
@@ -42,6 +51,7 @@ from teacher_cache.stages.tokens.frame import surroundings
 DEFAULT_NEW_TOKENS = 50  # of `pipe predict`
 PROMPT_TOKENS = 16
 NEW_TOKENS = 32  # of an evaluation
+CONTEXT_TOKENS = 48  # that are shown before a position
 
 
 def check_generation(options: GenerationOptions) -> None:
@@ -199,6 +209,15 @@ class LanguageModelEvaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Judging:
+    """Models on the same rows, with what was found there."""
+
+    models: Sequence[LanguageModel]
+    rows: Sequence[PackedRow]
+    scores: Scores
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadText:
     """Text, packed for each student as it reads it.
 
@@ -218,13 +237,15 @@ class ReadText:
         """The teacher beside those students that read the very same samples, the others alone."""
         marks: dict[str, str] = {}
         rows: dict[str, LanguageModelEvaluation] = {}
+        judged: list[_Judging] = []
         if teacher is not None:
-            rows |= self._beside(teacher, say, marks)
+            rows |= self._beside(teacher, say, marks, judged)
         for one, own in zip(self.students, self.packed, strict=True):
             if one.name in rows:
                 continue
             say(f"reading {_num_positions(own):,} positions with {one.name}")
             scores = score([one], own, None, batch_tokens=self.batch_tokens)
+            judged.append(_Judging(models=[one], rows=own, scores=scores))
             rows[one.name] = _row(one, own, scores.models[0], marks)
             if teacher is not None:
                 apart = (
@@ -237,11 +258,14 @@ class ReadText:
                 )
         names = [*([] if teacher is None else [TEACHER]), *(one.name for one in self.students)]
         return Scored(
-            num_documents=len(self.documents), rows=[rows[name] for name in names], marks=marks
+            num_documents=len(self.documents),
+            rows=[rows[name] for name in names],
+            marks=marks,
+            details=_details(judged, names),
         )
 
     def _beside(
-        self, teacher: TeacherModel, say: Say, marks: dict[str, str]
+        self, teacher: TeacherModel, say: Say, marks: dict[str, str], judged: list[_Judging]
     ) -> dict[str, LanguageModelEvaluation]:
         """Rows of the teacher, and of the students that read what it reads."""
         is_chat = any(one.tokens is not None for one in self.documents)
@@ -260,6 +284,7 @@ class ReadText:
         reference = LiveReference(teacher=teacher, rows=own)
         scores = score(together, own, reference, batch_tokens=self.batch_tokens)
         assert scores.teacher is not None, "there is a reference"
+        judged.append(_Judging(models=together, rows=own, scores=scores))
         found = {TEACHER: _row(teacher, own, scores.teacher, marks)}
         for one, its_score in zip(together, scores.models, strict=True):
             found[one.name] = _row(one, own, its_score, marks)
@@ -308,6 +333,10 @@ class ReadCache:
             num_documents=sum(len(row.lengths) for row in read),
             rows=[of_teacher, *rows],
             marks=marks,
+            details=_details(
+                [_Judging(models=self.students, rows=read, scores=scores)],
+                [one.name for one in (of_teacher, *rows)],
+            ),
         )
 
     def written(self, models: Sequence[LanguageModel], say: Say) -> Written:
@@ -378,6 +407,63 @@ class LanguageModeling:
             else:
                 whole = text + continuation(model, prompt_ids(model, text), generation)
             yield json.dumps(whole, ensure_ascii=False) if one_a_line else whole
+
+
+def _details(judgings: Sequence[_Judging], names: Sequence[str]) -> Details:
+    """Intervals, bins and disagreements of models, in the order of their rows."""
+    judged: dict[str, Judged] = {}
+    disagreements: dict[str, list[Disagreement]] = {}
+    for judging in judgings:
+        found = judging.scores.positions
+        where: dict[str, Any] = {"document": found.document, "length": found.place}
+        if not np.isnan(found.top_prob).all():
+            where["confidence"] = found.top_prob
+        for i, one in enumerate(judging.models):
+            figures = {"nll": found.nll[i], "kl": found.kl[i], "agreement": found.agrees(i)}
+            judged[one.name] = Judged(**where, figures=figures)
+            disagreements[one.name] = _disagreements(judging, i)
+        if judging.scores.teacher is not None:
+            judged[TEACHER] = Judged(**where, figures={"nll": found.nll[-1]})
+    ordered: Mapping[str, Judged] = {name: judged[name] for name in names}
+    intervals, differences = intervals_of(ordered)
+    return Details(
+        models={
+            name: ModelDetails(
+                intervals=intervals[name],
+                disagreements=disagreements.get(name, ()),
+                **bins_of(one),
+            )
+            for name, one in ordered.items()
+        },
+        differences=differences,
+    )
+
+
+def _disagreements(judging: _Judging, i: int) -> list[Disagreement]:
+    """The positions at which a model is farthest from its teacher, where that is known."""
+    found, tokenizer = judging.scores.positions, judging.models[i].tokenizer
+    if judging.scores.teacher is None or not (found.top_id >= 0).any():
+        return []
+    first = np.searchsorted(found.row, found.row)  # of each position's row
+
+    def named(token_id: int) -> str:
+        return str(tokenizer.decode([token_id]))
+
+    answers = []
+    for at in largest_of_documents(found.kl[i], found.document):
+        row = judging.rows[int(found.row[at])]
+        position = int(np.flatnonzero(row.loss_mask)[at - first[at]])
+        start = max(position + 1 - int(found.place[at]), position + 1 - CONTEXT_TOKENS)
+        answers.append(
+            Disagreement(
+                text=str(tokenizer.decode(row.input_ids[start : position + 1].tolist())),
+                truth=named(int(row.input_ids[position + 1])),
+                kl=float(found.kl[i, at]),
+                teacher=[(named(int(found.top_id[at])), float(found.top_prob[at]))],
+                student=[(named(int(found.student_id[i, at])), float(found.student_prob[i, at]))],
+            )
+        )
+    return answers
 
 
 def _chat_reading(runs: Sequence[Path], students: Sequence[LanguageModel]) -> ChatReading:

@@ -8,7 +8,6 @@ the figures depend neither on packing nor on what else is in a batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from teacher_cache.stages.evaluation.references import TEMPERATURE, Reference
 from teacher_cache.stages.join.rereading import Reader
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.distributions import TeacherDistribution
-from teacher_cache.stages.losses.objective import StepTotals, Targets, distillation_objective
+from teacher_cache.stages.losses.objective import Targets, teacher_distances
 from teacher_cache.stages.models.inference import for_each_batch
 from teacher_cache.stages.tokens.support import Support
 
@@ -58,6 +57,62 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What was found at each of N positions that count, row by row and in each row's order.
+
+    Attributes:
+        row: [N] which row.
+        place: [N] tokens of the position's document that stand up to it, itself included.
+        document: [N] from 0, over all rows.
+        top_prob: [N] the teacher's probability of its most probable token; NaN where none is known.
+        top_id: [N] that token, -1 where none is known.
+        nll: [M + 1, N] nats; the teacher's last, NaN without one.
+        kl: [M, N] from the teacher, nats; NaN without one.
+        student_id: [M, N] the model's most probable token.
+        student_prob: [M, N] its probability, of all that the model may choose.
+    """
+
+    row: np.ndarray
+    place: np.ndarray
+    document: np.ndarray
+    top_prob: np.ndarray
+    top_id: np.ndarray
+    nll: np.ndarray
+    kl: np.ndarray
+    student_id: np.ndarray
+    student_prob: np.ndarray
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[PackedRow], num_models: int) -> Positions:
+        """With nothing found yet."""
+        masks = [row.loss_mask for row in rows]
+        num = sum(int(mask.sum()) for mask in masks)
+        places, documents, num_documents = [], [], 0
+        for row, mask in zip(rows, masks, strict=True):
+            which = np.repeat(np.arange(len(row.lengths)), row.lengths)
+            within = np.concatenate([np.arange(1, length + 1) for length in row.lengths])
+            counted, which = np.unique(which[mask], return_inverse=True)
+            places.append(within[mask])
+            documents.append(num_documents + which)
+            num_documents += len(counted)
+        return cls(
+            row=np.repeat(np.arange(len(rows)), [int(mask.sum()) for mask in masks]),
+            place=np.concatenate(places),
+            document=np.concatenate(documents),
+            top_prob=np.full(num, np.nan, np.float32),
+            top_id=np.full(num, -1, np.int64),
+            nll=np.full((num_models + 1, num), np.nan, np.float32),
+            kl=np.full((num_models, num), np.nan, np.float32),
+            student_id=np.full((num_models, num), -1, np.int64),
+            student_prob=np.full((num_models, num), np.nan, np.float32),
+        )
+
+    def agrees(self, model: int) -> np.ndarray:
+        """[N] whether a model's most probable token is the teacher's; NaN where none is known."""
+        return np.where(self.top_id < 0, np.nan, self.student_id[model] == self.top_id)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """Of several models on the same rows.
 
@@ -65,11 +120,13 @@ class Scores:
         num_positions: that count.
         models: in their order.
         teacher: its own score; None without a teacher.
+        positions: what the scores are means of.
     """
 
     num_positions: int
     models: tuple[Score, ...]
     teacher: Score | None
+    positions: Positions
 
 
 def score(
@@ -94,36 +151,36 @@ def score(
     """
     device = models[0].model.device if models else torch.device("cpu")
     supports = [_mask(reference, one) for one in models]
-    sums = np.zeros((len(models) + 1, 3))  # of nll, kl and agreement; the teacher's last
-    num_positions = sum(int(row.loss_mask.sum()) for row in rows)
+    found = Positions.of_rows(rows, len(models))
+    first = np.searchsorted(found.row, np.arange(len(rows) + 1))  # position of each row
 
     def run(batch: np.ndarray) -> None:
-        nonlocal sums
         chosen = [rows[i] for i in batch]
-        found = np.zeros_like(sums)
+        where = np.concatenate([np.arange(first[i], first[i + 1]) for i in batch])
         next_ids = torch.from_numpy(np.concatenate([row.next_ids for row in chosen])).to(device)
         with torch.inference_mode():
             teacher = None if reference is None else reference.of_batch(batch)
             states = [_counted_states(one, chosen) for one in models]
             width = max([1, *(one.model.config.vocab_size for one in models)])
-            for start in range(0, len(next_ids), max(1, slice_logits // width)):
-                where = slice(start, start + max(1, slice_logits // width))
+            size = max(1, slice_logits // width)
+            for start in range(0, len(next_ids), size):
+                part = slice(start, start + size)
                 targets = None
                 if teacher is not None:
-                    targets, log_probs = teacher.at_positions(where)
-                    found[-1, 0] -= float(log_probs.double().sum())
+                    targets, log_probs = teacher.at_positions(part)
+                    found.nll[-1, where[part]] = -log_probs.float().cpu().numpy()
+                    _note_teacher(found, where[part], targets)
                 for i, model in enumerate(models):
-                    logits = model.logits(states[i][where])
-                    found[i] += _sums(logits, next_ids[where], targets, supports[i])
-        sums = sums + found  # only now: where memory ran out, each half comes again
+                    logits = model.logits(states[i][part])
+                    _note(found, i, where[part], logits, next_ids[part], targets, supports[i])
 
     lengths = np.array([len(row.input_ids) for row in rows], np.int64)
     for_each_batch(run, length_sorted_batches(lengths, max_tokens=batch_tokens), lengths)
-    means = sums / num_positions
     return Scores(
-        num_positions=num_positions,
-        models=tuple(_score(mean, reference) for mean in means[:-1]),
-        teacher=None if reference is None else Score(nll=float(means[-1, 0])),
+        num_positions=len(found.row),
+        models=tuple(_score(found, i, reference) for i in range(len(models))),
+        teacher=None if reference is None else Score(nll=_mean(found.nll[-1])),
+        positions=found,
     )
 
 
@@ -133,25 +190,32 @@ def _counted_states(model: LanguageModel, rows: Sequence[PackedRow]) -> Tensor:
     return states[counted.to(states.device)]
 
 
-def _sums(
-    logits: Tensor, next_ids: Tensor, targets: Targets | None, support: Tensor | None
-) -> np.ndarray:
-    """Sums over n positions of what `Score` has the means of; NaN where there is none."""
-    num = len(next_ids)
-    if targets is None:
-        nll = torch.nn.functional.cross_entropy(logits, next_ids, reduction="sum")
-        return np.array([float(nll), np.nan, np.nan])
-    terms = distillation_objective(
-        logits,
-        _over(targets, logits.shape[-1]),
-        next_ids,
-        config=PLAIN,
-        totals=StepTotals(num_labeled=num, num_labels=num),
-        support=support,
-    )
-    assert terms.ce is not None, "the positions have next tokens"
-    agreement = math.nan if terms.agreement is None else float(terms.agreement)
-    return num * np.array([float(terms.ce), float(terms.kd), agreement])
+def _note_teacher(found: Positions, where: np.ndarray, targets: Targets) -> None:
+    """Keep the teacher's most probable token; of draws, which may have missed it, none."""
+    top_ids = targets.top_ids()
+    if top_ids is not None and isinstance(targets, TeacherDistribution):
+        found.top_id[where] = top_ids.cpu().numpy()
+        found.top_prob[where] = targets.log_probs.amax(dim=-1).exp().float().cpu().numpy()
+
+
+def _note(
+    found: Positions,
+    i: int,
+    where: np.ndarray,
+    logits: Tensor,
+    next_ids: Tensor,
+    targets: Targets | None,
+    support: Tensor | None,
+) -> None:
+    """Keep what the i-th model says at n positions, of logits [n, V]."""
+    nll = torch.nn.functional.cross_entropy(logits, next_ids, reduction="none")
+    found.nll[i, where] = nll.float().cpu().numpy()
+    top, top_ids = logits.max(dim=-1)
+    found.student_id[i, where] = top_ids.cpu().numpy()
+    found.student_prob[i, where] = (top - logits.logsumexp(dim=-1)).exp().float().cpu().numpy()
+    if targets is not None:
+        kl = teacher_distances(logits, _over(targets, logits.shape[-1]), PLAIN, support)
+        found.kl[i, where] = kl.float().cpu().numpy()
 
 
 def _over(targets: Targets, num_outcomes: int) -> Targets:
@@ -174,13 +238,17 @@ def _mask(reference: Reference | None, model: LanguageModel) -> Tensor | None:
     return mask.to(model.model.device)
 
 
-def _score(mean: np.ndarray, reference: Reference | None) -> Score:
-    nll, kl, agreement = (float(one) for one in mean)
+def _score(found: Positions, i: int, reference: Reference | None) -> Score:
+    has_top = bool((found.top_id >= 0).any())
     return Score(
-        nll=nll,
-        kl=None if reference is None else kl,
-        agreement=None if math.isnan(agreement) else agreement,
+        nll=_mean(found.nll[i]),
+        kl=None if reference is None else _mean(found.kl[i]),
+        agreement=_mean(found.agrees(i)) if has_top else None,
     )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean(dtype=np.float64))
 
 
 def num_bytes_by_id(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, str | None]:

@@ -16,6 +16,7 @@ from teacher_cache.stages.evaluation.config import (
     EvaluateOptions,
     GenerationOptions,
 )
+from teacher_cache.stages.evaluation.details import Details
 from teacher_cache.stages.evaluation.models import EvaluatedModel
 
 NOTHING_MORE = ClassifyingOptions()
@@ -33,7 +34,7 @@ class EvaluateConfig(EvaluateOptions):
         default=None, description="Documents to evaluate on, labelled for classifiers."
     )
     cache: Path | None = Field(
-        default=None, description="Of language models, in the corpus's place: cache to evaluate on."
+        default=None, description="In the corpus's place: cache to evaluate on."
     )
 
 
@@ -45,11 +46,13 @@ class Scored:
         num_documents: that were not empty; of a cache, whole ones and pieces.
         rows: of the table, in its order; each of the task's own kind.
         marks: by row, what a reader must know of it.
+        details: what lies beyond the rows' means; None of a task that gives none.
     """
 
     num_documents: int
     rows: Sequence[Any]
     marks: Mapping[str, str] = field(default_factory=dict)
+    details: Details | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

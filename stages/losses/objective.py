@@ -305,7 +305,7 @@ def distillation_objective(
         per_position = smoothed_cross_entropy(student_logits, labels, label_smoothing=smoothing)
     top_ids = targets.top_ids()
     return objective_of_distances(
-        _distances(taught, targets, config, support),  # [N with a teacher]
+        teacher_distances(taught, targets, config, support),  # [N with a teacher]
         per_position,
         None if top_ids is None else taught.argmax(dim=-1) == top_ids,
         targets,
@@ -359,10 +359,19 @@ def objective_of_distances(
     )
 
 
-def _distances(
+def teacher_distances(
     student_logits: Tensor, targets: Targets, config: ObjectiveConfig, support: Tensor | None
 ) -> Tensor:
-    """[N]: draws estimate the forward KL without bias, all else needs a distribution."""
+    """How far the student is from its teacher at each position, [N].
+
+    Draws estimate the forward KL without bias, all else needs a distribution.
+
+    Args:
+        student_logits: [N, V], before temperature.
+        targets: the teacher's, at the temperature at which the two are compared.
+        config: names the divergence.
+        support: [V] bool, over which they are compared; None: all.
+    """
     if isinstance(targets, Draws):
         if config.divergence == "kl":
             return targets.forward_kl(student_logits, support=support)

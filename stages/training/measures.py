@@ -26,7 +26,7 @@ def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> dict[str, fl
     Raises:
         ValueError: if N is 0, the shapes disagree or a label is outside 0..C-1.
     """
-    log_probs = _log_softmax(logits)
+    log_probs = log_softmax(logits)
     truth = np.asarray(labels)
     num, num_classes = log_probs.shape
     if truth.shape != (num,):
@@ -87,7 +87,7 @@ def agreement_metrics(student_logits: ArrayLike, teacher_logits: ArrayLike) -> d
     Raises:
         ValueError: if N is 0 or the shapes disagree.
     """
-    log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    log_q, log_p = log_softmax(student_logits), log_softmax(teacher_logits)
     if log_q.shape != log_p.shape:
         raise ValueError(f"student logits {log_q.shape} against teacher logits {log_p.shape}")
     possible = log_p != -np.inf  # a NaN stays one
@@ -98,7 +98,21 @@ def agreement_metrics(student_logits: ArrayLike, teacher_logits: ArrayLike) -> d
     }
 
 
-def _log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
+def kl_of_each(student_logits: ArrayLike, teacher_logits: ArrayLike) -> NDArray[np.float64]:
+    """Forward KL from teacher to student of each sample at temperature 1, [N] nats.
+
+    Args:
+        student_logits: [N, C].
+        teacher_logits: [N, C].
+    """
+    log_q, log_p = log_softmax(student_logits), log_softmax(teacher_logits)
+    possible = log_p != -np.inf
+    with np.errstate(invalid="ignore"):
+        terms = np.exp(log_p) * np.where(possible, log_p - log_q, 0.0)
+    return terms.sum(axis=1)
+
+
+def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
     """[N, C] log-probs in float64."""
     wide = np.asarray(logits, dtype=np.float64)
     if wide.ndim != 2 or wide.shape[0] == 0:

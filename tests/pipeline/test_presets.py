@@ -336,14 +336,12 @@ def test_a_language_model_is_evaluated_on_text_or_on_a_cache(acl_imdb: Path) -> 
     ):
         with pytest.raises(UserError, match=saying):
             held_out("lm", **options)
-    with pytest.raises(UserError, match="--cache is of language models"):
-        held_out("classification", data="imdb", cache=Path("c"))
+    assert held_out("classification", cache="c") is None
 
 
-def test_only_language_models_are_evaluated_on_their_own_cache() -> None:
+def test_students_are_evaluated_on_their_own_cache_unless_data_are_named() -> None:
     cache, none = Path("c"), EvaluateCommandOptions.of()
-    assert with_own_cache(none, TASKS["lm"], cache).cache == cache
-    assert with_own_cache(none, TASKS["classification"], cache) == none
+    assert with_own_cache(none, cache).cache == cache
     for named in ({"data": "imdb"}, {"cache": "other"}):
         options = EvaluateCommandOptions.model_validate(named)
-        assert with_own_cache(options, TASKS["lm"], cache) == options
+        assert with_own_cache(options, cache) == options

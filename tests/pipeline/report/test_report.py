@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.stages import train_student
+from teacher_cache.stages import cache_teacher, train_student
 from teacher_cache.stages.training.config import TrainStudentConfig
 from tests.command_line import done, refused
-from tests.tiny_runs import cache_reviews, student_config
+from tests.pipeline.report.read_page import Page
+from tests.tiny_runs import cache_reviews, language_config, student_config
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -37,30 +40,43 @@ def run(tmp_path_factory: pytest.TempPathFactory, mapped: Path) -> Path:
     return trained(mapped, out, num_layers=2, attention_weight=0.5)
 
 
-def parts(page: Path) -> dict[str, str]:
-    """The text of each section by its title."""
-    found = re.findall(r"<h2>(.*?)</h2>(.*?)</section>", page.read_text(), re.DOTALL)
-    return dict(found)
-
-
-def pictures(part: str) -> list[str]:
-    return re.findall(r'src="data:image/(\w+)', part)
+def read(page: Path) -> Page:
+    """A whole page, whose structure is what any reader relies on."""
+    found = Page.of(page)
+    levels = [level for level, _ in found.headings]
+    assert levels[:2] == [1, 2] and 1 not in levels[1:]
+    assert all(low + 1 >= high for low, high in pairwise(levels)), "no level is passed over"
+    assert all(one == {"svg", "figcaption", "table"} for one in found.figures)
+    assert len(set(found.ids)) == len(found.ids)
+    assert all(one.startswith("#") and one[1:] in found.ids for one in found.addresses)
+    outside = re.findall(r"https?://[^\s<\"]+|@import|url\(", page.read_text())
+    assert not outside, outside
+    return found
 
 
 def test_a_page_that_needs_no_other_file(run: Path, mapped: Path) -> None:
     assert f"✓ report {run / 'report.html'}" in done("report", run)
-    found = parts(run / "report.html")
-    assert list(found) == ["Training", "Held out", "Curves", "Cache", "Attention", "Settings"]
-    assert "verified" in found["Training"] and ">attention_weight<" in found["Settings"]
+    found = read(run / "report.html")
+    assert list(found.sections) == [
+        *("Result", "Right and sure", "Agreement with the teacher", "Where they disagree most"),
+        *("Time and memory", "Training", "Cache", "Attention", "Make it again"),
+    ]
+    assert "the same tokens: verified" in found.sections["Cache"]
+    assert "attention_weight" in found.sections["Make it again"]
     evaluation = json.loads((run / "run.json").read_text())["result"]["evaluation"]
-    assert f"{evaluation['eval_accuracy']:,.4g}" in found["Held out"]
-    assert pictures(found["Curves"]) == ["svg"] and pictures(found["Attention"]) == ["png"]
+    accuracy = f"{100 * evaluation['eval_accuracy']:.1f}"
+    # The training measured the same samples of the same cache.
+    assert accuracy in found.sections["Result"] and accuracy in found.sections["Training"]
     first = CacheReader(mapped).sample(0)["sample_id"].tobytes().hex()
-    assert f"student&#39;s mixing matrices, sample {first}" in found["Attention"]
-    outside = re.findall(r'(?:src|href)="(?!data:|#)', (run / "report.html").read_text())
-    assert not outside
+    assert f"mixing matrices of matched, sample {first}" in found.sections["Attention"]
     # The run is what it was: it can be evaluated, and reported again.
     assert "✓ report" in done("report", run)
+
+
+def test_the_commands_make_the_run_again(run: Path) -> None:
+    done("report", run)
+    (command,) = re.findall(r"pipe (train-student [^#]*)#", Page.of(run / "report.html").words)
+    assert "was trained before" in done(*shlex.split(command))
 
 
 def test_samples_and_an_evaluation_are_asked_for(
@@ -71,13 +87,30 @@ def test_samples_and_an_evaluation_are_asked_for(
     ids = [CacheReader(mapped).sample(idx)["sample_id"].tobytes().hex() for idx in (1, 2)]
     chosen = [word for one in ids for word in ("--sample", one)]
     done("report", run, "--out", page, "--evaluation", figures, *chosen)
-    found = parts(page)
-    assert pictures(found["Attention"]) == ["png", "png"]
-    rows = json.loads(figures.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["majority", "teacher", "matched"]
-    for row in rows:
-        assert f"<td>{row['name']}</td>" in found["Evaluation"]
-        assert f"{row['accuracy']:,.4g}" in found["Evaluation"]
+    found = read(page)
+    assert all(f"sample {one}" in found.sections["Attention"] for one in ids)
+    written = json.loads(figures.read_text())
+    assert [row["name"] for row in written["rows"]] == ["majority", "teacher", "matched"]
+    for row in written["rows"]:
+        assert f"{100 * row['accuracy']:.1f}" in found.sections["Result"]
+    for one in written["details"]["models"]["matched"]["disagreements"]:
+        assert one["text"] in found.words
+    # Of an older release, which wrote no details.
+    del written["details"]
+    figures.write_text(json.dumps(written))
+    done("report", run, "--out", page, "--evaluation", figures)
+    assert list(read(page).sections)[:2] == ["Result", "Time and memory"]
+
+
+def test_several_runs_on_one_page(run: Path, mapped: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    labels = trained(mapped, tmp_path / "matched-plain", alpha=0.0)
+    done("report", labels, run, "--out", page)
+    found = read(page)
+    assert "2 runs compared" in found.words and "learned from labels alone" in found.words
+    assert {"matched", "matched-plain"} <= {one.removesuffix("labels") for one in found.cells}
+    other = trained(mapped, tmp_path / "deep" / "matched")
+    refused("report", run, other, saying="two have one name: rename one")
 
 
 def test_what_is_not_there_is_said(
@@ -86,19 +119,23 @@ def test_what_is_not_there_is_said(
     page = tmp_path / "page.html"
     plain = trained(tiny_cache, tmp_path / "plain", eval_fraction=0.0)
     done("report", plain, "--out", page)
-    found = parts(page)
-    assert "Held out" not in found and "holds no attention maps" in found["Attention"]
+    found = read(page)
+    assert "held out no sample" in found.sections["Result"] and "Attention" not in found.sections
     refused("report", plain, "--sample", "00", "--out", page, saying="holds none: leave it out")
+    done("report", plain, run, "--out", page)
+    assert "trained from different caches; --evaluation FILE" in read(page).sections["Result"]
+    refused("report", plain, run, "--cache", mapped, saying="different caches: leave out --cache")
 
     cache = shutil.copytree(mapped, tmp_path / "cache")
     moved = trained(cache, tmp_path / "moved")
     cache.rename(tmp_path / "elsewhere")
     done("report", moved, "--out", page)
-    found = parts(page)
-    assert "--cache names where it lies now" in found["Cache"] and "Attention" not in found
+    found = read(page)
+    assert "--cache names where it lies now" in found.sections["Cache"]
+    assert "Attention" not in found.sections and "Training" in found.sections
     refused("report", moved, "--out", page, "--sample", "00", saying="has no manifest.json")
     done("report", moved, "--out", page, "--cache", tmp_path / "elsewhere")
-    assert pictures(parts(page)["Attention"]) == ["png"]
+    assert "Attention" in read(page).sections
 
 
 def test_a_student_without_matrices_leaves_the_teachers_maps(mapped: Path, tmp_path: Path) -> None:
@@ -109,9 +146,18 @@ def test_a_student_without_matrices_leaves_the_teachers_maps(mapped: Path, tmp_p
         cache=mapped, out=tmp_path / "run", arch=f"hf:{bert}", max_steps=1, device="cpu"
     )
     done("report", train_student.run(config).run, "--out", page)
-    found = parts(page)["Attention"]
-    assert "is no Mamba student" in found and pictures(found) == ["png"]
-    assert "Teacher&#39;s maps, sample" in found
+    found = read(page).sections["Attention"]
+    assert "is no Mamba student" in found and "Teacher's maps of run, sample" in found
+
+
+def test_a_language_models_page(tmp_path: Path, tiny_gpt2: Path, acl_imdb: Path) -> None:
+    cache = cache_teacher.run(language_config(tmp_path / "cache", tiny_gpt2, acl_imdb)).cache
+    run = trained(cache, tmp_path / "run", unlabeled_alpha=0.0)
+    done("report", run)
+    found = read(run / "report.html")
+    assert "perplexity" in found.sections["Result"] and "nats a token" in found.sections["Result"]
+    assert "captured mass" in found.sections["Cache"]
+    assert "next" in found.sections["Where they disagree most"]
 
 
 def test_a_teachers_run(run: Path, mapped: Path, acl_imdb: Path, tmp_path: Path) -> None:
@@ -121,8 +167,9 @@ def test_a_teachers_run(run: Path, mapped: Path, acl_imdb: Path, tmp_path: Path)
     teacher = shutil.copytree(run, tmp_path / "fine-tuned")
     (teacher / "run.json").write_text(json.dumps(record))
     done("report", teacher)
-    found = parts(teacher / "report.html")
-    assert "Curves" in found and "Cache" not in found and "Attention" not in found
+    found = read(teacher / "report.html").sections
+    assert list(found) == ["Result", "Training", "Make it again"]
+    refused("report", teacher, run, saying="some of the runs are teachers'")
     for option in (("--cache", mapped), ("--sample", "00")):
         refused("report", teacher, *option, saying="run of a teacher, .* leave out --cache")
     first = CacheReader(mapped).sample(0)["sample_id"].tobytes().hex()
@@ -146,7 +193,7 @@ def test_what_cannot_be_reported_is_refused(
         refused("report", run, "--evaluation", bad, saying="cannot be read")
     for rows, words in (([], "no model"), ([{"name": "teacher"}, {"name": "b"}], "teacher, b")):
         bad.write_text(json.dumps({"rows": rows}))
-        saying = f"has the figures of {words}, and none of {run}"
+        saying = f"has the figures of {words}, and none of {run.name}"
         refused("report", run, "--evaluation", bad, saying=saying)
     refused("report", run, "--out", tmp_path, saying="it is a folder; give the path of a file")
     refused("report", run, "--out", "/dev/null", saying="it is no regular file")
