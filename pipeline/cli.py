@@ -292,6 +292,41 @@ def export(
         commands.export(run, out, to=to, ids_only=ids_only)
 
 
+@_command("push", USING)
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained student.")],
+    repo: Annotated[str, typer.Argument(help="Repository of the hub, as in you/student.")],
+    with_cache: Annotated[
+        bool, typer.Option("--with-cache", help="Push the cache too, as the data set REPO-cache.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the cache lies now. Default: as the run says.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repositories private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and stop.")
+    ] = False,
+) -> None:
+    """Send a student and its card to the hub, its cache too if asked for."""
+    with reported():
+        from teacher_cache.pipeline import pushing
+        from teacher_cache.pipeline.tables import uploads_table
+
+        quiet_libraries()
+        uploads = pushing.uploads_of(run, repo, with_cache=with_cache, cache=cache)
+        console.print(uploads_table(uploads))
+        if dry_run:
+            console.print("nothing was sent: --dry-run", style="dim")
+            return
+        pushing.push(
+            uploads,
+            private=private,
+            say=lambda text: console.print(text, style="green", soft_wrap=True),
+        )
+
+
 @_command("report", LOOKING)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, compared.")],

@@ -19,6 +19,7 @@ from teacher_cache.cache.schema import NEXT_LOG_PROB, Schema, bytes_per_position
 from teacher_cache.stages.join.report import JoinReport
 
 if TYPE_CHECKING:  # they import torch
+    from teacher_cache.pipeline.pushing import Upload
     from teacher_cache.stages.cache_teacher import Estimate
     from teacher_cache.stages.evaluate import EvaluateResult
 
@@ -206,6 +207,21 @@ def confusion_table(confusion: Confusion, names: Mapping[str, str]) -> Table:
     for label in used:
         cells = (f"{confusion.counts[label, given]:,}" for given in used)
         table.add_row(names[str(label)], *cells)
+    return table
+
+
+def uploads_table(uploads: Sequence[Upload]) -> Table:
+    """What a push sends where; folders of a cache as one line each."""
+    table = Table("repository", "file", title="to be sent", title_justify="left")
+    table.add_column("MB", justify="right")
+    for one in uploads:
+        sizes: dict[str, int] = {}
+        for name, content in one.files.items():
+            shown = f"{name.split('/')[0]}/" if "/" in name else name
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            sizes[shown] = sizes.get(shown, 0) + size
+        for name, size in sizes.items():
+            table.add_row(f"{one.kind} {one.repo}", name, f"{size / 1e6:,.2f}")
     return table
 
 

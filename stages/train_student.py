@@ -11,6 +11,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from teacher_cache.cache.commit import canonical_json
 from teacher_cache.cache.errors import UserError
+from teacher_cache.cache.manifest import Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.stages.config import refuse_foreign_options
 from teacher_cache.stages.join.config import JoinConfig
@@ -41,6 +42,7 @@ from teacher_cache.stages.training.config import (
 )
 from teacher_cache.stages.training.data import open_splits
 from teacher_cache.stages.training.measures import EarlyStopping
+from teacher_cache.stages.training.model_card import write_card
 from teacher_cache.stages.training.run_folder import PAIR, RunRecord, locked_run, saved
 from teacher_cache.stages.training.start import StartingStudent
 from teacher_cache.stages.training.task import Course, StudentTask, TrainingObserver
@@ -158,7 +160,9 @@ def _train(
     observer.on_start(folder, course.data.num_steps, checkpoint)
     trainer = _trainer(config, folder, task, course, observer)
     record = replace(record, complete=True, result=trainer.train_to_end(checkpoint))
-    return outcome_of_main(lambda: _saved(folder, course, joined, record))
+    assert config.training.cache is not None, "it was read"
+    manifest = read_manifest(config.training.cache)
+    return outcome_of_main(lambda: _saved(folder, course, joined, record, manifest))
 
 
 def _record(
@@ -252,8 +256,10 @@ def _trainer(
     )
 
 
-def _saved(folder: Path, course: Course, joined: Joined, record: RunRecord) -> RunRecord:
-    """Model and tokenizer, then `run.json`, which makes them the result."""
+def _saved(
+    folder: Path, course: Course, joined: Joined, record: RunRecord, manifest: Manifest
+) -> RunRecord:
+    """Model, tokenizer and card, then `run.json`, which makes them the result."""
     tokenizer = joined.tokenizer
     # The student reads ids and mask alone.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -266,5 +272,6 @@ def _saved(folder: Path, course: Course, joined: Joined, record: RunRecord) -> R
     if joined.chat is not None:
         joined.chat.write(folder)
     course.write_files(folder)
+    write_card(folder, record, manifest, course.student.model.config)
     record.write(folder)
     return record

@@ -48,7 +48,7 @@ from teacher_cache.pipeline.report.reproduce import (
     evaluate_command,
     student_command,
 )
-from teacher_cache.pipeline.report.training import held_out_figures, training_parts
+from teacher_cache.pipeline.report.training import training_parts
 from teacher_cache.pipeline.report.words import KNOWN, listed, percent, shown
 from teacher_cache.pipeline.sample_view import attention_panels
 from teacher_cache.pipeline.tables import (
@@ -61,7 +61,7 @@ from teacher_cache.pipeline.tables import (
 from teacher_cache.stages import evaluate as evaluation
 from teacher_cache.stages.evaluation.runs import finished_run
 from teacher_cache.stages.evaluation.task import EvaluateConfig
-from teacher_cache.stages.training.run_folder import RunRecord
+from teacher_cache.stages.training.run_folder import RunRecord, held_out_figures
 
 REPORT_NAME = "report.html"
 NUM_LOOKED_AT = 3  # tokens that are named of a row of a map

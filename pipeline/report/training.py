@@ -11,12 +11,15 @@ import numpy as np
 from teacher_cache.pipeline.report.figures import Axis, Series, chart
 from teacher_cache.pipeline.report.page import Cell, Figure, Figures, Folded, Part, Table
 from teacher_cache.pipeline.report.words import CURVES, NONE, quantity, shown
-from teacher_cache.stages.training.run_folder import RunRecord
+from teacher_cache.stages.training.run_folder import (
+    HELD_OUT,
+    RunRecord,
+    held_out_figures,
+    is_clock,
+)
 
-HELD_OUT = "eval_"
-# What stands in the Trainer's log and is no curve: where it is, and the clock.
-NOT_CURVES = ("step", "epoch", "total_flos", "train_loss")  # the last is the mean of all steps
-CLOCK = ("runtime", "per_second")
+# What stands in the Trainer's log and is no curve: where it is; the last is the mean of all steps.
+NOT_CURVES = ("step", "epoch", "total_flos", "train_loss")
 FEWEST_POINTS = 3  # fewer are no curve
 MOST_VALUES = 25  # rows of a curve's table
 
@@ -40,21 +43,6 @@ def curves_of(log: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Curve]:
             curve = found.setdefault((name.removeprefix(HELD_OUT), side), [])
             curve.append((int(entry["step"]), float(value)))
     return {key: tuple(curve) for key, curve in found.items()}
-
-
-def is_clock(name: str) -> bool:
-    """Whether a logged figure is of the machine's speed."""
-    return name.endswith(CLOCK)
-
-
-def held_out_figures(record: RunRecord) -> dict[str, float]:
-    """What a training measured last of what it held out; empty where it held nothing out."""
-    found = (record.result or {}).get("evaluation") or {}
-    return {
-        name.removeprefix(HELD_OUT): value
-        for name, value in found.items()
-        if name.startswith(HELD_OUT) and not is_clock(name)
-    }
 
 
 def training_parts(records: Mapping[str, RunRecord]) -> Iterator[Part]:

@@ -78,6 +78,8 @@ tags: [mamba, distillation, teacher-cache]
 
 # A distilled Mamba student
 
+{loading}"""
+_LOADING = """\
 A Mamba student of the package `teacher-cache`, which has its code. Import it first, and every tool
 that loads a folder by transformers' Auto classes loads this one:
 
@@ -339,8 +341,20 @@ def describe_folder(folder: Path, kind: str) -> None:
     card = folder / "README.md"
     if card.exists():
         return
-    auto = next((auto for auto, name in _CLASSES.items() if name == kind), "AutoModel")
-    pipeline = _PIPELINES.get(auto)
+    pipeline = _PIPELINES.get(_auto_of(kind))
     pipeline = f"pipeline_tag: {pipeline}\n" if pipeline else ""
-    text = _CARD.format(pipeline=pipeline, auto=auto, module=_MODULE)
+    text = _CARD.format(pipeline=pipeline, loading=how_to_load(kind))
     write_bytes_atomically(card, text.encode())
+
+
+def how_to_load(kind: str) -> str:
+    """What a student's card says of loading it.
+
+    Args:
+        kind: name of the model's class.
+    """
+    return _LOADING.format(auto=_auto_of(kind), module=_MODULE)
+
+
+def _auto_of(kind: str) -> str:
+    return next((auto for auto, name in _CLASSES.items() if name == kind), "AutoModel")

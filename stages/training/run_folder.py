@@ -64,6 +64,26 @@ class RunRecord:
         write_json_atomically(folder / RUN_NAME, _json_ready(asdict(self)))
 
 
+HELD_OUT = "eval_"
+"""With which transformers' Trainer begins the names of what it measured."""
+_CLOCK = ("runtime", "per_second")
+
+
+def is_clock(name: str) -> bool:
+    """Whether a logged figure is of the machine's speed."""
+    return name.endswith(_CLOCK)
+
+
+def held_out_figures(record: RunRecord) -> dict[str, float]:
+    """What a training measured last of what it held out; empty where it held nothing out."""
+    found = (record.result or {}).get("evaluation") or {}
+    return {
+        name.removeprefix(HELD_OUT): value
+        for name, value in found.items()
+        if name.startswith(HELD_OUT) and not is_clock(name)
+    }
+
+
 def read_run(folder: Path) -> RunRecord:
     """Read a run's record.
 

@@ -31,6 +31,7 @@ COMMANDS: dict[str, type[StageConfig] | None] = {
     "evaluate": options.EvaluateCommandOptions,
     "export": None,
     "predict": options.PredictOptions,
+    "push": None,
     "report": None,
     "run": None,
 }

@@ -1,8 +1,8 @@
 """A student as a folder that other programs load without this package.
 
-For transformers a language model becomes `MambaForCausalLM` or `Mamba2ForCausalLM`, and a classifier
-transformers' own backbone with a file of code that stands beside the weights. mamba_ssm has language
-models alone.
+For transformers a language model becomes `MambaForCausalLM` or `Mamba2ForCausalLM`, and a
+classifier transformers' own backbone with a file of code that stands beside the weights. mamba_ssm
+has language models alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A classifier on transformers' own Mamba, as one file of code that an exported folder brings.
 
-It imports torch and transformers alone: `pipe export --to transformers` puts it beside the weights as
-it is, and `AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True)` runs it.
+It imports torch and transformers alone: `pipe export --to transformers` puts it beside the weights
+as it is, and `AutoModelForSequenceClassification.from_pretrained` with `trust_remote_code=True`
+runs it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders that load where this package is not: the same logits in a process that cannot import it."""
+"""Folders that load where this package is not: a process that cannot import it finds the logits."""
 
 from __future__ import annotations
 
@@ -156,10 +156,10 @@ def test_what_cannot_be_expressed_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no bidirectional mixers"):
         write_transformers(both, None, tmp_path / "a", source="It")
     one = student(MambaStudentForSequenceClassification)
-    with pytest.raises(UserError, match="It is a classifier .* mamba_ssm has Mamba language mod"):
+    with pytest.raises(UserError, match=r"It is a classifier .* mamba_ssm has Mamba language mod"):
         write_mamba_ssm(one, None, tmp_path / "a", source="It")
     other = student(MambaStudentForCausalLM, norm_epsilon=1e-3)
-    with pytest.raises(UserError, match="norm_epsilon is 0.001"):
+    with pytest.raises(UserError, match=r"norm_epsilon is 0\.001"):
         write_mamba_ssm(other, None, tmp_path / "a", source="It")
     assert not (tmp_path / "a" / "config.json").exists()
     (tmp_path / "full").mkdir()
