@@ -101,8 +101,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Path:
 
 def test_the_card_says_what_the_hub_reads(run: Path, tiny_cache: Path) -> None:
     card = ModelCard.load(run / "README.md")
-    assert card.data.pipeline_tag == "text-classification"
-    results = {one.metric_type: one.metric_value for one in card.data.eval_results or []}
+    data: Any = card.data
+    assert data.pipeline_tag == "text-classification"
+    results = {one.metric_type: one.metric_value for one in data.eval_results}
     evaluation = json.loads((run / "run.json").read_text())["result"]["evaluation"]
     assert results["accuracy"] == pytest.approx(100 * evaluation["eval_accuracy"], abs=1e-3)
     manifest = read_manifest(tiny_cache)
