@@ -136,7 +136,7 @@ def check(**given: Any) -> None:
 def inspect(
     cache: CacheFolder,
     sample: Annotated[
-        str | None, typer.Option(help="Id of a sample to show (or the start of one).")
+        str | None, typer.Option(help="Id of a sample to show whole (or the start of one).")
     ] = None,
     attention_image: Annotated[
         Path | None,
@@ -152,9 +152,11 @@ def inspect(
             "the teacher's maps, each matched layer's two panels in the student's order."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print manifest and figures as JSON.")
+    ] = False,
 ) -> None:
-    """Show what a cache holds: settings, sizes, bytes a sample, one decoded sample."""
+    """Show what a cache holds: origin, sizes, lengths, confidence, one decoded sample."""
     with reported():
         from teacher_cache.pipeline import inspection
 

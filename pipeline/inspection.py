@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -12,17 +13,21 @@ from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.verify import verify as verify_cache
+from teacher_cache.pipeline.cache_figures import SplitFigures, figures_of, to_json
 from teacher_cache.pipeline.pictures import write_figure
 from teacher_cache.pipeline.reporting import console, working
-from teacher_cache.pipeline.sample_view import attention_panels, print_sample
+from teacher_cache.pipeline.sample_view import NUM_POSITIONS, attention_panels, print_sample
 from teacher_cache.pipeline.tables import (
+    balance_table,
     confusion_line,
     confusion_table,
+    distribution_tables,
     has_positions,
     kept_table,
     layer_fields,
     layer_table,
     manifest_table,
+    origin_table,
     settings_table,
 )
 
@@ -58,41 +63,71 @@ def inspect(
         console.print(f"✓ attention maps drawn: {attention_image}", style="green", soft_wrap=True)
         return
     if as_json:
-        console.print_json((cache / MANIFEST_NAME).read_text())
+        _print_json(cache, manifest)
         return
     if sample is not None:
         print_sample(console, cache, sample)
         return
     state = "complete" if manifest.complete else "NOT complete: run stage one again, it resumes"
     console.print(f"cache {cache}: {state}; fingerprint {manifest.fingerprint}", soft_wrap=True)
-    about = {name: one for name, one in manifest.about.items() if name != ON_LABELS}
-    console.print(settings_table(manifest.settings | {"about": about}, "settings"))
+    console.print(origin_table(manifest))
     console.print(manifest_table(manifest))
     if has_positions(manifest):
         console.print(kept_table(manifest))
+    if manifest.complete:
+        _print_measured(cache, manifest)
+    about = {name: one for name, one in manifest.about.items() if name != ON_LABELS}
+    console.print(settings_table(manifest.settings | {"about": about}, "settings"))
     shapes = [f"{one.name} {one.dtype}{list(one.shape) or ''}" for one in manifest.schema]
     console.print("fields of a sample: " + ", ".join(shapes), soft_wrap=True)
-    if not manifest.complete:
-        return
-    readers = [CacheReader(cache, split) for split in manifest.splits]
-    filled = next((reader for reader in readers if len(reader)), None)
-    confusion = Confusion.recorded(manifest) or Confusion.counted(manifest, readers[0].batches())
+    if manifest.complete:
+        _print_first(cache, manifest)
+
+
+def _print_json(cache: Path, manifest: Manifest) -> None:
+    """The manifest, and under `measured` what it does not hold."""
+    value = json.loads((cache / MANIFEST_NAME).read_text())
+    if manifest.complete:
+        value["measured"] = to_json(_measured(cache, manifest))
+    console.print_json(json.dumps(value))
+
+
+def _measured(cache: Path, manifest: Manifest) -> dict[str, SplitFigures]:
+    """Figures of each split that holds samples."""
+    found = {split: figures_of(CacheReader(cache, split)) for split in manifest.splits}
+    return {split: one for split, one in found.items() if one is not None}
+
+
+def _print_measured(cache: Path, manifest: Manifest) -> None:
+    """What labels and samples say."""
+    reader = CacheReader(cache)
+    confusion = Confusion.recorded(manifest) or Confusion.counted(manifest, reader.batches())
     if confusion is not None:
         names = manifest.about["id2label"]
+        console.print(balance_table(confusion, names))
         console.print(confusion_line(confusion, names), soft_wrap=True)
         console.print(confusion_table(confusion, names))
         if fits := confusion.fitting():
             means = ", ".join(f"{names[str(i)]} is {names[str(j)]}" for i, j in fits.items())
             console.print(f"! the teacher's ids seem to mean: {means}", style="yellow")
-    if filled is not None and layer_fields(manifest):
-        console.print(layer_table(filled))
+    found = _measured(cache, manifest)
+    for split, one in found.items():
+        for table in distribution_tables(split, one):
+            console.print(table)
+    for split in found if layer_fields(manifest) else ():
+        console.print(layer_table(CacheReader(cache, split)))
+        break
+
+
+def _print_first(cache: Path, manifest: Manifest) -> None:
+    """Some ids of each split, and the first sample there is."""
     shown = None
-    for reader in readers:
-        ids = [one.hex() for one in islice(reader.sample_ids(), NUM_IDS_SHOWN)]
+    for split in manifest.splits:
+        ids = [one.hex() for one in islice(CacheReader(cache, split).sample_ids(), NUM_IDS_SHOWN)]
         shown = shown or (ids[0] if ids else None)
-        console.print(f"first {reader.split} samples: {', '.join(ids)}", soft_wrap=True)
+        console.print(f"first {split} samples: {', '.join(ids)}", soft_wrap=True)
     if shown is not None:
-        print_sample(console, cache, shown)
+        print_sample(console, cache, shown, most=NUM_POSITIONS)
 
 
 def verify(cache: Path, *, deep: int, teacher: str | None, trust_remote_code: bool) -> None:

@@ -24,10 +24,11 @@ from teacher_cache.pipeline.pictures import (
 )
 from teacher_cache.pipeline.tables import has_positions
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
-from teacher_cache.stages.tokens.vocabulary_map import recorded_map
+from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap, recorded_map
 
 NUM_POSITIONS = 4
 NUM_TOKENS = 5
+MARK = "→"  # before what came
 
 
 def print_distributions(
@@ -35,14 +36,17 @@ def print_distributions(
     reader: CacheReader,
     sample: Mapping[str, np.ndarray],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    most: int | None,
 ) -> None:
-    """Print the most probable next tokens at positions that are evenly spaced over a sample.
+    """Print the most probable next tokens at a sample's positions, the real one marked.
 
     Args:
         console: to print to.
         reader: of the cache.
         sample: as the reader gives it.
         tokenizer: of the cache.
+        most: positions, evenly spaced; None for all.
 
     Raises:
         CheckFailed: if the head of cached states, or the map of an aligned cache, is damaged.
@@ -52,29 +56,34 @@ def print_distributions(
     console.print(f"pieces of documents: {num_pieces}; positions that count: {len(counts):,}")
     stored = np.cumsum(has_rows(sample)) - 1  # of a position, where its row is
     decode, temperature = _decoder(reader, sample)
-    named = _namer(tokenizer, reader.manifest, reader.cache)
-    places = np.linspace(0, len(counts) - 1, min(NUM_POSITIONS, len(counts))).astype(int)
+    vocabulary_map = recorded_map(reader.cache, reader.manifest)
+    named = _namer(tokenizer, vocabulary_map)
+    num = len(counts) if most is None else min(most, len(counts))
+    places = np.linspace(0, len(counts) - 1, num).astype(int)
     for position in counts[np.unique(places)]:
         decoded = decode(int(position))
-        real = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position + 1]))
+        next_id = int(sample["input_ids"][position + 1])
+        real = tokenizer.convert_ids_to_tokens(next_id)
+        if vocabulary_map is not None:
+            next_id = int(vocabulary_map.student_ids[next_id])
         log_prob = float(sample["next_log_prob"][stored[position]])
         here = tokenizer.convert_ids_to_tokens(int(sample["input_ids"][position]))
         console.print(
-            f"  at {position}, {here}: next is {real} (p {np.exp(log_prob):.4f} at T=1); "
-            f"T={temperature:g}: {_most_probable(decoded, named)}",
+            f"  at {position}, {here}: next is {real} (p {np.exp(log_prob):.4f} at T=1, "
+            f"{_rank(decoded, next_id)}); T={temperature:g}: "
+            f"{_most_probable(decoded, named, next_id)}",
             soft_wrap=True,
         )
 
 
 def _namer(
-    tokenizer: PreTrainedTokenizerBase, manifest: Manifest, cache: Path
+    tokenizer: PreTrainedTokenizerBase, vocabulary_map: VocabularyMap | None
 ) -> Callable[[list[int]], list[str]]:
     """Strings of the support's ids; of a student's, the teacher's tokens of the same bytes."""
 
     def own_tokens(ids: list[int]) -> list[str]:
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
 
-    vocabulary_map = recorded_map(cache, manifest)
     if vocabulary_map is None:
         return own_tokens
     teacher_ids = np.arange(len(vocabulary_map.student_ids))
@@ -85,15 +94,26 @@ def _namer(
     return lambda ids: own_tokens([teacher_id_of[one] for one in ids])
 
 
-def _most_probable(decoded: Decoded, named: Callable[[list[int]], list[str]]) -> str:
+def _ranked(decoded: Decoded) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that are kept, the most probable first, and their log-probs."""
     log_probs = np.asarray(decoded.log_probs)[0]
-    order = np.argsort(-log_probs, kind="stable")[:NUM_TOKENS]
+    order = np.argsort(-log_probs, kind="stable")
     order = order[np.isfinite(log_probs[order])]
-    ids = order if decoded.ids is None else np.asarray(decoded.ids)[0, order]
-    tokens = named(ids.tolist())
+    return order if decoded.ids is None else np.asarray(decoded.ids)[0, order], log_probs[order]
+
+
+def _rank(decoded: Decoded, next_id: int) -> str:
+    """Where the next token stands among those that are kept."""
+    found = np.flatnonzero(_ranked(decoded)[0] == next_id)
+    return f"rank {found[0] + 1}" if len(found) else "not kept"
+
+
+def _most_probable(decoded: Decoded, named: Callable[[list[int]], list[str]], next_id: int) -> str:
+    """The first outcomes with their probabilities, the one that came marked."""
+    ids, log_probs = (one[:NUM_TOKENS] for one in _ranked(decoded))
     listed = [
-        f"{token} {np.exp(log_prob):.4f}"
-        for token, log_prob in zip(tokens, log_probs[order], strict=True)
+        f"{MARK * (token_id == next_id)}{token} {np.exp(log_prob):.4f}"
+        for token_id, token, log_prob in zip(ids, named(ids.tolist()), log_probs, strict=True)
     ]
     if decoded.ids is not None:
         listed.append(f"all others {float(np.exp(np.asarray(decoded.tail_log_prob)[0])):.4f}")
@@ -124,8 +144,14 @@ def _decoder(
     return decode, temperature
 
 
-def print_sample(console: Console, cache: Path, sample_id: str) -> None:
+def print_sample(console: Console, cache: Path, sample_id: str, *, most: int | None = None) -> None:
     """Print a sample's text, tokens, label and the teacher's distribution.
+
+    Args:
+        console: to print to.
+        cache: its folder.
+        sample_id: or its beginning.
+        most: of a language model, positions that are shown, evenly spaced; None for all.
 
     Raises:
         UserError: if no split has exactly one sample of that id.
@@ -136,7 +162,7 @@ def print_sample(console: Console, cache: Path, sample_id: str) -> None:
     tokenizer = load_tokenizer(str((cache / TEACHER_FOLDER).resolve()), option="CACHE")
     console.print(f"{split} sample {sample_idx}, id {sample['sample_id'].tobytes().hex()}")
     if has_positions(reader.manifest):
-        print_distributions(console, reader, sample, tokenizer)
+        print_distributions(console, reader, sample, tokenizer, most=most)
     else:
         _print_classes(console, reader.manifest, sample)
     ids = sample["input_ids"].tolist()

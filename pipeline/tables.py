@@ -19,6 +19,7 @@ from teacher_cache.cache.schema import NEXT_LOG_PROB, Schema, bytes_per_position
 from teacher_cache.stages.join.report import JoinReport
 
 if TYPE_CHECKING:  # they import torch
+    from teacher_cache.pipeline.cache_figures import Distribution, SplitFigures
     from teacher_cache.pipeline.pushing import Upload
     from teacher_cache.stages.cache_teacher import Estimate
     from teacher_cache.stages.evaluate import EvaluateResult
@@ -27,6 +28,7 @@ NONE = "–"
 NOT_PROBED = "not probed: teacher or data is not on this machine"
 NOT_MEASURED_AGAIN = "not probed: the cache was converted, and the old one kept no logits"
 NUM_SAMPLES = 64
+BAR, WIDEST_BAR = "█", 32
 MOST_CLASSES = 12  # that a table shows all pairs of
 
 
@@ -171,6 +173,82 @@ def manifest_table(manifest: Manifest) -> Table:
     for heading, size in SIZES.items():
         table.add_row(heading, *(size(splits) for splits in columns.values()))
     table.add_row("format", *(manifest.store for _ in columns))
+    return table
+
+
+def origin_table(manifest: Manifest) -> Table:
+    """Where a cache comes from: teacher, text, temperatures, times, releases."""
+    table = _table("where it comes from")
+    about, settings = manifest.about, manifest.settings
+    teacher = settings.get("teacher") or {}
+    codec = settings.get("codec")
+    rows = {
+        "task": settings.get("task"),
+        "teacher": about.get("teacher"),
+        "architecture": teacher.get("architecture"),
+        "number format": teacher.get("dtype"),
+        "weights, SHA-256": teacher.get("weights_sha256"),
+        "tokens of a sample, at most": settings.get("max_length"),
+        "temperatures": codec.get("temperatures") if isinstance(codec, dict) else None,
+        "converted from": about.get("converted_from"),
+        "begun": manifest.created_at[:19].replace("T", " ") + " UTC",
+        "made by": f"{manifest.maker}, "
+        + ", ".join(f"{name} {release}" for name, release in manifest.versions.items()),
+    }
+    for name, source in (about.get("sources") or {}).items():
+        table.add_row(f"{name} text", str(source))
+    for name, value in rows.items():
+        if value is not None:
+            words = value if not isinstance(value, list) else ", ".join(f"{one:g}" for one in value)
+            table.add_row(name, str(words))
+    return table
+
+
+def balance_table(confusion: Confusion, names: Mapping[str, str]) -> Table:
+    """How many documents have each label, and how many of them the teacher gives it."""
+    table = Table("label", title="labels", title_justify="left")
+    for heading in ("documents", "share %", "teacher right %"):
+        table.add_column(heading, justify="right")
+    counts = confusion.counts.sum(axis=1)
+    for label in np.argsort(-counts, kind="stable")[:MOST_CLASSES]:
+        if counts[label]:
+            right = float(confusion.counts[label, label] / counts[label])
+            share = float(counts[label] / confusion.num)
+            cells = (f"{counts[label]:,}", _percent(share), _percent(right))
+            table.add_row(names[str(label)], *cells)
+    return table
+
+
+def distribution_tables(split: str, found: SplitFigures) -> list[Table]:
+    """Lengths, confidence, captured mass as bars; bytes by field."""
+    tables = [_bars(f"{split}: tokens of a sample", found.lengths, "{:,.0f}")]
+    of = f"of {found.num_read:,} samples"
+    tables.append(_bars(f"{split}: how sure the teacher is, {of}", found.confidence, "{:.2f}"))
+    if found.captured_mass is not None:
+        tables.append(_bars(f"{split}: captured mass", found.captured_mass, "{:.2f}"))
+    table = _table(f"{split}: bytes a sample, {of}")
+    for name, mean in found.bytes_per_sample.items():
+        table.add_row(name, f"{mean:,.1f}")
+    table.add_row("in all", f"{sum(found.bytes_per_sample.values()):,.1f}")
+    return [*tables, table]
+
+
+def _bars(title: str, found: Distribution, form: str) -> Table:
+    """A histogram, the longest bar as wide as its column."""
+    words = [form.format(one) for one in (found.mean, found.median, found.p95, found.largest)]
+    table = Table(
+        title=f"{title}: mean {words[0]}, median {words[1]}, 95 % up to {words[2]}, "
+        f"at most {words[3]}",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_column("range", justify="right")
+    table.add_column("number", justify="right")
+    table.add_column("bar")
+    most = max(num for _, _, num in found.bins)
+    for low, high, num in found.bins:
+        bar = BAR * max(1 if num else 0, round(WIDEST_BAR * num / most))
+        table.add_row(f"{form.format(low)} – {form.format(high)}", f"{num:,}", bar)
     return table
 
 

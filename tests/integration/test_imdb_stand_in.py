@@ -250,14 +250,22 @@ def test_inspect_tells_settings_sizes_and_samples(journey: Journey) -> None:
         "bytes a sample",
         str(manifest.splits["labeled"].num_documents),
         "class_logits float32[2]",
+        "teacher right %",
+        "how sure the teacher is",
+        "tokens of a sample",
         first["sample_id"].tobytes().hex(),
     ):
         assert shown in printed
 
 
-def test_inspect_json_is_the_manifest(journey: Journey) -> None:
+def test_inspect_json_is_the_manifest_and_what_was_measured(journey: Journey) -> None:
     printed = json.loads(done("inspect", journey.cache, "--json"))
+    measured = printed.pop("measured")
     assert printed == json.loads((journey.cache / "manifest.json").read_text())
+    logits = CacheReader(journey.cache, "unlabeled").column("class_logits").astype(float)
+    sure = (1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)).mean()
+    assert measured["unlabeled"]["confidence"]["mean"] == pytest.approx(sure)
+    assert measured["unlabeled"]["captured_mass"] is None
 
 
 @pytest.mark.parametrize("split", ["labeled", "unlabeled"])

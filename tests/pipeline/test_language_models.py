@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -87,6 +89,37 @@ def test_inspect_says_what_a_token_takes_and_what_is_lost(topk_cache: Path) -> N
 
 
 @pytest.mark.parametrize("codec", ["topk", "hidden"])
+def test_inspect_measures_what_the_manifest_does_not_hold(
+    codec: str, topk_cache: Path, hidden_cache: Path
+) -> None:
+    cache = topk_cache if codec == "topk" else hidden_cache
+    printed = json.loads(done("inspect", cache, "--json"))
+    found = printed.pop("measured")["labeled"]
+    assert printed == json.loads((cache / "manifest.json").read_text())
+    reader = CacheReader(cache)
+    samples = [reader.sample(i) for i in range(len(reader))]
+    lengths = [len(one["input_ids"]) for one in samples]
+    assert found["lengths"]["mean"] == pytest.approx(np.mean(lengths))
+    assert found["lengths"]["largest"] == max(lengths) and found["num_read"] == len(samples)
+    assert sum(num for _, _, num in found["lengths"]["bins"]) == len(samples)
+    for low, high, num in found["lengths"]["bins"]:
+        assert num == sum(low < one <= high for one in lengths)
+    top = np.concatenate([np.exp(one["top1_log_prob"][one["loss_mask"]]) for one in samples])
+    assert found["confidence"]["num"] == len(top)
+    assert found["confidence"]["mean"] == pytest.approx(top.mean(), rel=1e-3)
+    if codec == "topk":
+        (first, _) = printed["about"]["probe"]["reconstruction"]
+        assert found["captured_mass"]["mean"] == pytest.approx(1 - first["lost_mass"], abs=0.05)
+    else:
+        assert found["captured_mass"] is None, "nothing lies outside a whole distribution"
+    sizes = found["bytes_per_sample"]
+    assert sizes["input_ids"] == pytest.approx(4 * np.mean(lengths))
+    shown = done("inspect", cache)
+    assert "labeled: tokens of a sample" in shown and "█" in shown
+    assert ("captured mass: mean" in shown) == (codec == "topk")
+
+
+@pytest.mark.parametrize("codec", ["topk", "hidden"])
 def test_inspect_decodes_a_sample(
     codec: str, topk_cache: Path, hidden_cache: Path, gpt2_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -96,10 +129,15 @@ def test_inspect_decodes_a_sample(
     printed = done("inspect", cache, "--sample", sample["sample_id"].tobytes().hex())
     assert "Emma Woodhouse" in printed or "She was" in printed
     tokens = gpt2_tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())
-    lines = re.findall(r"at (\d+), (\S+): next is (\S+) .*; T=1: (.*)", printed)
-    assert len(lines) == 4
-    for position, here, following, most_probable in lines:
+    lines = re.findall(r"at (\d+), (\S+): next is (\S+) .*, (.*)\); T=1: (.*)", printed)
+    assert len(lines) == int(sample["loss_mask"].sum()), "every position that counts"
+    for position, here, following, rank, most_probable in lines:
         assert (here, following) == (tokens[int(position)], tokens[int(position) + 1])
+        listed = re.findall(r"(\S+) \d\.\d{4}", most_probable)
+        marked = [place for place, one in enumerate(listed, 1) if one == f"→{following}"]
+        is_listed = rank in {f"rank {place}" for place in range(1, 6)}
+        assert [f"rank {place}" for place in marked] == [rank] * is_listed
+        assert codec == "topk" or rank != "not kept", "a whole distribution has every token"
         assert len(re.findall(r" \d\.\d{4}", most_probable)) == (6 if codec == "topk" else 5)
         assert ("all others" in most_probable) == (codec == "topk")
 
