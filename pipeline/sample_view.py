@@ -28,7 +28,7 @@ from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap, recorded_m
 
 NUM_POSITIONS = 4
 NUM_TOKENS = 5
-MARK = "→"  # before what came
+MARK, NO_MARK = "→", ""  # before what came, and before what did not
 
 
 def print_distributions(
@@ -112,7 +112,7 @@ def _most_probable(decoded: Decoded, named: Callable[[list[int]], list[str]], ne
     """The first outcomes with their probabilities, the one that came marked."""
     ids, log_probs = (one[:NUM_TOKENS] for one in _ranked(decoded))
     listed = [
-        f"{MARK * (token_id == next_id)}{token} {np.exp(log_prob):.4f}"
+        f"{MARK if token_id == next_id else NO_MARK}{token} {np.exp(log_prob):.4f}"
         for token_id, token, log_prob in zip(ids, named(ids.tolist()), log_probs, strict=True)
     ]
     if decoded.ids is not None:

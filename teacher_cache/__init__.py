@@ -14,34 +14,52 @@ if TYPE_CHECKING:
     from teacher_cache.cache.errors import CheckFailed, UserError
     from teacher_cache.cache.reader import CacheReader
     from teacher_cache.cache.writer import CacheWriter
-    from teacher_cache.stages.cache_log_probs import cache_log_probs
+    from teacher_cache.stages.cache_log_probs import Engine, LogProbFile, cache_log_probs
+    from teacher_cache.stages.losses.distributions import TeacherDistribution
+    from teacher_cache.stages.losses.divergences import divergence
+    from teacher_cache.stages.losses.objective import distillation_objective
     from teacher_cache.stages.student import (
         MambaStudentConfig,
         MambaStudentForCausalLM,
         MambaStudentForSequenceClassification,
     )
+    from teacher_cache.stages.training.batches import CachedSamples, SampleCollator
 
 _STUDENT = "stages.student"
 _HOMES = {
     "CacheReader": "cache.reader",
     "CacheWriter": "cache.writer",
+    "CachedSamples": "stages.training.batches",
     "CheckFailed": "cache.errors",
+    "Engine": "stages.cache_log_probs",
+    "LogProbFile": "stages.cache_log_probs",
     "MambaStudentConfig": _STUDENT,
     "MambaStudentForCausalLM": _STUDENT,
     "MambaStudentForSequenceClassification": _STUDENT,
+    "SampleCollator": "stages.training.batches",
+    "TeacherDistribution": "stages.losses.distributions",
     "UserError": "cache.errors",
     "cache_log_probs": "stages.cache_log_probs",
+    "distillation_objective": "stages.losses.objective",
+    "divergence": "stages.losses.divergences",
 }
 
 __all__ = [
     "CacheReader",
     "CacheWriter",
+    "CachedSamples",
     "CheckFailed",
+    "Engine",
+    "LogProbFile",
     "MambaStudentConfig",
     "MambaStudentForCausalLM",
     "MambaStudentForSequenceClassification",
+    "SampleCollator",
+    "TeacherDistribution",
     "UserError",
     "cache_log_probs",
+    "distillation_objective",
+    "divergence",
 ]
 
 

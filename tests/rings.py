@@ -26,6 +26,7 @@ RINGS: dict[str, Ring] = {
     "tests/integration/test_killed_cache.py::test_killed_while_it_makes_views[True]": "slow",
     "tests/integration/test_killed_training.py"
     "::test_killed_at_every_step[language_models_config]": "slow",
+    "tests/test_examples.py": "ci",
     # Vocabularies of tens of thousands of tokens.
     "tests/pipeline/test_aligned_caches.py": "ci",
     "tests/stages/join/test_alignment.py": "ci",
