@@ -19,6 +19,7 @@ from tests.tiny_runs import cache_reviews
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, acl_imdb: Path) -> Path:
     return cache_reviews(tmp_path_factory.mktemp("examples") / "cache", tiny_bert, acl_imdb)
