@@ -94,8 +94,9 @@ def _ranks(real: Tensor, numbers: Tensor) -> Tensor:
     """The place of each real position among those of its document, [B, S]."""
     count = real.cumsum(1)
     begins = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
-    before = torch.where(begins, count - real.long(), 0).cummax(1).values
-    return (count - 1 - before).clamp(min=0)
+    # By document, how many stand before it. No cumulated maximum: ONNX has none.
+    before = torch.zeros_like(count).scatter_add(1, numbers, begins * (count - real.long()))
+    return (count - 1 - before.gather(1, numbers)).clamp(min=0)
 
 
 def _allowed(

@@ -88,7 +88,6 @@ class Family:
         fused: parts that are stored as one, in this order.
         positions: name of a table of positions, or none.
         is_parallel: whether attention and MLP read one norm.
-        refuse: what of a configuration keeps it from being copied; None where nothing does.
     """
 
     prefix: str = "model."

@@ -23,12 +23,13 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "Mamba-2": {"arch": "mamba2"},
     "Mamba-1": {"arch": "mamba"},
     "groups": {"arch": "mamba2", "head_dim": 6, "ngroups": 4, "chunk_size": 16},
+    "attention in one of two": {"arch": "mamba2", "attn_layer_idx": [1], "d_intermediate": 12},
     "Mamba-2 both ways": {"arch": "mamba2", "bidirectional": True, "pooling": "mean"},
     "Mamba-1 both ways": {"arch": "mamba", "bidirectional": True, "position_map": MOVE},
     "appended": {"arch": "mamba2", "pooling": "cls", "position_map": APPEND},
     "last": {"arch": "mamba", "pooling": "last", "head": "linear"},
 }
-LANGUAGE_MODELS = ("Mamba-2", "Mamba-1", "groups")
+LANGUAGE_MODELS = ("Mamba-2", "Mamba-1", "groups", "attention in one of two")
 FIRST = ("Mamba-2", "Mamba-1 both ways")  # the others at length
 
 
