@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 from teacher_cache.cache.errors import UserError
 
 TEMP_SUFFIX = ".tmp"
+_TOKEN_BYTES = 4
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another --out"),
@@ -74,8 +77,21 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_name(name: str) -> str:
-    """Name of the file beside `name` in which its next content is written."""
-    return f".{name}{TEMP_SUFFIX}"
+    """A name beside `name` in which its next content is written.
+
+    Another at each call: where two processes write one file (a worker that was given up and was
+    only frozen, say), neither may rename what the other has half-written.
+    """
+    return f".{name}.{secrets.token_hex(_TOKEN_BYTES)}{TEMP_SUFFIX}"
+
+
+def is_temporary_of(name: str, found: str) -> bool:
+    """Whether a file called `found` is what a killed run left of one called `name`.
+
+    Earlier releases wrote no token.
+    """
+    token = rf"(\.[0-9a-f]{{{2 * _TOKEN_BYTES}}})?"
+    return re.fullmatch(rf"\.{re.escape(name)}{token}{re.escape(TEMP_SUFFIX)}", found) is not None
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
@@ -125,13 +141,24 @@ def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
                 folders.update(one for one in file.parents if one.is_relative_to(temporary))
             for folder in folders:
                 fsync_folder(folder)
-            if path.exists():
-                os.replace(path, retired)
-            os.replace(temporary, path)
+            _take_place(temporary, path, retired)
         finally:
             _remove(temporary)
         fsync_folder(path.parent)
         _remove(retired)
+
+
+def _take_place(temporary: Path, path: Path, retired: Path) -> None:
+    """Rename a folder to `path`; what stands there, by whomever, becomes `retired` before."""
+    while True:
+        if path.exists():
+            _remove(retired)
+            os.replace(path, retired)
+        try:
+            return os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # another process was faster with the same folder: it makes room in turn
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -168,7 +195,7 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete temporary files and folders that a killed run left in `folder`; return their paths."""
-    leftovers = sorted(folder.rglob(temporary_name("*")))
+    leftovers = sorted(folder.rglob(f".*{TEMP_SUFFIX}"))
     with explained(folder):
         for leftover in leftovers:
             _remove(leftover)

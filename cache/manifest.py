@@ -12,6 +12,7 @@ from typing import Any
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.fingerprint import fingerprint
+from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.schema import FORMAT, FORMAT_VERSION, FieldSpec, Schema, format_version
 from teacher_cache.cache.stores.named import DEFAULT_STORE, store_named
 
@@ -63,6 +64,7 @@ class Manifest:
         created_at: UTC, ISO 8601.
         completed_at: the same, None while incomplete.
         versions: of the libraries that made it.
+        num_slices: while incomplete, how many runs share its shards (`--slice`).
     """
 
     fingerprint: str
@@ -78,10 +80,20 @@ class Manifest:
     complete: bool = False
     created_at: str
     completed_at: str | None = None
+    num_slices: int = 1
 
     def completed(self, splits: dict[str, SplitSummary]) -> Manifest:
         """The same cache with its final counts, marked complete now."""
-        return replace(self, splits=splits, complete=True, completed_at=utc_now())
+        return replace(self, splits=splits, complete=True, completed_at=utc_now(), num_slices=1)
+
+    @property
+    def plans(self) -> dict[str, ShardPlan]:
+        """The shard plan of each split, in order."""
+        size = self.layout["documents_per_shard"]
+        return {
+            split: ShardPlan(num_documents=summary.num_documents, documents_per_shard=size)
+            for split, summary in self.splits.items()
+        }
 
     @property
     def maker(self) -> str:
@@ -100,6 +112,8 @@ class Manifest:
         value = asdict(self) | {"format": FORMAT, "format_version": version}
         if self.store == DEFAULT_STORE:  # as it was before there were others
             del value["store"]
+        if self.num_slices == 1:  # as it is when it is complete
+            del value["num_slices"]
         value["schema"] = [spec.to_json() for spec in self.schema]
         write_json_atomically(cache / MANIFEST_NAME, value | {CHECKSUM: fingerprint(value)})
 

@@ -1,8 +1,9 @@
-"""A cache's splits by their names, and which documents make shard i of each, for every worker."""
+"""A cache's splits by their names, which documents make shard i of each, and who makes it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from teacher_cache.cache.errors import UserError
@@ -48,6 +49,57 @@ class ShardPlan:
         """First and one-past-last document of a shard."""
         start = shard_idx * self.documents_per_shard
         return start, min(start + self.documents_per_shard, self.num_documents)
+
+
+Shard = tuple[str, int]
+"""A shard by its split and its number there."""
+
+
+def shards_of(plans: Mapping[str, ShardPlan]) -> list[Shard]:
+    """Every shard of a cache, in the order in which one process makes them."""
+    return [(split, shard_idx) for split, plan in plans.items() for shard_idx in range(len(plan))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part of a cache's shards that one of several workers makes.
+
+    Of the shards in order, worker `idx` of `num` makes each whose place, modulo `num`, is `idx`.
+
+    Attributes:
+        idx: the worker, from 0.
+        num: of workers.
+    """
+
+    idx: int = 0
+    num: int = 1
+
+    def of(self, plans: Mapping[str, ShardPlan]) -> list[Shard]:
+        """Its shards, in order."""
+        return shards_of(plans)[self.idx :: self.num]
+
+    @property
+    def is_all(self) -> bool:
+        """Whether there is no other worker."""
+        return self.num == 1
+
+    def __str__(self) -> str:
+        return f"{self.idx}/{self.num}"
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """From `i/n`.
+
+        Raises:
+            UserError: if it is not of that form, or i is not from 0 to n - 1.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        idx, num = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not idx < num:
+            raise UserError(
+                f"--slice {text} is no slice: give i/n, where i is from 0 to n - 1, as in 0/4"
+            )
+        return cls(idx=idx, num=num)
 
 
 def documents_per_shard(bytes_per_sample: float, *, shard_mb: int, max_documents: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from teacher_cache.cache.committed import what_is_missing
 from teacher_cache.cache.errors import BadShardError, UserError, did_you_mean
 from teacher_cache.cache.manifest import read_manifest
 from teacher_cache.cache.schema import Fields, Ragged, joined_fields
@@ -35,10 +36,7 @@ class CacheReader:
         self.cache = Path(cache)
         self.manifest = read_manifest(self.cache)
         if not self.manifest.complete:
-            raise UserError(
-                f"{self.cache} is not complete: run the same `{self.manifest.maker}` again, it "
-                "resumes from the committed shards"
-            )
+            raise UserError(what_is_missing(self.cache, self.manifest))
         if split not in self.manifest.splits:
             raise UserError(
                 f"{self.cache} has no split {split!r}: {did_you_mean(split, self.manifest.splits)}"

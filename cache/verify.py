@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from teacher_cache.cache.committed import what_is_missing
 from teacher_cache.cache.errors import BadShardError
 from teacher_cache.cache.fingerprint import file_sha256, fingerprint
 from teacher_cache.cache.manifest import MANIFEST_NAME, TEACHER_FOLDER, Manifest, read_manifest
@@ -36,7 +37,7 @@ def verify(cache: Path, *, on_shard: Callable[[Sidecar], None] | None = None) ->
     if fingerprint(manifest.settings) != manifest.fingerprint:
         problems.append(f"{cache / MANIFEST_NAME}: the settings do not have the fingerprint")
     if not manifest.complete:
-        problems.append(f"{cache} is not complete: run the same `{manifest.maker}` again")
+        problems.append(what_is_missing(cache, manifest))
     problems.extend(_teacher_problems(cache, manifest))
     sidecars = _indexed(cache, manifest, problems)
     if manifest.complete:

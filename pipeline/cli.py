@@ -100,7 +100,7 @@ def finetune_teacher(**given: Any) -> None:
 )
 def cache_teacher(*, dry_run: bool, **given: Any) -> None:
     """Stage one: run the teacher once and cache its logits; resumes where it was killed."""
-    with reported():
+    with reported(in_processes=True):
         options = _resolve(CacheTeacherOptions, "cache_teacher", given)
         from teacher_cache.pipeline import commands
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from teacher_cache.cache.commit import write_bytes_atomically
+from teacher_cache.cache.committed import what_is_missing
 from teacher_cache.cache.confusion import Confusion
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.cache.manifest import MANIFEST_NAME, read_manifest
@@ -98,7 +99,7 @@ def newest_cache(folder: Path = CACHES) -> Path:
         if manifest.complete:
             complete.append((manifest.completed_at, path.parent))
         else:
-            logger.warning("passed over: %s is not complete", path.parent)
+            logger.warning("passed over: %s", what_is_missing(path.parent, manifest))
     if not complete:
         raise UserError(
             f"there is no complete cache in {folder}: run `pipe cache-teacher --data ...` first, "
@@ -131,6 +132,12 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
     with StageOneProgress(console) as progress:
         result = stage_one.run(config, progress)
     done = f"{result.num_shards_run:,} shards computed, {result.num_shards_kept:,} kept"
+    if not result.manifest.complete:
+        console.print(
+            f"✓ slice {config.workers.slice} of {result.cache} is done ({done})", style="green"
+        )
+        console.print(what_is_missing(result.cache, result.manifest), soft_wrap=True)
+        return result.cache
     console.print(manifest_table(result.manifest))
     confusion = Confusion.recorded(result.manifest)
     if confusion is not None:

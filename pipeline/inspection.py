@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from teacher_cache.cache.committed import what_is_missing
 from teacher_cache.cache.confusion import ON_LABELS, Confusion
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -68,8 +69,10 @@ def inspect(
     if sample is not None:
         print_sample(console, cache, sample)
         return
-    state = "complete" if manifest.complete else "NOT complete: run stage one again, it resumes"
+    state = "complete" if manifest.complete else "NOT complete"
     console.print(f"cache {cache}: {state}; fingerprint {manifest.fingerprint}", soft_wrap=True)
+    if not manifest.complete:
+        console.print(f"! {what_is_missing(cache, manifest)}", style="yellow", soft_wrap=True)
     console.print(origin_table(manifest))
     console.print(manifest_table(manifest))
     if has_positions(manifest):

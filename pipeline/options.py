@@ -34,6 +34,7 @@ from teacher_cache.stages.teacher.config import (
     ShardConfig,
 )
 from teacher_cache.stages.training.config import FinetuneOptions
+from teacher_cache.stages.workers.config import WorkersConfig
 
 MissingLabels = Literal["refuse", "drop", "unlabeled"]
 TxtUnit = Literal["line", "paragraph", "document", "article"]
@@ -152,6 +153,7 @@ class CacheTeacherOptions(ComposedConfig):
     kept: Part[CodecConfig]
     aligned: Part[AlignmentConfig]
     chat: Part[ChatConfig]
+    workers: Part[WorkersConfig]
     teacher: str | None = Field(
         default=None,
         description="Teacher: hub id or folder of a fine-tuned classifier or, with --task lm, of "

@@ -262,6 +262,7 @@ def resolve_cache_teacher(options: CacheTeacherOptions) -> CacheTeacherConfig:
         kept=options.kept,
         aligned=aligned,
         chat=options.chat,
+        workers=options.workers,
         name=data_name(data),
         **_corpora(options, task, own_classes=is_own),
         unlabeled_is_named=options.unlabeled is not None,

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.plan import Shard, ShardPlan
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.stages.cache_teacher import StageOneObserver
 from teacher_cache.stages.join.join import Joined, joined_line
@@ -77,18 +77,28 @@ class StageOneProgress(StageOneObserver):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def on_plan(self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar]) -> None:
+    def on_plan(
+        self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar], todo: list[Shard]
+    ) -> None:
         """Say where the cache lies and what is kept; start the bar."""
-        self._num_shards = sum(len(plan) for plan in plans.values())
+        self._num_shards = len(kept) + len(todo)
         self._shards = len(kept)
         self._bytes = sum(sidecar.num_bytes for sidecar in kept)
-        documents = sum(plan.num_documents for plan in plans.values())
         done = sum(sidecar.documents[1] - sidecar.documents[0] for sidecar in kept)
-        self._console.print(f"cache {cache}: {self._num_shards:,} shards, {len(kept):,} kept")
-        if len(kept) == self._num_shards:
+        spans = [plans[split].documents(shard_idx) for split, shard_idx in todo]
+        num_shards = sum(len(plan) for plan in plans.values())
+        of_slice = "" if self._num_shards == num_shards else f" of {num_shards:,} here"
+        self._console.print(
+            f"cache {cache}: {self._num_shards:,} shards{of_slice}, {len(kept):,} kept"
+        )
+        if not todo:
             return
         self._started = time.monotonic()
-        self._task = self._progress.add_task(self._description, total=documents, completed=done)
+        self._task = self._progress.add_task(
+            self._description,
+            total=done + sum(stop - start for start, stop in spans),
+            completed=done,
+        )
         self._progress.start()
 
     def on_batch(self, num_samples: int, num_tokens: int) -> None:

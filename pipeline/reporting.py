@@ -78,7 +78,8 @@ def _refuse_processes() -> None:
     if num_processes() > 1:
         raise UserError(
             f"torchrun started {num_processes()} processes, and this command runs in one: start "
-            "it without torchrun (`pipe finetune-teacher` and `pipe train-student` run in several)"
+            "it without torchrun (`pipe finetune-teacher`, `pipe cache-teacher` and `pipe "
+            "train-student` run in several)"
         )
 
 

@@ -8,56 +8,33 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
-from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.errors import UserError
-from teacher_cache.cache.fingerprint import fingerprint
-from teacher_cache.cache.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    SplitSummary,
-    read_manifest,
-    utc_now,
-)
-from teacher_cache.cache.plan import ShardPlan, documents_per_shard
+from teacher_cache.cache.manifest import Manifest
+from teacher_cache.cache.plan import Shard, ShardPlan, documents_per_shard
 from teacher_cache.cache.sidecar import Sidecar
-from teacher_cache.cache.stores.named import DEFAULT_STORE, store_named
 from teacher_cache.cache.writer import CacheWriter
+from teacher_cache.stages.cache_job import (
+    NUM_MEASURED_FOR_SIZE,
+    CacheTeacherConfig,
+    load_corpora,
+)
 from teacher_cache.stages.codecs.measure import CodecLoss
-from teacher_cache.stages.config import Part
-from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_with_fallback
 from teacher_cache.stages.data.packaged import austen, reviews
 from teacher_cache.stages.data.packaged.packages import assets_folder
-from teacher_cache.stages.data.survey import survey_splits
-from teacher_cache.stages.data.tokenization import Reading, tokenize
-from teacher_cache.stages.data.views import Views, split_settings, with_views
-from teacher_cache.stages.join.teacher_folder import choose_probe, write_tokenization
-from teacher_cache.stages.models.pretrained import described_config
+from teacher_cache.stages.processes import is_main
 from teacher_cache.stages.tasks import TASKS
-from teacher_cache.stages.teacher.config import CaptureConfig, ShardConfig
 from teacher_cache.stages.teacher.options import check_options
-from teacher_cache.stages.teacher.task import Task
+from teacher_cache.stages.workers.chosen import workers_of
+from teacher_cache.stages.workers.interface import Workers
+from teacher_cache.stages.workers.ranks import help_main
 
-NUM_MEASURED_FOR_SIZE = 64
 SIDECAR_SUFFIX = ".json"
-AnyTask = Task[Any, Any]
 
-
-def estimated_bytes(task: AnyTask, splits: Mapping[str, Corpus | Views]) -> float:
-    """Of all shards, by the first documents of each split."""
-    total = 0.0
-    for documents in splits.values():
-        first = documents.documents(0, min(NUM_MEASURED_FOR_SIZE, len(documents)))
-        of_one = task.bytes_per_document(first) if first else None
-        total += (of_one or 0.0) * len(documents)
-    return total
+logger = logging.getLogger(__name__)
 
 
 def free_bytes(cache: Path) -> int:
@@ -96,36 +73,9 @@ def _mb(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.1f}"
 
 
-VERSIONED = ("teacher-cache", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
-
-logger = logging.getLogger(__name__)
-
-
-class CacheTeacherConfig(CaptureConfig):
-    """Everything stage one needs, resolved: no preset, no default teacher."""
-
-    shards: Part[ShardConfig]
-
-    name: str = Field(description="Short name of the data; begins the cache's folder name.")
-    labeled: CorpusConfig = Field(
-        description="The labelled corpus; a language model's main one, in which every token is "
-        "the label of those before it; or text without labels alone."
-    )
-    unlabeled: CorpusConfig | None = Field(
-        default=None, description="The unlabelled corpus, or none."
-    )
-    unlabeled_is_named: bool = Field(
-        default=False,
-        description="The user chose the unlabelled corpus; if not, a fallback goes without it.",
-    )
-    fallback: tuple[CorpusConfig, ...] = Field(
-        default=(), description="Labelled corpora to try, in order, if the first cannot be loaded."
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class CacheTeacherResult:
-    """A complete cache.
+    """A cache as this run left it: complete, but for a slice that others are missing beside.
 
     Attributes:
         cache: its folder.
@@ -143,8 +93,10 @@ class CacheTeacherResult:
 class StageOneObserver:
     """Told what happens while the teacher runs; the base says nothing."""
 
-    def on_plan(self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar]) -> None:
-        """The shards are known, and which of them are committed already."""
+    def on_plan(
+        self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar], todo: list[Shard]
+    ) -> None:
+        """The shards of this run are known: those that are committed already, and the others."""
 
     def on_batch(self, num_samples: int, num_tokens: int) -> None:
         """A forward batch is done."""
@@ -159,194 +111,52 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
     Raises:
         UserError: for anything the user can mend: data, teacher, settings, disk.
     """
-    observer = observer or StageOneObserver()
     check_options(config)
-    task: AnyTask = TASKS[config.task].teacher.prepared(config, load_corpora(config))
-    begun = (one for one in (task, *task.formers) if _is_begun(config, _settings(one)))
-    task = next(begun, task)
-    settings = _settings(task)
-    cache = config.shards.out or _default_folder(config, settings)
-    splits = with_views(task.corpora, config.shards.views, _reading(task))
-    plans = _plan(config, cache, splits, task)
-    require_room(
-        cache,
-        estimated_bytes(task, splits),
-        num_shards=sum(len(plan) for plan in plans.values()),
-        overwrite=config.shards.overwrite,
-    )
-    manifest = _manifest(config, settings, plans, task)
-    with CacheWriter(
-        cache, manifest, plans, overwrite=config.shards.overwrite, needed_files=task.files
-    ) as writer:
-        todo = writer.begin(
-            lambda folder: _write_teacher_files(folder, task, plans, intact=writer.intact_files)
+    if not is_main():
+        outline, num_made = help_main(config)
+        return CacheTeacherResult(
+            cache=outline.cache,
+            manifest=outline.manifest,
+            num_shards_run=num_made,
+            num_shards_kept=0,
         )
+    with workers_of(config) as workers:
+        return _written(workers, observer or StageOneObserver(), config.shards.overwrite)
+
+
+def _written(workers: Workers, observer: StageOneObserver, overwrite: bool) -> CacheTeacherResult:
+    """Have the missing shards made, whoever makes them, and finish the cache."""
+    outline = workers.outline
+    cache, plans = outline.cache, outline.plans
+    num_shards = sum(len(plan) for plan in plans.values())
+    require_room(cache, outline.num_bytes, num_shards=num_shards, overwrite=overwrite)
+    with CacheWriter(
+        cache,
+        outline.manifest,
+        plans,
+        overwrite=overwrite,
+        needed_files=outline.files,
+        share=workers.share,
+    ) as writer:
+        todo = writer.begin(lambda folder: workers.write_teacher_files(folder, writer.intact_files))
         kept = writer.committed()
-        observer.on_plan(cache, plans, kept)
-        findings = task.findings()
-        if not writer.manifest.complete:
-            for fields in writer.batches("labeled"):
-                findings.add(fields)
-        for split, shard_idx in todo:
-            documents = splits[split].documents(*plans[split].documents(shard_idx))
-            captured = task.capture(documents, observer.on_batch)
-            sidecar = writer.commit(
-                split,
-                shard_idx,
-                captured.fields,
-                num_truncated=captured.num_truncated,
-                environment=captured.environment,
-            )
-            if split == "labeled":
-                findings.add(captured.fields)
+        observer.on_plan(cache, plans, kept, todo)
+        for sidecar in workers.make(todo, observer.on_batch):
+            writer.add(sidecar)
             observer.on_shard(sidecar)
+
+        def about() -> dict[str, Any]:
+            findings = workers.found(writer.committed())
+            return findings.about() if findings is not None else {}
+
         if not writer.manifest.complete:
-            writer.finish(findings.about())
+            writer.finish(about)
         return CacheTeacherResult(
             cache=cache,
             manifest=writer.manifest,
             num_shards_run=len(todo),
             num_shards_kept=len(kept),
         )
-
-
-def _settings(task: AnyTask) -> dict[str, Any]:
-    """All that changes the cached values."""
-    data = {split: corpus.identity for split, corpus in task.corpora.items()}
-    return {**task.settings(), "data": data}
-
-
-def _is_begun(config: CacheTeacherConfig, settings: dict[str, Any]) -> bool:
-    """Whether a cache of just these settings is there, to be gone on with."""
-    cache = config.shards.out or _default_folder(config, settings)
-    if config.shards.overwrite or not (cache / MANIFEST_NAME).exists():
-        return False
-    return read_manifest(cache).fingerprint == fingerprint(settings)
-
-
-def load_corpora(config: CacheTeacherConfig) -> dict[str, Corpus]:
-    """The corpora by split, a fallback's where the first cannot be loaded.
-
-    Raises:
-        UserError: if there is none, or one cannot be read as asked.
-    """
-    labeled, used = load_with_fallback(config.labeled, config.fallback)
-    corpora = {"labeled": labeled}
-    if used != config.labeled and config.unlabeled is not None and not config.unlabeled_is_named:
-        logger.warning(
-            "the unlabelled text of %s is left out with it: name one with --unlabeled",
-            config.labeled.source,
-        )
-    elif config.unlabeled is not None:
-        corpora["unlabeled"], _ = load_with_fallback(config.unlabeled, [])
-    return corpora
-
-
-def versioned(store: str) -> tuple[str, ...]:
-    """The libraries whose versions stand in the manifest of a cache in this format."""
-    return (*VERSIONED, *store_named(store).libraries)
-
-
-def _default_folder(config: CacheTeacherConfig, settings: dict[str, Any]) -> Path:
-    """By name and fingerprint; the same values in another format have a folder of their own."""
-    suffix = "" if config.shards.format == DEFAULT_STORE else f"-{config.shards.format}"
-    return Path("caches") / f"{config.name}-{fingerprint(settings)[:8]}{suffix}"
-
-
-def _plan(
-    config: CacheTeacherConfig, cache: Path, splits: Mapping[str, Corpus | Views], task: AnyTask
-) -> dict[str, ShardPlan]:
-    """Shards of a recorded size; a new cache's size comes from the first documents' tokens."""
-    if (cache / MANIFEST_NAME).exists() and not config.shards.overwrite:
-        per_shard = read_manifest(cache).layout["documents_per_shard"]
-    else:
-        documents = splits["labeled"].documents(
-            0, min(NUM_MEASURED_FOR_SIZE, len(splits["labeled"]))
-        )
-        num_bytes = task.bytes_per_document(documents)
-        if num_bytes is None:
-            raise UserError(
-                f"the first {len(documents)} documents of {config.labeled.source} are all empty: "
-                "check --text-column"
-            )
-        per_shard = documents_per_shard(
-            num_bytes, shard_mb=config.shards.shard_mb, max_documents=config.shards.shard_documents
-        )
-    return {
-        split: ShardPlan(num_documents=len(documents), documents_per_shard=per_shard)
-        for split, documents in splits.items()
-    }
-
-
-def _reading(task: AnyTask) -> Reading:
-    return Reading.of(task.teacher.tokenizer, max_length=task.max_length)
-
-
-def _manifest(
-    config: CacheTeacherConfig,
-    settings: dict[str, Any],
-    plans: dict[str, ShardPlan],
-    task: AnyTask,
-) -> Manifest:
-    corpora = task.corpora
-    reports = survey_splits(corpora, config.shards.views, _reading(task))
-    for split, report in reports.items():
-        logger.info("%s: %s", split, report.describe())
-    return Manifest(
-        fingerprint=fingerprint(settings),
-        settings=settings,
-        layout={
-            "shard_mb": config.shards.shard_mb,
-            "shard_documents": config.shards.shard_documents,
-            "documents_per_shard": plans["labeled"].documents_per_shard,
-        },
-        schema=task.schema,
-        splits={
-            split: SplitSummary(
-                num_documents=plan.num_documents,
-                num_shards=len(plan),
-                settings=split_settings(split),
-                report=reports[split].model_dump(),
-            )
-            for split, plan in plans.items()
-        },
-        about={
-            "name": config.name,
-            # Whole, so that an evaluation finds it from any folder.
-            "teacher": str(Path(config.forward.teacher).resolve())
-            if Path(config.forward.teacher).is_dir()
-            else config.forward.teacher,
-            "sources": {split: corpus.config.source for split, corpus in corpora.items()},
-            "fell_back_from": config.labeled.source
-            if corpora["labeled"].config != config.labeled
-            else None,
-            "batching": task.teacher.batching.to_json(),
-            **task.about(),
-        },
-        teacher_files={},
-        versions={name: version(name) for name in versioned(config.shards.format)},
-        store=config.shards.format,
-        created_at=utc_now(),
-    )
-
-
-def _write_teacher_files(
-    folder: Path, task: AnyTask, plans: dict[str, ShardPlan], *, intact: Collection[str]
-) -> None:
-    """Tokenizer, id-to-string table, a probe of documents, configuration, the task's own files."""
-    tokenizer, max_length = task.teacher.tokenizer, task.max_length
-    probe = []
-    for split, corpus in task.corpora.items():
-        documents = corpus.documents(*plans[split].documents(0))
-        samples = tokenize(documents, tokenizer, max_length=max_length)
-        by_id = {document.sample_id: document for document in documents}
-        kept = [by_id[sample.sample_id] for sample in samples]
-        probe.extend(choose_probe(kept, samples, num=32 // len(task.corpora)))
-    write_tokenization(folder, tokenizer, max_length=max_length, probe=probe)
-    write_json_atomically(folder / "config.json", described_config(task.teacher.model))
-    for name, write in task.files.items():
-        if name not in intact:
-            write(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

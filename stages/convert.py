@@ -28,7 +28,8 @@ from teacher_cache.cache.plan import ShardPlan
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import COUNTED, Fields, Ragged, Schema, counted_fields
 from teacher_cache.cache.writer import CacheWriter
-from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver, versioned
+from teacher_cache.stages.cache_job import versioned
+from teacher_cache.stages.cache_teacher import CacheTeacherResult, StageOneObserver
 from teacher_cache.stages.codecs.capture import reduce_positions
 from teacher_cache.stages.codecs.config import CodecConfig, ConvertConfig
 from teacher_cache.stages.codecs.interface import Sample
@@ -113,7 +114,7 @@ def run(config: ConvertConfig, observer: StageOneObserver | None = None) -> Cach
     ) as writer:
         todo = writer.begin(lambda folder: _copy_teacher_files(config.cache, source, files, folder))
         kept = writer.committed()
-        observer.on_plan(config.out, plans, kept)
+        observer.on_plan(config.out, plans, kept, todo)
         for split, shard_idx in todo:
             reader = readers[split]
             old = reader.sidecars[shard_idx]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from teacher_cache.cache import sidecar, writer
+from teacher_cache.cache import committed, sidecar, writer
 from teacher_cache.cache.commit import write_json_atomically
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.cache.manifest import CHECKSUM, MANIFEST_NAME, Manifest, SplitSummary
@@ -143,6 +144,11 @@ def contents(cache: Path) -> dict[str, bytes]:
     return files | {MANIFEST_NAME: json.dumps(manifest).encode()}
 
 
+def without_token(name: str) -> str:
+    """A temporary name, without what makes it unlike all others."""
+    return re.sub(r"\.[0-9a-f]{8}(\.tmp)", r"\1", name)
+
+
 def set_shards_per_folder(set_constant: Callable[[Any, str, Any], Any], number: int) -> None:
     """Make segments small; every module that reads the constant must agree.
 
@@ -150,7 +156,7 @@ def set_shards_per_folder(set_constant: Callable[[Any, str, Any], Any], number: 
         set_constant: `setattr`, or monkeypatch's.
         number: of shards in a sub-folder and an index segment.
     """
-    for module in (sidecar, writer):
+    for module in (committed, sidecar, writer):
         set_constant(module, "SHARDS_PER_FOLDER", number)
 
 

@@ -48,7 +48,7 @@ from teacher_cache.stages.teacher.tables import (
     TABLE_FILE,
     token_states,
 )
-from teacher_cache.stages.teacher.task import Findings, Said, StoredSample, TapOf, Task
+from teacher_cache.stages.teacher.task import Said, StoredSample, TapOf, Task
 from teacher_cache.stages.tokens.record import describe, pair_form
 
 logger = logging.getLogger(__name__)
@@ -254,8 +254,8 @@ class Classification(Task[ClassificationTeacher, Sample]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnLabels(Findings):
-    """The teacher against the labels.
+class OnLabels:
+    """The teacher against the labels; `Findings`.
 
     Attributes:
         confusion: counts of both.

@@ -68,15 +68,16 @@ class Said:
     num_halvings: int
 
 
-class Findings:
-    """What the shards of the main corpus tell together; the base is told and says nothing."""
+class Findings(Protocol):
+    """What the shards of the main corpus tell together."""
 
     def add(self, fields: Fields) -> None:
         """Some samples, with the fields of the schema."""
+        ...
 
     def about(self) -> dict[str, Any]:
         """For the manifest, once all are added; a person is told what is remarkable."""
-        return {}
+        ...
 
 
 class Comparison(Protocol):
@@ -247,9 +248,9 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
             ),
         )
 
-    def findings(self) -> Findings:
-        """What is to be found out of all shards."""
-        return Findings()
+    def findings(self) -> Findings | None:
+        """What is to be found out of all shards; None where that is nothing."""
+        return None
 
     def measured_attention(self) -> dict[str, Any]:
         """What storing maps loses on the first documents; nothing where none are stored."""

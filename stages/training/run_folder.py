@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from teacher_cache.cache.commit import (
     explained,
     fsync_folder,
-    temporary_name,
+    is_temporary_of,
     write_json_atomically,
 )
 from teacher_cache.cache.errors import UserError
@@ -34,9 +34,6 @@ RUN_NAME = "run.json"
 CHECKPOINTS = "checkpoints"
 PAIR = "pair"
 """Of what a run is about: the columns of a pair, where its documents are pairs of texts."""
-
-# What may stand in a folder that is about to become a run.
-_OURS = (LOCK_NAME, temporary_name(RUN_NAME))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +144,17 @@ def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord
             start_again="--resume never (--set train_student.resume=never in `pipe run`)",
         )
         return recorded
-    elif folder.exists() and any(one.name not in _OURS for one in folder.iterdir()):
+    elif folder.exists() and not all(map(_is_ours, folder.iterdir())):
         raise UserError(
             f"{folder} is not empty and holds no {RUN_NAME}, so it is no run: give another --out"
         )
     record.write(folder)
     return record
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it may stand in a folder that is about to become a run."""
+    return path.name == LOCK_NAME or is_temporary_of(RUN_NAME, path.name)
 
 
 def _json_ready(value: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from teacher_cache.cache import commit
 from teacher_cache.cache.errors import UserError
+from tests.small_caches import without_token
 
 REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space or choose another --out",
@@ -60,11 +61,11 @@ def test_data_are_durable_before_the_name_and_the_name_at_last(
     def record_fsync(descriptor: int) -> None:
         inode = os.fstat(descriptor).st_ino
         synced = [path for path in (tmp_path, *tmp_path.rglob("*")) if path.stat().st_ino == inode]
-        steps.append(f"fsync {synced[0].name}")
+        steps.append(f"fsync {without_token(synced[0].name)}")
         fsync(descriptor)
 
     def record_replace(source: Path, target: Path) -> None:
-        steps.append(f"rename {source.name} {target.name}")
+        steps.append(f"rename {without_token(source.name)} {target.name}")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", record_fsync)

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.cache.plan import ShardPlan
+from teacher_cache.cache.plan import Shard, ShardPlan
 from teacher_cache.cache.sidecar import Sidecar
 from teacher_cache.pipeline import cli, commands
 from teacher_cache.stages import cache_teacher as stage_one
@@ -18,7 +18,7 @@ from teacher_cache.stages.cache_teacher import CacheTeacherConfig, StageOneObser
 from teacher_cache.stages.codecs.config import ConvertConfig
 from teacher_cache.stages.teacher import classification, language_modeling
 from teacher_cache.stages.teacher.load import Teacher, load_language_model, load_teacher
-from tests.small_caches import set_shards_per_folder
+from tests.small_caches import set_shards_per_folder, without_token
 
 HALF_WRITTEN, WRITTEN, RENAMED = "half-written", "written", "renamed"
 
@@ -53,12 +53,12 @@ class Steps(StageOneObserver):
         os.replace = self._on_replace
         os.fsync = self._on_fsync
 
-    def on_plan(self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar]) -> None:
-        done = [(sidecar.split, sidecar.shard_idx) for sidecar in kept]
-        shards = [(split, idx) for split, plan in plans.items() for idx in range(len(plan))]
-        self._todo = [shard for shard in shards if shard not in done]
-        for split, shard_idx in done:
-            self._write(f"kept {split} {shard_idx}")
+    def on_plan(
+        self, cache: Path, plans: dict[str, ShardPlan], kept: list[Sidecar], todo: list[Shard]
+    ) -> None:
+        self._todo = list(todo)
+        for sidecar in kept:
+            self._write(f"kept {sidecar.split} {sidecar.shard_idx}")
 
     def on_batch(self, num_samples: int, num_tokens: int) -> None:
         split, shard_idx = self._todo[0]
@@ -71,7 +71,7 @@ class Steps(StageOneObserver):
         # Nothing is synced: what a killed process has written is safe, only a power cut loses it.
         inode = os.fstat(descriptor).st_ino
         for path in self._cache.rglob(".*.tmp"):
-            target = path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))
+            target = path.with_name(without_token(path.name).removeprefix(".").removesuffix(".tmp"))
             for one in [path, *path.rglob("*")]:  # a shard may be a folder of files
                 if one.is_file() and one.stat().st_ino == inode:
                     if self._step(HALF_WRITTEN, target / one.relative_to(path)):
@@ -82,12 +82,13 @@ class Steps(StageOneObserver):
     def _on_replace(self, source: Path, target: Path) -> None:
         if not Path(target).is_relative_to(self._cache):
             return self._replace(source, target)
-        if self._step(WRITTEN, target):
+        named = Path(target).with_name(without_token(Path(target).name))  # a folder put away
+        if self._step(WRITTEN, named):
             self._die()
         self._replace(source, target)
-        if self._step(RENAMED, target):
+        if self._step(RENAMED, named):
             self._die()
-        self._times[str(target)] += 1
+        self._times[str(named)] += 1
 
     def _step(self, phase: str, target: Path) -> bool:
         name = f"{phase} {target.relative_to(self._cache)} {self._times[str(target)]}"
