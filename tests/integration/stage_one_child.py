@@ -130,10 +130,22 @@ def cache_teacher(config: str, log: str, shards_per_folder: int, die_at: str | N
     assert out is not None
     steps = Steps(out, Path(log), die_at)
     steps.install()
-    loaded: Any = _loaded(resolved)
+    _use_loaded(resolved)
+    stage_one.run(resolved, steps)
+
+
+def cache_slice(config: str) -> None:
+    """Stage one, from a configuration in JSON, beside other processes on the same cache."""
+    os.fsync = lambda descriptor: None  # pyright: ignore[reportAttributeAccessIssue]
+    resolved = CacheTeacherConfig.model_validate_json(config)
+    _use_loaded(resolved)
+    stage_one.run(resolved)
+
+
+def _use_loaded(config: CacheTeacherConfig) -> None:
+    loaded: Any = _loaded(config)
     classification.load_teacher = lambda config, *, with_attention: loaded
     language_modeling.load_language_model = lambda config, *, with_attention: loaded
-    stage_one.run(resolved, steps)
 
 
 def convert(config: str, log: str, shards_per_folder: int, die_at: str | None = None) -> None:
