@@ -27,6 +27,10 @@ RINGS: dict[str, Ring] = {
     "tests/integration/test_killed_training.py"
     "::test_killed_at_every_step[language_models_config]": "slow",
     "tests/test_examples.py": "ci",
+    "tests/integration/test_slices.py"
+    "::test_slices_at_once_killed_at_random[classifier-zarr]": "slow",
+    "tests/integration/test_slices.py"
+    "::test_slices_at_once_killed_at_random[language_model-arrow]": "slow",
     # Vocabularies of tens of thousands of tokens.
     "tests/pipeline/test_aligned_caches.py": "ci",
     "tests/stages/join/test_alignment.py": "ci",

@@ -61,6 +61,7 @@ class OnRay:
         left = _Left(todo, self.outline, num_workers=len(self._workers))
         outline = self._ray.put(self.outline)
         in_hand: dict[Any, tuple[int, Shard]] = {}
+        starting: dict[Any, int] = {}  # workers that are started again
         tries: Counter[Shard] = Counter()
         idle = list(range(len(self._workers)))
         while left or in_hand:
@@ -68,16 +69,20 @@ class OnRay:
                 number = idle.pop(0)
                 shard = left.take(number)
                 in_hand[self._workers[number].make.remote(outline, shard)] = number, shard
-            (done,), _ = self._ray.wait(list(in_hand), num_returns=1)
+            (done,), _ = self._ray.wait([*in_hand, *starting], num_returns=1)
+            if done in starting:
+                idle.append(starting.pop(done))
+                continue
             number, shard = in_hand.pop(done)
-            idle.append(number)
             try:
                 answer = self._ray.get(done)
             except self._ray.exceptions.RayActorError as error:
                 tries[shard] += 1
                 self._count(tries[shard], f"shard {shard[1]} of {shard[0]}", error)
                 left.put_back(shard)
+                starting[self._started_again(number)] = number
                 continue
+            idle.append(number)
             sidecar: Sidecar = value_of(answer, logger.log)
             on_batch(sidecar.num_samples, sidecar.num_tokens)
             yield sidecar
@@ -95,8 +100,13 @@ class OnRay:
             except self._ray.exceptions.RayActorError as error:
                 tries += 1
                 self._count(tries, "preparing the teacher", error)
+                self._ray.wait([self._started_again(0)])
             else:
                 return value_of(answer, logger.log)
+
+    def _started_again(self, number: int) -> Any:
+        """What is there once a worker that died is; until then each call of it would fail."""
+        return self._workers[number].is_there.options(max_task_retries=-1).remote()
 
     def _count(self, tries: int, what: str, error: Exception) -> None:
         found = str(error).strip().splitlines()

@@ -53,6 +53,10 @@ class RemoteWorker:
         self._folder = folder
         self._job: CacheJob | None = None
 
+    def is_there(self) -> bool:
+        """Whether the process runs."""
+        return True
+
     def outline(self) -> Answer[Outline]:
         """What the cache is to be."""
         return self._answered(lambda: self._prepared().outline)

@@ -21,7 +21,7 @@ from teacher_cache.cache.verify import verify
 from tests.small_caches import contents
 
 BIN = Path(sys.executable).parent
-LIMIT_S = 600
+LIMIT_S = 150
 NUM_KILLS = 3
 TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node", "2", "--no-python")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "240"}
@@ -81,6 +81,14 @@ def processes(is_wanted: Callable[[str, str], bool]) -> list[int]:
     return found
 
 
+def process_of_rank(cache: Path, rank: int) -> int:
+    """The process of a rank that works on a cache."""
+    (pid,) = processes(
+        lambda line, environment: f"--out {cache}" in line and f"\nRANK={rank}\n" in environment
+    )
+    return pid
+
+
 def num_committed(cache: Path) -> int:
     """Sidecars that are there."""
     return len(list(cache.glob("*/000/*.json")))
@@ -92,6 +100,16 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for_shards(cache: Path, num: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many are committed, by a process that goes on."""
+
+    def are_there() -> bool:
+        assert process.poll() is None
+        return num_committed(cache) >= num
+
+    wait_for(are_there)
 
 
 @pytest.mark.slow
@@ -107,12 +125,8 @@ def test_ranks_killed_at_random_make_the_cache_of_one_process(
         rank = (number + 1) % 2  # the main one too
         with started(*TORCHRUN, *command, "--out", str(cache)) as process:
             enough = before + rng.randint(1, num_shards // NUM_KILLS - 5)
-            wait_for(lambda: num_committed(cache) >= enough or process.poll() is not None)  # noqa: B023
-            (pid,) = processes(
-                lambda line, environment: (
-                    f"--out {cache}" in line and f"\nRANK={rank}" in environment
-                )
-            )
+            wait_for_shards(cache, enough, process)
+            pid = process_of_rank(cache, rank)
             os.kill(pid, signal.SIGKILL)
             output, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 1
@@ -151,7 +165,9 @@ def on_ray(*more: str) -> Command:
 def ray_workers(folder: Path) -> list[int]:
     """Ids of the processes that hold a teacher for a run whose output goes to `folder`."""
     return processes(
-        lambda line, environment: line.startswith("ray::") and f"TEST_RUN={folder}" in environment
+        lambda line, environment: (
+            line.startswith("ray::RemoteWorker") and f"TEST_RUN={folder}" in environment
+        )
     )
 
 
@@ -159,11 +175,15 @@ def kill_at_random(folder: Path, num: int, cache: Path, killed: list[int]) -> No
     """Kill `num` workers, one after another, each once shards have been made since the last."""
     rng = random.Random(num)
     for _ in range(num):
-        enough = num_committed(cache) + rng.randint(2, 8)
-        wait_for(lambda: num_committed(cache) >= enough and len(ray_workers(folder)) == 2)  # noqa: B023
-        victim = rng.choice(ray_workers(folder))
+        victim = worker_after(folder, cache, num_committed(cache) + rng.randint(2, 8), rng)
         os.kill(victim, signal.SIGKILL)
         killed.append(victim)
+
+
+def worker_after(folder: Path, cache: Path, num: int, rng: random.Random) -> int:
+    """One of the workers that live, once so many shards are there."""
+    wait_for(lambda: num_committed(cache) >= num and bool(ray_workers(folder)))
+    return rng.choice(ray_workers(folder))
 
 
 @pytest.mark.slow
@@ -176,7 +196,9 @@ def test_workers_on_ray_killed_at_random_make_the_cache_of_one_process(
     num_shards = num_committed(whole)
     monkeypatch.setitem(ENVIRONMENT, "TEST_RUN", str(tmp_path))
     killed: list[int] = []
-    killer = threading.Thread(target=kill_at_random, args=(tmp_path, NUM_KILLS, cache, killed))
+    killer = threading.Thread(
+        target=kill_at_random, args=(tmp_path, NUM_KILLS, cache, killed), daemon=True
+    )
     killer.start()
     output = said(*command, "--out", str(cache), *on_ray())
     killer.join()
