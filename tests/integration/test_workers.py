@@ -33,15 +33,18 @@ Command = tuple[str, ...]
 def command(
     request: pytest.FixtureRequest, acl_imdb: Path, tiny_bert: Path, small_language_model: Path
 ) -> Command:
-    """`pipe cache-teacher` of some 90 shards, without `--out`; the teacher's threads fixed at 1."""
+    """`pipe cache-teacher` of 60 or 90 shards, without `--out`; a teacher has one thread."""
     task, store = request.param.split("-")
     kind = {
-        "classification": ("--teacher", str(tiny_bert), "--views", "1"),
-        "lm": ("--task", "lm", "--teacher", str(small_language_model), "--top-k", "8"),
+        "classification": ("--teacher", str(tiny_bert), "--views", "1", "--shard-documents", "4"),
+        "lm": (
+            *("--task", "lm", "--teacher", str(small_language_model), "--top-k", "8"),
+            *("--shard-documents", "2"),
+        ),
     }[task]
     return (
         *(str(BIN / "pipe"), "cache-teacher", "--data", str(acl_imdb), *kind),
-        *("--format", store, "--max-length", "48", "--shard-documents", "4", "--device", "cpu"),
+        *("--format", store, "--max-length", "48", "--device", "cpu"),
         *("--threads", "1"),
     )
 
