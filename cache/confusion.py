@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from teacher_cache.cache.manifest import Manifest
-from teacher_cache.cache.schema import ABSENT_LABEL, Fields
+from teacher_cache.cache.schema import ABSENT_LABEL, CLASS_LABEL, Fields
 
 ON_LABELS = "teacher_on_labels"  # of a manifest's `about`
 NUM_SIGMAS = 4.0  # beyond which a difference of two shares is no accident
@@ -44,7 +44,7 @@ class Confusion:
     def recorded(cls, manifest: Manifest) -> Confusion | None:
         """As stage one wrote it; None where it did not, or no document has a label."""
         found = manifest.about.get(ON_LABELS)
-        if not found:
+        if not found or "confusion" not in found:
             return None
         confusion = cls(len(manifest.about["id2label"]))
         for label, given, num in found["confusion"]:
@@ -59,7 +59,7 @@ class Confusion:
             manifest: of the cache.
             batches: of its labelled split.
         """
-        if not {"label", "class_logits"} <= {spec.name for spec in manifest.schema}:
+        if CLASS_LABEL not in manifest.schema:
             return None
         confusion = cls(len(manifest.about["id2label"]))
         for fields in batches:

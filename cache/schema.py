@@ -104,9 +104,14 @@ class FieldSpec:
 Schema = tuple[FieldSpec, ...]
 
 
+CLASS_LABEL = FieldSpec(name="label", dtype="int32", nullable=True)
+"""One of several classes."""
+
+
 def classification_schema(
     num_classes: int,
     *,
+    label: FieldSpec = CLASS_LABEL,
     has_token_types: bool = False,
     pooled_width: int | None = None,
     layer_fields: Schema = (),
@@ -115,6 +120,7 @@ def classification_schema(
 
     Args:
         num_classes: C.
+        label: how the kind of the teacher's head stores one.
         has_token_types: the teacher is told which text of a pair a token is of.
         pooled_width: D of the teacher's pooled states (float16); None where they are not cached.
         layer_fields: maps and states of the teacher's layers.
@@ -124,7 +130,7 @@ def classification_schema(
         FieldSpec(name="sample_id", dtype=f"V{SAMPLE_ID_BYTES}"),
         FieldSpec(name="input_ids", dtype="uint32", shape=("S",)),
         *((token_types,) if has_token_types else ()),
-        FieldSpec(name="label", dtype="int32", nullable=True),
+        label,
         FieldSpec(name="class_logits", dtype="float32", shape=(num_classes,)),
     )
     if pooled_width is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from teacher_cache.cache.codecs.interface import has_rows, rows_of
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import TOP1_LOG_PROB
+from teacher_cache.stages.heads import recorded_head
 
 NUM_SAMPLES = 512  # that are read of a split
 NUM_DECODED = 16  # of those, whose heads are decoded
@@ -76,7 +77,7 @@ class SplitFigures:
 
     num_read: int
     lengths: Distribution
-    confidence: Distribution
+    confidence: Distribution | None
     captured_mass: Distribution | None
     bytes_per_sample: dict[str, float]
 
@@ -99,7 +100,8 @@ def figures_of(reader: CacheReader) -> SplitFigures | None:
     return SplitFigures(
         num_read=len(samples),
         lengths=Distribution.of(lengths, powers),
-        confidence=Distribution.of(_confidences(samples), SHARES),
+        confidence=None if (sure := _confidences(reader, samples)) is None
+        else Distribution.of(sure, SHARES),
         captured_mass=_captured(reader, samples[:: max(1, len(samples) // NUM_DECODED)]),
         bytes_per_sample={
             name: float(np.mean([np.asarray(one[name]).nbytes for one in samples]))
@@ -108,7 +110,10 @@ def figures_of(reader: CacheReader) -> SplitFigures | None:
     )
 
 
-def _confidences(samples: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+def _confidences(
+    reader: CacheReader, samples: Sequence[dict[str, np.ndarray]]
+) -> np.ndarray | None:
+    """Of positions, of classes, or of all labels' answers; None of numbers."""
     if TOP1_LOG_PROB in samples[0]:
         kept = []
         for one in samples:
@@ -116,8 +121,7 @@ def _confidences(samples: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
             kept.append(np.exp(one[TOP1_LOG_PROB].astype(np.float64)[where]))
         return np.minimum(np.concatenate(kept), 1.0)
     logits = np.stack([one["class_logits"] for one in samples]).astype(np.float64)
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return 1.0 / shifted.sum(axis=1)
+    return recorded_head(reader.manifest.settings).confidences(logits)
 
 
 def _captured(reader: CacheReader, samples: Sequence[dict[str, np.ndarray]]) -> Distribution | None:

@@ -52,6 +52,7 @@ from teacher_cache.pipeline.tables import (
     estimate_table,
     join_table,
     manifest_table,
+    on_labels_line,
     quality_table,
     settings_table,
 )
@@ -64,6 +65,7 @@ from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.cache_teacher import estimate
 from teacher_cache.stages.codecs.config import ConvertConfig, ConvertOptions
 from teacher_cache.stages.config import DeviceConfig, refuse_foreign_options
+from teacher_cache.stages.evaluation.config import ClassifyingOptions
 from teacher_cache.stages.evaluation.runs import known_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.join.join import Joined, TokenizationMismatch, join, joined_line
@@ -76,6 +78,12 @@ from teacher_cache.stages.train_student import check_architecture
 from teacher_cache.stages.training.config import TrainStudentConfig
 
 CACHES = Path("caches")
+# Of a teacher, by the name of the figure: what it is called.
+HELD_OUT_QUALITY = {
+    "eval_accuracy": "accuracy",
+    "eval_micro_f1": "micro F1",
+    "eval_pearson": "correlation",
+}
 EXPORTS = {
     "gguf": write_gguf,
     "html": write_page,
@@ -114,7 +122,11 @@ def finetune_teacher(options: FinetuneTeacherOptions) -> Path:
     with TrainingProgress(console, "teacher") as progress:
         result = finetuning.run(config, progress)
     found = (result.record.result or {}).get("evaluation") or {}
-    quality = f", held-out accuracy {found['eval_accuracy']:.3f}" if found else ""
+    quality = "".join(
+        f", held-out {words} {found[name]:.3f}"
+        for name, words in HELD_OUT_QUALITY.items()
+        if name in found
+    )
     state = "was fine-tuned before" if result.was_complete else "fine-tuned"
     console.print(f"✓ teacher {result.teacher} {state}{quality}", style="green")
     return result.teacher
@@ -144,6 +156,9 @@ def cache_teacher(options: CacheTeacherOptions, *, dry_run: bool = False) -> Pat
         names = result.manifest.about["id2label"]
         console.print(confusion_line(confusion, names), soft_wrap=True)
         console.print(confusion_table(confusion, names))
+    line = on_labels_line(result.manifest)
+    if line is not None:
+        console.print(line, soft_wrap=True)
     console.print(f"✓ cache {result.cache} is complete ({done})", style="green")
     return result.cache
 
@@ -220,6 +235,7 @@ def evaluate(
         corpus=held_out_corpus(options, known_task(runs)),
         cache=options.cache,
         **options.evaluation.given,
+        **options.answers.given,
     )
     result = evaluation.run(config, on_step=lambda text: console.print(text, style="dim"))
     console.print(quality_table(result, names))
@@ -247,7 +263,7 @@ def predict(options: PredictSettings, run: Path, text: str) -> None:
         texts,
         device=options.evaluation,
         generation=options.generation,
-        classifying=options.classifying,
+        classifying=ClassifyingOptions(**options.pair.given, **options.answers.given),
         one_a_line=is_stream,
     ):
         print(answer)  # not through rich, which would make spaces of the tabs

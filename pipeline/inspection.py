@@ -28,6 +28,7 @@ from teacher_cache.pipeline.tables import (
     layer_fields,
     layer_table,
     manifest_table,
+    on_labels_line,
     origin_table,
     settings_table,
 )
@@ -113,6 +114,9 @@ def _print_measured(cache: Path, manifest: Manifest) -> None:
         if fits := confusion.fitting():
             means = ", ".join(f"{names[str(i)]} is {names[str(j)]}" for i, j in fits.items())
             console.print(f"! the teacher's ids seem to mean: {means}", style="yellow")
+    line = on_labels_line(manifest)
+    if line is not None:
+        console.print(line, soft_wrap=True)
     found = _measured(cache, manifest)
     for split, one in found.items():
         for table in distribution_tables(split, one):

@@ -20,9 +20,10 @@ from teacher_cache.stages.config import (
     comma_separated,
 )
 from teacher_cache.stages.evaluation.config import (
-    ClassifyingOptions,
+    AnswerOptions,
     EvaluateOptions,
     GenerationOptions,
+    PairOptions,
 )
 from teacher_cache.stages.join.config import JoinConfig
 from teacher_cache.stages.tasks import TaskName
@@ -39,6 +40,7 @@ from teacher_cache.stages.workers.config import WorkersConfig
 MissingLabels = Literal["refuse", "drop", "unlabeled"]
 TxtUnit = Literal["line", "paragraph", "document", "article"]
 Quoting = Literal["doubled", "escaped", "single", "none"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Names = Annotated[tuple[str, ...], BeforeValidator(comma_separated)]
 
 
@@ -69,7 +71,9 @@ class DataOptions(StageConfig):
         "usual names are tried.",
     )
     label_column: Annotated[str | None, OF_LABELS] = Field(
-        default=None, description="Column with the labels. Default: the usual names are tried."
+        default=None,
+        description="Column with the labels; of a multi-label teacher lists, or columns of 0 and 1 "
+        "as in toxic,rude. Default: the usual names are tried.",
     )
     label_names: Annotated[Names | None, OF_LABELS] = Field(
         default=None,
@@ -120,6 +124,12 @@ class FinetuneTeacherOptions(ComposedConfig):
 
     corpus: Part[DataOptions]
     training: Part[FinetuneOptions]
+    problem_type: ProblemType | None = Field(
+        default=None,
+        description="What the teacher learns to say: one class of several, any of several labels, "
+        "or a number. Default: as the labels are written: lists and several columns are "
+        "multi-label, fractions numbers, all else classes.",
+    )
     model: str | None = Field(
         default=None,
         description="Base model: hub id or folder of an encoder or decoder. Default: the preset's.",
@@ -252,6 +262,7 @@ class EvaluateCommandOptions(ComposedConfig):
     corpus: Part[HeldOutOptions]
     text: Part[TextOptions]
     evaluation: Part[EvaluateOptions]
+    answers: Part[AnswerOptions]
     cache: Path | None = Field(
         default=None,
         description="In the place of --data: a cache, which needs no teacher; of the one that a "
@@ -263,12 +274,13 @@ class PredictOptions(ComposedConfig):
     """`pipe predict`."""
 
     where: Part[DeviceConfig]
-    classifying: Part[ClassifyingOptions]
+    pair: Part[PairOptions]
+    answers: Part[AnswerOptions]
     generation: Part[GenerationOptions]
 
 
 class PredictSettings(EvaluateCommandOptions):
     """What `pipe predict` may find in the section `evaluate` of a file, and its own options."""
 
-    classifying: Part[ClassifyingOptions]
+    pair: Part[PairOptions]
     generation: Part[GenerationOptions]

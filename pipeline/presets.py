@@ -418,6 +418,9 @@ def resolve_finetune_teacher(options: FinetuneTeacherOptions) -> FinetuneTeacher
         )
     refuse_misspelt(data)
     labeled = main_corpus(options.corpus, task, own_classes=True)
+    kinds = ("single_label_classification", "multi_label_classification", "regression")
+    heads = kinds if options.problem_type is None else (options.problem_type,)
+    labeled = labeled.model_copy(update={"heads": heads})
     held_out = options.validation_split or (preset.validation if preset else None)
     return FinetuneTeacherConfig(
         training=options.training,

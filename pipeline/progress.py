@@ -28,6 +28,8 @@ from teacher_cache.stages.train_student import StageTwoObserver
 # What stands in a line of the log besides the loss and its terms.
 NO_TERMS = ("grad_norm", "learning_rate", "epoch", "step")
 EVALUATED = (
+    *("eval_micro_f1", "eval_macro_f1", "eval_exact_match"),
+    *("eval_mse", "eval_pearson", "eval_mse_to_teacher"),
     *("eval_accuracy", "eval_f1", "eval_perplexity", "eval_teacher_perplexity"),
     *("eval_bits_per_byte", "eval_teacher_bits_per_byte", "eval_chunks"),
     *("eval_agreement", "eval_kl"),

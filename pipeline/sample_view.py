@@ -15,7 +15,6 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER, Manifest
 from teacher_cache.cache.plan import LABELED
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import ABSENT_LABEL
 from teacher_cache.pipeline.pictures import (
     Panels,
     both_sides,
@@ -23,6 +22,7 @@ from teacher_cache.pipeline.pictures import (
     teacher_maps,
 )
 from teacher_cache.pipeline.tables import has_positions
+from teacher_cache.stages.heads import recorded_head
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.tokens.vocabulary_map import VocabularyMap, recorded_map
 
@@ -219,13 +219,10 @@ def attention_panels(cache: Path, sample_id: str, *, run: Path | None = None) ->
 
 
 def _print_classes(console: Console, manifest: Manifest, sample: Mapping[str, np.ndarray]) -> None:
-    names = manifest.about["id2label"]
-    label = int(sample["label"])
-    logits = sample["class_logits"].astype(np.float64)
-    probabilities = np.exp(logits - np.logaddexp.reduce(logits))
-    console.print(f"label: {'none' if label == ABSENT_LABEL else names[str(label)]}")
-    for class_id, (logit, probability) in enumerate(zip(logits, probabilities, strict=True)):
-        console.print(f"  {names[str(class_id)]:>12}  logit {logit:+.4f}  p {probability:.4f}")
+    names, head = manifest.about["id2label"], recorded_head(manifest.settings)
+    console.print(f"label: {head.told_label(sample['label'], names)}")
+    for line in head.told_outputs(sample["class_logits"].astype(np.float64), names):
+        console.print(line)
 
 
 def _find(cache: Path, sample_id: str) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from teacher_cache.cache.codecs.attention import attention_from
 from teacher_cache.cache.codecs.hidden import HIDDEN
 from teacher_cache.cache.codecs.named import codec_from
-from teacher_cache.cache.confusion import Confusion
+from teacher_cache.cache.confusion import ON_LABELS, Confusion
 from teacher_cache.cache.manifest import Manifest, SplitSummary
 from teacher_cache.cache.plan import viewed_split
 from teacher_cache.cache.reader import CacheReader
@@ -57,6 +57,14 @@ QUALITY: dict[str, tuple[str, Callable[[Any], str]]] = {
     "accuracy %": ("accuracy", _percent),
     "F1 %": ("f1", _percent),
     "ECE %": ("ece", _percent),
+    "micro F1 %": ("micro_f1", _percent),
+    "macro F1 %": ("macro_f1", _percent),
+    "exact %": ("exact_match", _percent),
+    "MSE": ("mse", _nats),
+    "Pearson": ("pearson", _nats),
+    "Spearman": ("spearman", _nats),
+    "MSE to teacher": ("mse_to_teacher", _nats),
+    "Pearson with teacher": ("pearson_with_teacher", _nats),
     "perplexity": ("perplexity", "{:,.2f}".format),
     "bits a byte": ("bits_per_byte", _nats),
     "agrees %": ("agreement", _percent),
@@ -223,7 +231,8 @@ def distribution_tables(split: str, found: SplitFigures) -> list[Table]:
     """Lengths, confidence, captured mass as bars; bytes by field."""
     tables = [_bars(f"{split}: tokens of a sample", found.lengths, "{:,.0f}")]
     of = f"of {found.num_read:,} samples"
-    tables.append(_bars(f"{split}: how sure the teacher is, {of}", found.confidence, "{:.2f}"))
+    if found.confidence is not None:
+        tables.append(_bars(f"{split}: how sure the teacher is, {of}", found.confidence, "{:.2f}"))
     if found.captured_mass is not None:
         tables.append(_bars(f"{split}: captured mass", found.captured_mass, "{:.2f}"))
     table = _table(f"{split}: bytes a sample, {of}")
@@ -250,6 +259,24 @@ def _bars(title: str, found: Distribution, form: str) -> Table:
         bar = BAR * max(1 if num else 0, round(WIDEST_BAR * num / most))
         table.add_row(f"{form.format(low)} – {form.format(high)}", f"{num:,}", bar)
     return table
+
+
+def on_labels_line(manifest: Manifest) -> str | None:
+    """How a teacher of other answers than a class does on the labels; None where none was measured.
+
+    Args:
+        manifest: of a cache.
+    """
+    found = dict(manifest.about.get(ON_LABELS) or {})
+    if not found or "confusion" in found:
+        return None
+    num = found.pop("num_labeled")
+    figures = ", ".join(
+        f"{words.removesuffix(' %')} {show(found[name])}{' %' if words.endswith(' %') else ''}"
+        for words, (name, show) in QUALITY.items()
+        if name in found
+    )
+    return f"teacher against {num:,} labelled documents: {figures}"
 
 
 def confusion_line(confusion: Confusion, names: Mapping[str, str]) -> str:

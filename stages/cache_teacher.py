@@ -112,6 +112,7 @@ def run(config: CacheTeacherConfig, observer: StageOneObserver | None = None) ->
         UserError: for anything the user can mend: data, teacher, settings, disk.
     """
     check_options(config)
+    config = with_heads(config)
     if not is_main():
         outline, num_made = help_main(config)
         return CacheTeacherResult(
@@ -159,6 +160,7 @@ def _written(workers: Workers, observer: StageOneObserver, overwrite: bool) -> C
         )
 
 
+    config = with_heads(config)
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Of a cache that does not exist yet.
@@ -197,6 +199,7 @@ def estimate(config: CacheTeacherConfig) -> Estimate:
         _is_here(one.source) for one in corpora
     ):
         return Estimate(bytes_per_token=of_teacher.assumed_bytes_per_token(config.kept))
+    config = with_heads(config)
     task = of_teacher.prepared(config, load_corpora(config))
     num_bytes = num_layer_bytes = num_tokens = 0.0
     num_shards, per_shard = 0, None

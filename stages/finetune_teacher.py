@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from safetensors import SafetensorError
 from transformers import (
@@ -29,7 +28,8 @@ from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.survey import survey
 from teacher_cache.stages.data.tokenization import Sample, tokenize
-from teacher_cache.stages.losses.distributions import widened
+from teacher_cache.stages.heads import SINGLE, Head
+from teacher_cache.stages.losses.outputs import loss_of
 from teacher_cache.stages.models.device import (
     dtype_name,
     recurrences_by_device,
@@ -64,7 +64,6 @@ from teacher_cache.stages.training.batches import (
     held_out,
 )
 from teacher_cache.stages.training.config import NOT_RESULTS, FinetuneOptions
-from teacher_cache.stages.training.measures import classification_metrics
 from teacher_cache.stages.training.ordered_trainer import OrderedTrainer
 from teacher_cache.stages.training.run_folder import RunRecord, locked_run, saved
 from teacher_cache.stages.training.task import TrainingObserver
@@ -72,8 +71,6 @@ from teacher_cache.stages.training.task import TrainingObserver
 logger = logging.getLogger(__name__)
 
 _NUM_NAMED = 5  # labels in a message
-
-ONE_OF_SEVERAL = "single_label_classification"  # of transformers' kinds of problems
 
 
 class FinetuneTeacherConfig(ComposedConfig):
@@ -104,10 +101,12 @@ class FinetuneTeacherResult:
 
 
 class TokenizedSamples:
-    """Samples in memory, as training reads them."""
+    """Samples in memory, as training reads them, all with labels of a head of so many outputs."""
 
-    def __init__(self, samples: list[Sample]):
+    def __init__(self, samples: list[Sample], head: Head, num_outputs: int):
         self._samples = samples
+        self._head = head
+        self._num_outputs = num_outputs
         self.lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
 
     def __len__(self) -> int:
@@ -117,8 +116,9 @@ class TokenizedSamples:
     def __getitem__(self, position: int) -> dict[str, Any]:
         """`input_ids`, `label` and, where the model is told them, `token_types`."""
         sample = self._samples[position]
+        label = self._head.stored([sample.label], self._num_outputs)[0]
         types = {} if sample.token_types is None else {TOKEN_TYPES: sample.token_types}
-        return {"input_ids": sample.input_ids, "label": sample.label, **types}
+        return {"input_ids": sample.input_ids, "label": label, **types}
 
 
 class TypedCollator(SampleCollator):
@@ -149,11 +149,17 @@ def run(
     refuse_what_cannot_start(training)
     corpus = load_corpus(config.labeled)
     logger.info("training: %s", survey(corpus).describe())
-    validation = load_corpus(config.validation) if config.validation else None
+    head = corpus.head or SINGLE
+    if head is not SINGLE:  # whose records hold the corpus as it is read
+        corpus = corpus.with_class_names(dict(enumerate(corpus.class_names())))
+    validation = None
+    if config.validation is not None:
+        of_head = config.validation.model_copy(update={"heads": (head.name,)})
+        validation = load_corpus(of_head)
     tokenizer = load_tokenizer(config.model, option="--model")
     set_seed(training.seed)  # the new head is drawn
     warn_of_empty_classes(corpus)
-    model = _load_base(config.model, corpus.class_names())
+    model = _load_base(config.model, corpus.class_names(), head)
     max_length = longest_sample(config.model, model, tokenizer, training.max_length)
     config = config.model_copy(update={"max_length": max_length})
     folder = training.out or Path("teachers") / f"{config.name}-{Path(config.model).name}"
@@ -167,15 +173,21 @@ def run(
         is_typed = corpus.num_texts > 1 and reads_token_types(model, tokenizer)
         reading = partial(_tokenized, tokenizer, max_length, is_typed)
         samples = _split(config, reading, corpus, validation)
-        record = _train(config, folder, record, model, tokenizer, samples, observer)
+        record = _train(config, folder, record, model, tokenizer, samples, head, observer)
     return FinetuneTeacherResult(teacher=folder, record=record, was_complete=False)
 
 
 class LabelTrainer(OrderedTrainer):
-    """Fine-tune a classifier on labels: their mean cross-entropy over the whole optimizer step."""
+    """Fine-tune a classifier on labels: their mean cost over the whole optimizer step.
 
-    def __init__(self, **kwargs: Any):
+    Args:
+        head: what its outputs mean, which decides what a label costs.
+        **kwargs: of `OrderedTrainer`.
+    """
+
+    def __init__(self, *, head: Head, **kwargs: Any):
         super().__init__(**kwargs)
+        self._loss = loss_of(head)
         # compute_loss divides by the step's labels; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
@@ -195,7 +207,7 @@ class LabelTrainer(OrderedTrainer):
         read = {name: one for name, one in inputs.items() if name != "labels"}
         outputs = model(**read)
         logits = outputs.logits[: len(labels)]  # none of a share without samples
-        total = F.cross_entropy(widened(logits), labels, reduction="sum")
+        total = self._loss.hard(logits, labels).sum()
         loss = total / (num_items_in_batch if model.training else len(labels))
         if model.training:
             # Data parallelism averages over processes what is a sum over them.
@@ -210,6 +222,7 @@ def _train(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     samples: tuple[TokenizedSamples, TokenizedSamples | None],
+    head: Head,
     observer: TrainingObserver,
 ) -> RunRecord:
     """Train from the newest checkpoint on and commit the best model."""
@@ -222,6 +235,7 @@ def _train(
     pad_id = settle_pad_id(config.model, model.config, tokenizer)
     data = BothKinds(training)
     trainer = LabelTrainer(
+        head=head,
         model=model,
         args=training_arguments(
             own,
@@ -231,6 +245,7 @@ def _train(
             evaluates=evaluation is not None,
             keeps_best=evaluation is not None,
             label_names=["labels"],
+            measure=head.quality,
             uses_all_weights=False,
         ),
         batches=AlternatingBatches(
@@ -242,8 +257,8 @@ def _train(
         ),
         train_dataset=data,
         eval_dataset=evaluation,
-        data_collator=TypedCollator(pad_id),
-        compute_metrics=_metrics,
+        data_collator=TypedCollator(pad_id, head=head),
+        compute_metrics=partial(_metrics, head),
         callbacks=observer.callbacks(),
     )
     record = replace(record, complete=True, result=trainer.train_to_end(checkpoint))
@@ -264,7 +279,7 @@ def _saved(
 def warn_of_empty_classes(corpus: Corpus) -> None:
     """Say that a teacher gets classes of which there is no document, as of labels from 1."""
     num_classes, counts = len(corpus.class_names()), corpus.label_counts() or {}
-    if len(counts) < num_classes:
+    if counts and len(counts) < num_classes:
         logger.warning(
             "the teacher of %s gets %d classes, and documents have %d labels (%s): if the others "
             "are none, write 0, 1, ... or names",
@@ -272,7 +287,7 @@ def warn_of_empty_classes(corpus: Corpus) -> None:
         )
 
 
-def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
+def _load_base(name: str, class_names: tuple[str, ...], head: Head) -> PreTrainedModel:
     require_folder(name, "a base model", option="--model")
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -286,12 +301,14 @@ def _load_base(name: str, class_names: tuple[str, ...]) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # torch's, safetensors'
         raise UserError(could_not_load("base model", name, error, option="--model")) from error
-    if model.config.problem_type not in (None, ONE_OF_SEVERAL):
+    if model.config.problem_type not in (None, head.name):
         logger.warning(
-            "%s was trained for %s, and is fine-tuned here to choose one class a document",
-            *(name, model.config.problem_type),
+            "%s was trained for %s, and is fine-tuned here into %s",
+            *(name, model.config.problem_type, head.kind),
         )
-        model.config.problem_type = ONE_OF_SEVERAL
+        model.config.problem_type = head.name
+    if head is not SINGLE:
+        model.config.problem_type = head.name
     return recurrences_by_device(model)
 
 
@@ -333,14 +350,16 @@ def _split(
         is_out = held_out((sample.sample_id for sample in samples), config.training.eval_fraction)
         kept = [sample for sample, out in zip(samples, is_out, strict=True) if not out]
         held = [sample for sample, out in zip(samples, is_out, strict=True) if out]
-    classes = sorted({sample.label for sample in kept if sample.label is not None})
-    if len(classes) < 2:
+    labels = {sample.label for sample in kept}
+    if len(labels) < 2:
         raise UserError(
             f"of the {len(corpus)} documents of {config.labeled.source}, {len(kept)} are left to "
-            f"train on, of the classes {classes}, expected at least two: give more (--max-samples) "
-            "or hold out less (--eval-fraction)"
+            f"train on, of the classes {[*labels]}, expected at least two: give more "
+            "(--max-samples) or hold out less (--eval-fraction)"
         )
-    return TokenizedSamples(kept), TokenizedSamples(held) if held else None
+    head, num_outputs = corpus.head or SINGLE, len(corpus.class_names())
+    made = [TokenizedSamples(part, head, num_outputs) for part in (kept, held)]
+    return made[0], made[1] if held else None
 
 
 def _tokenized(
@@ -350,7 +369,7 @@ def _tokenized(
     return tokenize(documents, tokenizer, max_length=max_length, with_types=with_types)
 
 
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+def _metrics(head: Head, prediction: EvalPrediction) -> dict[str, float]:
     labels = prediction.label_ids
     assert isinstance(labels, np.ndarray)
-    return classification_metrics(np.asarray(prediction.predictions), labels)
+    return head.metrics(np.asarray(prediction.predictions), labels)

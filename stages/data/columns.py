@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from teacher_cache.cache.errors import UserError, did_you_mean
 from teacher_cache.stages.config import comma_separated
-from teacher_cache.stages.data.labels import Labels, spelled
+from teacher_cache.stages.data.labels import AnyLabels, spelled
 from teacher_cache.stages.data.sources import Source
 from teacher_cache.stages.data.tables import FROM_FIRST_LINE, plain_type
 
@@ -30,8 +30,8 @@ _PARTNER = re.compile(
 _NAME_SHOWN = 60  # characters of a column's name in a message
 
 
-def columns_of(config: CorpusConfig, source: Source) -> tuple[tuple[str, ...], str | None]:
-    """The columns of texts, two of pairs, and, where there are any, of labels.
+def columns_of(config: CorpusConfig, source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns of texts, two of pairs, and of labels, several of multi-label heads.
 
     Raises:
         UserError: if one is not there, both are one, there is a pair of which nobody says that it
@@ -43,7 +43,7 @@ def columns_of(config: CorpusConfig, source: Source) -> tuple[tuple[str, ...], s
         _check_pair(config, schema)
     text_columns = tuple(find_text_column(schema, one) for one in pair or (config.text_column,))
     if not config.labeled:
-        return text_columns, None
+        return text_columns, ()
     named = [name for name in schema.names if name.strip()]
     is_text_alone = config.label_column is None and set(named) == set(text_columns)
     if is_text_alone and source.folders:
@@ -59,14 +59,20 @@ def columns_of(config: CorpusConfig, source: Source) -> tuple[tuple[str, ...], s
             config.source,
             " and ".join(map(repr, text_columns)),
         )
-        return text_columns, None
-    label_column = find_label_column(schema, config.label_column)
-    if label_column in text_columns:
-        raise UserError(
-            f"the column {label_column!r} of {config.source} is named for both texts and labels "
-            f"({_listed(schema)}): name the other one with --text-column or --label-column"
-        )
-    return text_columns, label_column
+        return text_columns, ()
+    wanted: Sequence[str | None] = (config.label_column,)
+    if config.label_column is not None and config.label_column not in schema.names:
+        wanted = comma_separated(config.label_column) or wanted
+    label_columns = tuple(find_label_column(schema, one) for one in wanted)
+    for one in label_columns:
+        if one in text_columns:
+            raise UserError(
+                f"the column {one!r} of {config.source} is named for both texts and labels "
+                f"({_listed(schema)}): name the other one with --text-column or --label-column"
+            )
+        if label_columns.count(one) > 1:
+            raise UserError(f"--label-column names the column {one!r} twice: name each once")
+    return text_columns, label_columns
 
 
 def _pair_of(config: CorpusConfig, schema: pa.Schema) -> tuple[str, ...] | None:
@@ -202,7 +208,9 @@ def _if_a_document(schema: pa.Schema) -> str:
     return "; if the first line is a document and no header, name all columns with --columns"
 
 
-def refuse_a_document_as_header(config: CorpusConfig, schema: pa.Schema, labels: Labels) -> None:
+def refuse_a_document_as_header(
+    config: CorpusConfig, schema: pa.Schema, labels: AnyLabels
+) -> None:
     """Refuse a column of labels that is called like one of them; pandas may number columns.
 
     Raises:

@@ -37,16 +37,11 @@ from teacher_cache.stages.data.conversations import (
 )
 from teacher_cache.stages.data.delimited import Quoting
 from teacher_cache.stages.data.hub import Beginning
-from teacher_cache.stages.data.labels import (
-    MISSING_LABEL,
-    Labels,
-    MissingLabels,
-    read_labels,
-    settle_missing,
-)
+from teacher_cache.stages.data.labels import AnyLabels, Label, MissingLabels, settle_missing
 from teacher_cache.stages.data.opening import SourceUnavailable
 from teacher_cache.stages.data.sources import Source, open_source
 from teacher_cache.stages.data.tables import Format
+from teacher_cache.stages.heads import Head, HeadName, head_of_labels
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +75,14 @@ class CorpusConfig(StageConfig):
         default=False, description="whether two columns may be read as the texts of a pair"
     )
     label_column: str | None = Field(
-        default=None, description="the column with the labels; by default one of the usual names"
+        default=None,
+        description="the column with the labels, or the columns of 0 and 1 of a multi-label head "
+        "with commas between; by default one of the usual names",
+    )
+    heads: tuple[HeadName, ...] = Field(
+        default=("single_label_classification",),
+        description="kinds of head whose labels may be read; of several, how the labels are "
+        "written decides",
     )
     txt_unit: Literal["line", "paragraph", "document", "article"] = Field(
         default="line",
@@ -147,7 +149,7 @@ class Document:
         source: a packaged or hub name with its revision, or a content hash; never a path.
         split: the split it was read from.
         position: its index in that split, before any shuffling or limit.
-        label: the class id, None in an unlabelled corpus.
+        label: the class id, or what else its kind of head reads; None in an unlabelled corpus.
         tokens: of a conversation; None of other texts.
         second: the other text of a pair; None where there is one text.
     """
@@ -156,7 +158,7 @@ class Document:
     source: str
     split: str
     position: int
-    label: int | None = None
+    label: Label | None = None
     tokens: DocumentTokens | None = field(default=None, compare=False)
     second: str | None = None
 
@@ -194,6 +196,7 @@ class Corpus:
         identity: what was read, for the fingerprint: kind, name and revision or content hash,
             split, columns, seed and class ids; never a path, nor the limit.
         num_dropped: documents without a label that are left out.
+        head: the kind of head whose labels were read; None where there are none.
         chat_columns: that hold conversations, which `rendered` makes documents of; None of texts.
         chat_counts: of those that it read.
     """
@@ -205,9 +208,10 @@ class Corpus:
     _text_columns: tuple[str, ...]
     _source: str
     _split: str
-    _labels: Labels | None
+    _labels: AnyLabels | None
     _order: np.ndarray
     _first: int  # of the texts, in the split
+    head: Head | None = None
     chat_columns: tuple[str, ...] | None = None
     chat_counts: ChatCounts | None = None
     _places: np.ndarray | None = None  # of rendered conversations, among the texts
@@ -240,7 +244,7 @@ class Corpus:
         texts, *seconds = (rows.get(name, []) for name in self._text_columns)
         tokens = _tokens(rows) if _IDS in rows else None
         places = positions if self._places is None else self._places[positions]
-        labels = self._labels.ids[positions].tolist() if self._labels is not None else []
+        labels = self._labels
         return [
             Document(
                 # A null text is an empty one: it is counted as such, and never tokenised.
@@ -248,7 +252,7 @@ class Corpus:
                 source=self._source,
                 split=self._split,
                 position=self._first + position,
-                label=labels[idx] if labels and labels[idx] != MISSING_LABEL else None,
+                label=None if labels is None else labels.of_document(positions[idx]),
                 tokens=None if tokens is None else tokens[idx],
                 second=(seconds[0][idx] or "") if seconds else None,
             )
@@ -346,6 +350,15 @@ class Corpus:
             return None
         return self._labels.at(self._order).counts()
 
+    @property
+    def num_without_label(self) -> int:
+        """Documents of a labelled corpus that have no label, the limit applied."""
+        return 0 if self._labels is None else int(self._labels.is_missing[self._order].sum())
+
+    def constant_label(self) -> str | None:
+        """The label that all documents have, the limit applied; None where they differ."""
+        return None if self._labels is None else self._labels.at(self._order).constant()
+
     def with_class_names(self, teacher_id2label: Mapping[int, str]) -> Corpus:
         """The same corpus with the teacher's class ids for labels, and a line on which is which.
 
@@ -368,11 +381,7 @@ class Corpus:
             _labels=labels,
         )
         counts = self.label_counts() or {}
-        table = ", ".join(
-            f"{value} ({counts.get(str(value), 0):,}) is {class_id} {labels.describe(class_id)}"
-            for value, class_id in class_ids.items()
-        )
-        logger.info("labels of %s: %s", self.config.source, table)
+        logger.info("labels of %s: %s", self.config.source, labels.described(class_ids, counts))
         return mapped
 
 
@@ -405,10 +414,11 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     chat_columns = None
     if config.conversations:
         chat_columns = conversation_columns(source.schema, config.text_column, TEXT_COLUMNS)
-    text_columns, label_column = (
-        columns_of(config, source) if chat_columns is None else (chat_columns[:1], None)
+    text_columns, label_columns = (
+        columns_of(config, source) if chat_columns is None else (chat_columns[:1], ())
     )
-    table = source.read(chat_columns or [*text_columns, *([label_column] if label_column else [])])
+    label_column = ",".join(label_columns) or None
+    table = source.read(chat_columns or [*text_columns, *label_columns])
     if len(table) == 0:
         raise SourceUnavailable(
             f"the split {source.split!r} of {config.source!r} holds no documents: give another"
@@ -418,12 +428,14 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     if config.txt_unit == "article":
         table = _articles(config, table, text_columns[0])
     _say(config, source, text_columns, label_column)
-    labels = None
+    labels, head = None, None
     if config.labeled and label_column is None:
         refuse_hidden_labels(config, table[:_NUM_LOOKED_AT][text_columns[0]])
-    if label_column is not None:
-        labels = read_labels(
-            _arrow(table), table.features, label_column, config.label_names, config.label_map
+    if label_columns:
+        written = _arrow(table)
+        head = head_of_labels(config.heads, written, label_columns)
+        labels = head.read_labels(
+            written, table.features, label_columns, config.label_names, config.label_map
         )
         refuse_a_document_as_header(config, source.schema, labels)
     # RandomState's streams never change between numpy versions, unlike Generator's.
@@ -438,7 +450,7 @@ def load_corpus(config: CorpusConfig) -> Corpus:
             **source.identity,
             # Of a pair a list, so that no one column is called like it.
             "text_column": text_columns[0] if len(text_columns) == 1 else list(text_columns),
-            "label_column": label_column,
+            "label_column": label_column if len(label_columns) < 2 else list(label_columns),
             # Absent where they do nothing, so that caches from before them keep their fingerprints.
             **({"txt_unit": "article"} if config.txt_unit == "article" else {}),
             **({"streamed": True} if config.streamed else {"seed": config.seed}),
@@ -452,6 +464,7 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         _labels=labels,
         _order=order[: config.max_samples],
         _first=rows.start,
+        head=head,
         chat_columns=chat_columns,
     )
 

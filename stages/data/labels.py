@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,73 @@ from datasets import ClassLabel, Features
 from teacher_cache.cache.errors import UserError, did_you_mean
 
 MissingLabels = Literal["refuse", "drop", "unlabeled"]
+
+
+class AnyLabels(Protocol):
+    """The labels of one split, as a kind of head reads them."""
+
+    @property
+    def plural(self) -> str:
+        """What they are called."""
+        ...
+
+    @property
+    def is_missing(self) -> np.ndarray:
+        """[num_documents] bool."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of the classes, in id order; None where there are none."""
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """Number of documents per class; empty of numbers."""
+        ...
+
+    def at(self, positions: np.ndarray, /) -> Self:
+        """Those of some documents."""
+        ...
+
+    def of_document(self, idx: int, /) -> Label | None:
+        """A document's; None where it has none."""
+        ...
+
+    def constant(self) -> str | None:
+        """The label that all documents have; None where they differ."""
+        ...
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names for every class id, to fine-tune a new teacher with.
+
+        Raises:
+            UserError: if a label is missing, or none of a class.
+        """
+        ...
+
+    def of_classes(
+        self,
+        teacher_id2label: Mapping[int, str],
+        explicit: Sequence[str] | None,
+        label_map: Sequence[str] | None,
+        /,
+    ) -> tuple[AnyLabels, dict[str | int, int]]:
+        """The same labels as a teacher's class ids, and which it is of each value.
+
+        Raises:
+            UserError: if a label is none of the teacher's, or nothing tells which it is.
+        """
+        ...
+
+    def described(
+        self, class_ids: Mapping[str | int, int], counts: Mapping[str, int], /
+    ) -> str:
+        """For people, once they are a teacher's."""
+        ...
+
+
+Label = int | float | tuple[int, ...]
+"""Of a document: a class id, a number, or 0 or 1 for each class."""
 MISSING_LABEL = -1
 SHORTEST_BEGINNING = 3  # letters: of `neg` there is little doubt, of `n` there is
 _GENERIC_NAME = re.compile(r"label_\d+", re.IGNORECASE)
@@ -42,6 +109,8 @@ class Labels:
             rather than found by sorting.
     """
 
+    plural: ClassVar[str] = "classes"
+
     ids: np.ndarray
     names: tuple[str, ...] | None
     names_are_ordered: bool
@@ -63,6 +132,23 @@ class Labels:
     def at(self, positions: np.ndarray) -> Labels:
         """Those of some documents."""
         return replace(self, ids=self.ids[positions])
+
+    def of_document(self, idx: int) -> int | None:
+        """A document's class id; None where it has none."""
+        class_id = int(self.ids[idx])
+        return None if class_id == MISSING_LABEL else class_id
+
+    def constant(self) -> str | None:
+        """The label that all documents have; None where they differ."""
+        counts = self.counts()
+        return next(iter(counts)) if len(counts) == 1 else None
+
+    def described(self, class_ids: Mapping[str | int, int], counts: Mapping[str, int]) -> str:
+        """Which label is which of the teacher's classes, and how many documents have it."""
+        return ", ".join(
+            f"{value} ({counts.get(str(value), 0):,}) is {class_id} {self.describe(class_id)}"
+            for value, class_id in class_ids.items()
+        )
 
     def class_names(self) -> tuple[str, ...]:
         """Names for every class id, to fine-tune a new teacher with.
@@ -194,7 +280,8 @@ def read_labels(
     raise UserError(
         f"the label column {column!r} holds {values.type}, expected integers or names: "
         + (
-            "several labels a document (multi-label) are not served, so write one of them"
+            "several labels a document (multi-label) are of a multi-label teacher, and this one "
+            "chooses one: write one of them"
             if several or pa.types.is_fixed_size_list(values.type)
             else "name another one with --label-column"
         )
@@ -202,8 +289,8 @@ def read_labels(
 
 
 def settle_missing(
-    labels: Labels | None, policy: MissingLabels, column: str | None, num: int
-) -> tuple[Labels | None, np.ndarray]:
+    labels: AnyLabels | None, policy: MissingLabels, column: str | None, num: int
+) -> tuple[AnyLabels | None, np.ndarray]:
     """What becomes of documents without a label, and whether the others can be learned from.
 
     Args:
@@ -231,12 +318,12 @@ def settle_missing(
         )
     if num_missing == num:
         return None, keeps_all
-    counts = labels.counts()
-    if len(counts) == 1:
-        ((name, count),) = counts.items()
+    name = labels.constant()
+    if name is not None:
         raise UserError(
-            f"all {count:,} documents have the label {name!r} in column {column!r}, expected at "
-            f"least two classes: name another split or --label-column, or use --unlabeled"
+            f"all {num - num_missing:,} documents have the label {name!r} in column {column!r}, "
+            f"expected at least two {labels.plural}: name another split or --label-column, or use "
+            "--unlabeled"
         )
     return labels, ~labels.is_missing if policy == "drop" else keeps_all
 
@@ -336,7 +423,8 @@ def _refuse_several(names: Sequence[str], column: str) -> None:
         if is_list or is_made:
             raise UserError(
                 f"the label column {column!r} holds {name!r}, several labels a document "
-                "(multi-label), which are not served: write one of them"
+                "(multi-label), and the teacher chooses one: write one of them, or for a "
+                "multi-label teacher lists or columns of 0 and 1"
             )
 
 

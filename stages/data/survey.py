@@ -48,7 +48,7 @@ class CorpusReport(StageConfig):
     def describe(self) -> str:
         """One line for people."""
         parts = [f"{self.num_documents:,} documents"]
-        if self.label_counts is not None:
+        if self.label_counts:
             listed = ", ".join(f"{count:,} {name}" for name, count in self.label_counts.items())
             parts[0] += f" ({listed})"
         if self.num_without_label:
@@ -77,7 +77,7 @@ def survey(corpus: Corpus) -> CorpusReport:
         num_empty=len(corpus) - texts.num,
         num_duplicates=texts.num_duplicates,
         label_counts=counts,
-        num_without_label=0 if counts is None else len(corpus) - sum(counts.values()),
+        num_without_label=corpus.num_without_label,
         num_dropped=corpus.num_dropped,
         longest=texts.longest,
         conversations=None if corpus.chat_counts is None else corpus.chat_counts.to_json(),

@@ -10,6 +10,7 @@ import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.corpus import Document
+from teacher_cache.stages.data.labels import Label
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ class Sample:
 
     sample_id: bytes
     input_ids: np.ndarray
-    label: int | None
+    label: Label | None
     was_truncated: bool
     token_types: np.ndarray | None = None
 

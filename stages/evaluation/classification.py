@@ -6,9 +6,10 @@ The teacher's part comes from running it over the documents, or from a cache, wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import TEACHER_FOLDER
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import ABSENT_LABEL, TOKEN_TYPES
+from teacher_cache.cache.schema import TOKEN_TYPES
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import Corpus, Document, load_corpus
 from teacher_cache.stages.data.labels import MISSING_LABEL, is_generic
@@ -39,6 +40,16 @@ from teacher_cache.stages.evaluation.details import (
 from teacher_cache.stages.evaluation.models import TEACHER, Classifier
 from teacher_cache.stages.evaluation.runs import held_out_of
 from teacher_cache.stages.evaluation.task import NOTHING_MORE, EvaluateConfig, Say, Scored
+from teacher_cache.stages.heads import (
+    HEADS,
+    SINGLE,
+    THRESHOLD,
+    Head,
+    MultiLabel,
+    Regression,
+    SingleLabel,
+    recorded_head,
+)
 from teacher_cache.stages.models.pretrained import reads_token_types
 from teacher_cache.stages.tokens.tokenizers import load_tokenizer
 from teacher_cache.stages.training.measures import (
@@ -89,19 +100,98 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MultiLabelEvaluation:
+    """One row of the comparison of multi-label classifiers; None where a column does not apply.
+
+    Attributes:
+        legend: what the figures mean, in a line.
+        name: `majority` (labels that more than half have), `teacher`, or the run's folder name.
+        micro_f1: of all labels of all documents.
+        macro_f1: mean over labels.
+        exact_match: share of documents whose labels are all right.
+        agreement: share of labels of which it says what the teacher says.
+        kl: mean KL from the teacher's two outcomes of a label, nats.
+        num_parameters: embeddings included.
+        megabytes: of the parameters, 10**6 bytes.
+        latency_ms: as in `Evaluation`.
+    """
+
+    legend: ClassVar[str] = (
+        "agrees: labels of which it says what the teacher says; KL: from the teacher's answer to a "
+        "label, mean nats"
+    )
+
+    name: str
+    micro_f1: float | None = None
+    macro_f1: float | None = None
+    exact_match: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    num_parameters: int | None = None
+    megabytes: float | None = None
+    latency_ms: dict[int, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionEvaluation:
+    """One row of the comparison of models of a number; None where a column does not apply.
+
+    Attributes:
+        legend: what the figures mean, in a line.
+        name: `mean`, `teacher`, or the run's folder name.
+        mse: mean squared error.
+        pearson: correlation with the labels; None of equal numbers, as the next.
+        spearman: of the ranks.
+        mse_to_teacher: mean squared difference from the teacher's number.
+        pearson_with_teacher: correlation with it.
+        num_parameters: embeddings included.
+        megabytes: of the parameters, 10**6 bytes.
+        latency_ms: as in `Evaluation`.
+    """
+
+    legend: ClassVar[str] = (
+        "MSE, Pearson and Spearman against the labels; to teacher: against the teacher's number"
+    )
+
+    name: str
+    mse: float | None = None
+    pearson: float | None = None
+    spearman: float | None = None
+    mse_to_teacher: float | None = None
+    pearson_with_teacher: float | None = None
+    num_parameters: int | None = None
+    megabytes: float | None = None
+    latency_ms: dict[int, float] | None = None
+
+
+ROWS: Mapping[str, Any] = MappingProxyType(
+    {
+        SingleLabel.name: Evaluation,
+        MultiLabel.name: MultiLabelEvaluation,
+        Regression.name: RegressionEvaluation,
+    }
+)
+"""By the kind of head, a row of the comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabeledDocuments:
     """Documents with their classes, or without.
 
     Attributes:
         students: that read them.
         documents: that are not empty.
-        labels: class id of each, int64 [N]; `MISSING_LABEL` where there is none.
+        labels: of each, as the head stores them, [N, ...].
+        head: what the students' outputs mean.
+        threshold: of multi-label classifiers.
         batch_tokens: padded tokens in a forward batch.
     """
 
     students: Sequence[Classifier]
     documents: list[Document]
     labels: np.ndarray
+    head: Head
+    threshold: float
     batch_tokens: int
 
     def score(self, teacher: Classifier | None, say: Say) -> Scored:
@@ -113,7 +203,7 @@ class LabeledDocuments:
             UserError: if a model has other classes, its tokenizer leaves nothing of a document, or
                 there are neither labels nor a teacher.
         """
-        if teacher is None and not (self.labels != MISSING_LABEL).any():
+        if teacher is None and not self.head.has_label(self.labels).any():
             raise UserError(
                 "the documents have no labels, so students can be compared with their teacher "
                 "alone: leave --teacher none out, or give labelled documents"
@@ -137,6 +227,8 @@ class LabeledDocuments:
             lengths,  # of the last model; they differ by its tokenizer alone
             text_of=lambda i: "\n".join(self.documents[i].texts),
             id2label=self.students[0].id2label,
+            head=self.head,
+            threshold=self.threshold,
         )
 
     def written(self, models: Sequence[Classifier], say: Say) -> None:
@@ -151,12 +243,14 @@ class CachedDocuments:
         students: that read its tokens.
         reader: of it.
         chosen: which samples.
+        threshold: of multi-label classifiers.
         batch_tokens: padded tokens in a forward batch.
     """
 
     students: Sequence[Classifier]
     reader: CacheReader
     chosen: np.ndarray
+    threshold: float
     batch_tokens: int
 
     def score(self, teacher: Classifier | None, say: Say) -> Scored:
@@ -167,15 +261,20 @@ class CachedDocuments:
         """
         about = self.reader.manifest.about
         names = {int(one): name for one, name in about["id2label"].items()}
+        head = recorded_head(self.reader.manifest.settings)
         for student in self.students:
+            if student.head is not head:
+                raise UserError(
+                    f"{student.name} is {student.head.kind}, and the teacher of the cache "
+                    f"{self.reader.cache} is {head.kind}: give text with --data"
+                )
             if student.id2label != names:
                 raise UserError(
                     f"{student.name} has the classes {list(student.id2label.values())}, the cache "
                     f"{self.reader.cache} has {list(names.values())}: give text with --data"
                 )
         found = [self.reader.sample(int(i)) for i in self.chosen]
-        labels = np.array([int(one["label"]) for one in found], np.int64)
-        labels[labels == ABSENT_LABEL] = MISSING_LABEL
+        labels = np.stack([one["label"] for one in found])
         logits = {TEACHER: np.stack([one["class_logits"] for one in found])}
         for student in self.students:
             say(f"classifying {len(found):,} cached documents with {student.name}")
@@ -201,7 +300,15 @@ class CachedDocuments:
             return str(first.tokenizer.decode(ids, skip_special_tokens=first.pair is None))
 
         lengths = np.array([len(one["input_ids"]) for one in found])
-        return _scored(logits, labels, lengths, text_of=text_of, id2label=names)
+        return _scored(
+            logits,
+            labels,
+            lengths,
+            text_of=text_of,
+            id2label=names,
+            head=head,
+            threshold=self.threshold,
+        )
 
     def written(self, models: Sequence[Classifier], say: Say) -> None:
         """Classifiers write nothing."""
@@ -210,7 +317,7 @@ class CachedDocuments:
 class Classification:
     """Classifiers, on documents with labels or on a cache."""
 
-    row_names = (MAJORITY, TEACHER)
+    row_names = (*dict.fromkeys(one.baseline for one in HEADS.values()), TEACHER)
     student = teacher = Classifier
 
     def read(
@@ -221,10 +328,12 @@ class Classification:
         Raises:
             UserError: if all are empty, or the cache does not fit the students.
         """
+        head = students[0].head
+        threshold = _threshold(config.threshold, head)
         if config.cache is not None:
-            return _read_cache(config, config.cache, students)
+            return _read_cache(config, config.cache, students, threshold)
         assert config.corpus is not None, "asked before"
-        corpus = load_corpus(config.corpus)
+        corpus = load_corpus(config.corpus.model_copy(update={"heads": (head.name,)}))
         _require_one_form(corpus, students)
         corpus = corpus.with_class_names(students[0].id2label)
         logger.info("held out: %s", survey(corpus).describe())
@@ -232,9 +341,9 @@ class Classification:
         return LabeledDocuments(
             students=students,
             documents=documents,
-            labels=np.array(
-                [MISSING_LABEL if one.label is None else one.label for one in documents], np.int64
-            ),
+            labels=head.stored([one.label for one in documents], len(students[0].id2label)),
+            head=head,
+            threshold=threshold,
             batch_tokens=config.batch_tokens,
         )
 
@@ -248,7 +357,10 @@ class Classification:
         classifying: ClassifyingOptions = NOTHING_MORE,
         one_a_line: bool,
     ) -> Iterator[str]:
-        """The class of each text, its probability and the text or both of a pair, tabs between.
+        """The answer to each text and the text or both of a pair, tabs between.
+
+        Of one of several classes the class and its probability; of several labels those above the
+        threshold, with commas between, and their probabilities; or the number.
 
         Raises:
             UserError: for an empty text, half a pair, or options of what writes.
@@ -259,6 +371,7 @@ class Classification:
                 "leave that out"
             )
         classifier = self.student.of_run(run, device)
+        threshold = _threshold(classifying.threshold, classifier.head)
         documents = _prompts(run, classifier.pair, texts, classifying, one_a_line=one_a_line)
         samples = classifier.tokenize(documents)
         if len(samples) < len(documents):
@@ -268,10 +381,27 @@ class Classification:
                 "them out"
             )
         logits = classifier.logits(samples, batch_tokens=PREDICTION_TOKENS).astype(np.float64)
-        probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-        for one, row in zip(documents, probabilities, strict=True):
-            answer = classifier.id2label[int(row.argmax())]
-            yield "\t".join([answer, f"{row.max():.3f}", *one.texts])
+        for one, row in zip(documents, logits, strict=True):
+            answer = classifier.head.answer(row, classifier.id2label, threshold)
+            yield "\t".join([*answer, *one.texts])
+
+
+def _threshold(asked: float | None, head: Head) -> float:
+    """Above which a label is given.
+
+    Raises:
+        UserError: if it was asked for and there are no such labels.
+    """
+    if asked is not None and not head.has_threshold:
+        raise UserError(
+            f"--threshold is of multi-label classifiers, and this is {head.kind}: leave it out"
+        )
+    return THRESHOLD if asked is None else asked
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """None in the place of what cannot be told: a correlation of equal numbers."""
+    return {name: one if np.isfinite(one) else None for name, one in figures.items()}
 
 
 def _prompts(
@@ -340,7 +470,7 @@ def _require_one_form(corpus: Corpus, students: Sequence[Classifier]) -> None:
 
 
 def _read_cache(
-    config: EvaluateConfig, cache: Path, students: Sequence[Classifier]
+    config: EvaluateConfig, cache: Path, students: Sequence[Classifier], threshold: float
 ) -> CachedDocuments:
     if config.teacher not in (None, "none"):
         raise UserError(
@@ -363,12 +493,24 @@ def _read_cache(
             )
     chosen = np.arange(len(reader)) if held_out is None else np.flatnonzero(held_out)
     return CachedDocuments(
-        students=students, reader=reader, chosen=chosen, batch_tokens=config.batch_tokens
+        students=students,
+        reader=reader,
+        chosen=chosen,
+        threshold=threshold,
+        batch_tokens=config.batch_tokens,
     )
 
 
 def _require_same_classes(classifier: Classifier, student: Classifier) -> None:
-    """Names must be equal; a teacher that only has placeholders (`LABEL_0`) must have as many."""
+    """Names must be equal; a teacher that only has placeholders (`LABEL_0`) must have as many.
+
+    So must kinds of heads, or a teacher's be open.
+    """
+    if student.head.name not in classifier.heads:
+        raise UserError(
+            f"{classifier.name} is {classifier.head.kind}, and {student.name} is "
+            f"{student.head.kind}: compare models of one kind"
+        )
     comparable = classifier.id2label == student.id2label or (
         is_generic(classifier.id2label) and classifier.id2label.keys() == student.id2label.keys()
     )
@@ -396,16 +538,23 @@ def _scored(
     *,
     text_of: Callable[[int], str],
     id2label: dict[int, str],
+    head: Head,
+    threshold: float,
 ) -> Scored:
-    """Rows and details.
+    """Rows and, of one of several classes, details.
 
     Args:
         logits: by name [N, C], the teacher's first if there is one.
-        labels: [N], `MISSING_LABEL` where there is none.
+        labels: [N, ...] as the head stores them; a class is `MISSING_LABEL` where there is none.
         lengths: [N] tokens.
         text_of: a document's text.
         id2label: names of the classes.
+        head: what the logits mean.
+        threshold: of multi-label classifiers.
     """
+    if head is not SINGLE:
+        return _scored_by_head(head, logits, labels, threshold)
+    labels = labels.astype(np.int64)
     has_label = labels != MISSING_LABEL
     of_teacher = logits.get(TEACHER)
     rows = [_majority(labels[has_label])] if has_label.any() else []
@@ -430,6 +579,22 @@ def _scored(
         rows=rows,
         details=Details(models=details, differences=differences, class_names=names),
     )
+
+
+def _scored_by_head(
+    head: Head, logits: dict[str, np.ndarray], labels: np.ndarray, threshold: float
+) -> Scored:
+    """Rows of the head's measures."""
+    row_of, has_label, of_teacher = ROWS[head.name], head.has_label(labels), logits.get(TEACHER)
+    known, rows = labels[has_label], []
+    if len(known):
+        figures = head.metrics(head.baseline_logits(known), known, threshold)
+        rows.append(row_of(name=head.baseline, **_finite(figures)))
+    for name, one in logits.items():
+        figures = head.metrics(one[has_label], known, threshold) if len(known) else {}
+        figures |= {} if of_teacher is None else head.likeness(one, of_teacher)
+        rows.append(row_of(name=name, **_finite(figures)))
+    return Scored(num_documents=len(labels), rows=rows)
 
 
 def _judged(

@@ -6,9 +6,14 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from teacher_cache.stages.config import DeviceConfig, StageConfig, comma_separated, flag_of
+from teacher_cache.stages.config import DeviceConfig, Of, StageConfig, comma_separated, flag_of
 
 Length = Annotated[int, Field(ge=1)]  # tokens
+Threshold = Annotated[float, Field(gt=0, lt=1)]
+OF_CLASSIFIERS = Of(
+    task="classification",
+    elsewhere="{flag} is of classifiers: leave it out with language models",
+)
 
 
 class EvaluateOptions(DeviceConfig):
@@ -59,14 +64,28 @@ class GenerationOptions(StageConfig):
         return given_flags(self)
 
 
-class ClassifyingOptions(StageConfig):
-    """What a classifier reads."""
+class PairOptions(StageConfig):
+    """What a classifier of pairs reads."""
 
     second: str | None = Field(
         default=None,
         description="Of students of pairs: the second text, TEXT being the first; with - each line "
         "holds both, a tab between. Default: none.",
     )
+
+
+class AnswerOptions(StageConfig):
+    """When a classifier of several labels gives one."""
+
+    threshold: Annotated[Threshold | None, OF_CLASSIFIERS] = Field(
+        default=None,
+        description="Of multi-label classifiers: the probability above which a label is given. "
+        "Default: 0.5.",
+    )
+
+
+class ClassifyingOptions(PairOptions, AnswerOptions):
+    """What a classifier reads, and how it answers."""
 
     @property
     def flags(self) -> list[str]:

@@ -21,6 +21,7 @@ from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.evaluation.runs import finished_student, known_task, pair_of
+from teacher_cache.stages.heads import HEADS, SINGLE, Head, HeadName, possible_heads
 from teacher_cache.stages.models.batching import Batching
 from teacher_cache.stages.models.causal import (
     final_states,
@@ -178,6 +179,7 @@ class Classifier(EvaluatedModel):
     Attributes:
         pad_id: fills batches; masked.
         id2label: class names by id.
+        heads: the kinds of head that it may have: one of a student.
     """
 
     task = "classification"
@@ -185,6 +187,12 @@ class Classifier(EvaluatedModel):
 
     pad_id: int
     id2label: dict[int, str]
+    heads: tuple[HeadName, ...] = (SINGLE.name,)
+
+    @property
+    def head(self) -> Head:
+        """What a student's outputs mean."""
+        return HEADS[self.heads[0]]
 
     @classmethod
     def _of_student(
@@ -206,12 +214,17 @@ class Classifier(EvaluatedModel):
             "id2label": class_names(model),
             "batching": batching,
             "pair": pair_of(record),
+            "heads": possible_heads(where, model.config.problem_type, len(class_names(model)))[:1],
         }
 
     @classmethod
     def _loaded_teacher(cls, config: TeacherConfig) -> tuple[Any, dict[str, Any]]:
         teacher = load_teacher(config)
-        return teacher, {"pad_id": teacher.pad_id, "id2label": teacher.id2label}
+        return teacher, {
+            "pad_id": teacher.pad_id,
+            "id2label": teacher.id2label,
+            "heads": teacher.heads,
+        }
 
     def tokenize(self, documents: list[Document]) -> list[Sample]:
         """Samples of the documents that are not empty, in their order."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from teacher_cache.stages.config import DeviceConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
 from teacher_cache.stages.evaluation.config import (
+    AnswerOptions,
     ClassifyingOptions,
     EvaluateOptions,
     GenerationOptions,
@@ -26,7 +27,7 @@ ModelT = TypeVar("ModelT", bound=EvaluatedModel)
 SetT = TypeVar("SetT", bound=EvaluatedModel, contravariant=True)
 
 
-class EvaluateConfig(EvaluateOptions):
+class EvaluateConfig(EvaluateOptions, AnswerOptions):
     """Everything the evaluation needs, resolved: no preset."""
 
     runs: tuple[Path, ...] = Field(min_length=1, description="Folders of trained students.")

@@ -319,7 +319,7 @@ def objective_of_distances(
     distances: Tensor,
     cross_entropies: Tensor | None,
     agrees: Tensor | None,
-    targets: Targets,
+    targets: Targets | None,
     *,
     config: ObjectiveConfig,
     totals: StepTotals,
@@ -331,8 +331,9 @@ def objective_of_distances(
         distances: [M] from the teacher, at the positions that have one.
         cross_entropies: [N] to the labels, 0 where there is none to learn; None of an unlabelled
             batch.
-        agrees: [M] bool, whether both hold the same outcome for the most probable; or None.
-        targets: at the M positions.
+        agrees: [M] bool, whether both hold the same outcome for the most probable, or the share of
+            a position's labels of which they say the same; or None.
+        targets: at the M positions; None where they are no one distribution.
         config: the weights of the terms.
         totals: of the whole optimizer step.
         top1_log_prob: [M], given where `conf_power` is above 0.

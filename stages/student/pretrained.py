@@ -39,6 +39,7 @@ from transformers.utils.hub import has_file
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
 from teacher_cache.stages.data.labels import is_generic
+from teacher_cache.stages.heads import SINGLE, Head
 from teacher_cache.stages.models.batching import PADDED, Batching
 from teacher_cache.stages.models.causal import language_model_batching
 from teacher_cache.stages.models.device import recurrences_by_device
@@ -112,12 +113,17 @@ def own_tokenizer(name: str) -> str | None:
 
 
 def pretrained_classifier(
-    name: str, *, tokenizer: Tokenizer, id2label: Mapping[int, str], seed: int
+    name: str,
+    *,
+    tokenizer: Tokenizer,
+    id2label: Mapping[int, str],
+    seed: int,
+    head: Head = SINGLE,
 ) -> PreTrainedModel:
     """A classifier in float32 with the model's weights, and fresh ones where it has none.
 
-    A head is kept if its classes have the names of `id2label`, and replaced by a fresh one if
-    not. What is fresh depends on `seed` alone, and the log names it; a folder that holds only a
+    A head is kept if its classes have the names of `id2label` and it is of the same kind, and
+    replaced by a fresh one if not. What is fresh depends on `seed` alone, and the log names it; a folder that holds only a
     configuration gives a classifier that is all fresh. The global random state is neither read nor
     changed.
 
@@ -126,16 +132,18 @@ def pretrained_classifier(
         tokenizer: the student's, of which every id must have an embedding.
         id2label: class names by id.
         seed: of the fresh weights.
+        head: what its outputs mean.
 
     Raises:
         UserError: if the model cannot be loaded, is no classifier, or does not fit the tokenizer.
     """
     config = classifier_config(name)
     class_names = {int(class_id): label for class_id, label in (config.id2label or {}).items()}
-    keeps_head = class_names == dict(id2label) and not is_generic(id2label)
+    is_alike = config.problem_type in (None, head.name)
+    keeps_head = class_names == dict(id2label) and not is_generic(id2label) and is_alike
     config.id2label = dict(id2label)
     config.label2id = {label: class_id for class_id, label in id2label.items()}
-    config.problem_type = "single_label_classification"  # what a pipeline makes of the logits
+    config.problem_type = head.name  # what a pipeline makes of the logits
     pad_id = settle_pad_id(name, config, tokenizer)
     _refuse_padding_that_is_text(name, pad_id, tokenizer)
     try:

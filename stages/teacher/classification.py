@@ -15,7 +15,6 @@ from teacher_cache.cache.confusion import ON_LABELS, Confusion
 from teacher_cache.cache.errors import CheckFailed, UserError
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.cache.schema import (
-    ABSENT_LABEL,
     POOLED,
     SAMPLE_ID_BYTES,
     TOKEN_TYPES,
@@ -27,6 +26,7 @@ from teacher_cache.cache.schema import (
 )
 from teacher_cache.stages.data.corpus import Corpus, Document
 from teacher_cache.stages.data.tokenization import Sample, tokenize
+from teacher_cache.stages.heads import HEADS, SINGLE, Head, HeadName
 from teacher_cache.stages.models.batching import ALONE
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.models.pretrained import reads_token_types
@@ -39,7 +39,12 @@ from teacher_cache.stages.teacher.layers import (
     half,
     states_apart,
 )
-from teacher_cache.stages.teacher.load import ClassificationTeacher, identity, load_teacher
+from teacher_cache.stages.teacher.load import (
+    ClassificationTeacher,
+    identity,
+    labels_read_by,
+    load_teacher,
+)
 from teacher_cache.stages.teacher.options import hidden_options
 from teacher_cache.stages.teacher.tables import (
     STATES,
@@ -67,12 +72,14 @@ class Classification(Task[ClassificationTeacher, Sample]):
     Attributes:
         pooled_width: D of the pooled states; None where they are not cached.
         reads_types: the teacher is told which text of a pair each token is of.
+        head: what its outputs mean.
     """
 
     packs_documents = False
 
     pooled_width: int | None
     reads_types: bool = False
+    head: Head = SINGLE
 
     @classmethod
     def prepared(cls, config: CaptureConfig, corpora: Mapping[str, Corpus]) -> Classification:
@@ -98,8 +105,14 @@ class Classification(Task[ClassificationTeacher, Sample]):
             if hidden_options(config.layers).pooled
             else None,
             layers=LayerPlan.prepared(config.layers, teacher, is_packed=cls.packs_documents),
+            head=labeled.head or HEADS[teacher.heads[0]],
             reads_types=is_pair and reads_token_types(teacher.model, teacher.tokenizer),
         )
+
+    @classmethod
+    def heads(cls, config: TeacherConfig) -> tuple[HeadName, ...]:
+        """By the teacher's configuration."""
+        return labels_read_by(config)
 
     @classmethod
     def load(cls, config: TeacherConfig, *, with_attention: bool) -> ClassificationTeacher:
@@ -116,6 +129,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
         """The fields of a sample."""
         return classification_schema(
             len(self.teacher.id2label),
+            label=self.head.field(len(self.teacher.id2label)),
             has_token_types=self.reads_types,
             pooled_width=self.pooled_width,
             layer_fields=self.layers.fields,
@@ -138,6 +152,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
             "truncation_side": record.truncation_side,
             # Absent where there are none, so that other caches keep their fingerprints.
             **({TOKEN_TYPES: True} if self.reads_types else {}),
+            **self.head.settings,
             **self.layers.settings(),
         }
 
@@ -186,14 +201,14 @@ class Classification(Task[ClassificationTeacher, Sample]):
         _refuse_not_finite(logits, samples)
         ids = b"".join(sample.sample_id for sample in samples)
         types = _types(samples) or []
-        labels = [ABSENT_LABEL if sample.label is None else sample.label for sample in samples]
+        labels = [sample.label for sample in samples]
         pooled = {} if self.pooled_width is None else {POOLED: _half(outputs.vectors[POOLED])}
         return Said(
             fields={
                 "sample_id": np.frombuffer(ids, f"V{SAMPLE_ID_BYTES}"),
                 "input_ids": Ragged.from_arrays([sample.input_ids for sample in samples], "uint32"),
                 **({TOKEN_TYPES: Ragged.from_arrays(types, "uint8")} if self.reads_types else {}),
-                "label": np.array(labels, np.int32),
+                "label": self.head.stored(labels, len(self.teacher.id2label)),
                 "class_logits": logits,
                 **pooled,
             },
@@ -223,8 +238,10 @@ class Classification(Task[ClassificationTeacher, Sample]):
         """Those that are longer than a sample."""
         return sum(sample.was_truncated for sample in samples)
 
-    def findings(self) -> OnLabels:
-        """How often the teacher gives a document its label."""
+    def findings(self) -> Findings:
+        """How often the teacher gives a document its label, or what measures other answers."""
+        if self.head is not SINGLE:
+            return MeasuredOnLabels(self.head)
         return OnLabels(
             confusion=Confusion(len(self.teacher.id2label)),
             class_ids=self.corpora["labeled"].class_ids,
@@ -291,6 +308,33 @@ class OnLabels:
                 *(100 * found.accuracy, f"{found.num:,}", 100 * found.chance),
             )
         return {ON_LABELS: found.to_json()}
+
+
+class MeasuredOnLabels(Findings):
+    """The teacher against labels of another kind than a class.
+
+    Args:
+        head: of the teacher.
+    """
+
+    def __init__(self, head: Head):
+        self._head = head
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, fields: Fields) -> None:
+        """Keep them."""
+        labels, logits = np.asarray(fields["label"]), np.asarray(fields["class_logits"])
+        is_known = self._head.has_label(labels)
+        self._parts.append((logits[is_known], labels[is_known]))
+
+    def about(self) -> dict[str, Any]:
+        """The head's measures."""
+        logits, labels = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        if not len(labels):
+            return {}
+        figures = self._head.metrics(logits, labels)
+        known = {name: one for name, one in figures.items() if np.isfinite(one)}
+        return {ON_LABELS: {"num_labeled": len(labels), **known}}
 
 
 class ClassesApart:
@@ -404,13 +448,15 @@ def _check_classes(corpus: Corpus) -> None:
         UserError: naming the class.
     """
     counts, names = corpus.label_counts(), corpus.label_names
+    constant = corpus.constant_label()
+    if constant is not None:
+        num = len(corpus) - corpus.num_without_label
+        raise UserError(
+            f"all {num:,} labelled documents of {corpus.config.source} are of the "
+            f"class {constant}: a classifier needs two, so raise --max-samples"
+        )
     if counts is None or names is None:
         return
-    if len(counts) < 2:
-        raise UserError(
-            f"all {sum(counts.values()):,} labelled documents of {corpus.config.source} are of the "
-            f"class {', '.join(counts)}: a classifier needs two, so raise --max-samples"
-        )
     absent = [name for name in names if name not in counts]
     if absent:
         logger.warning(

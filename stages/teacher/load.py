@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.fingerprint import fingerprint
+from teacher_cache.stages.heads import SINGLE, HeadName, possible_heads
 from teacher_cache.stages.models.batching import Batching, Rows
 from teacher_cache.stages.models.causal import (
     FILLER_ID,
@@ -29,6 +31,7 @@ from teacher_cache.stages.models.causal import (
 from teacher_cache.stages.models.device import dtype_name, resolve_device, resolve_dtype
 from teacher_cache.stages.models.inference import classifier_batching
 from teacher_cache.stages.models.pretrained import (
+    LOADING_FAILURES,
     class_names,
     described_config,
     hash_files,
@@ -46,7 +49,7 @@ from teacher_cache.stages.models.pretrained import (
 )
 from teacher_cache.stages.teacher.config import TeacherConfig
 from teacher_cache.stages.tokens.frame import surroundings
-from teacher_cache.stages.tokens.tokenizers import load_tokenizer
+from teacher_cache.stages.tokens.tokenizers import is_local_only, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +102,11 @@ class ClassificationTeacher(Teacher):
 
     Attributes:
         id2label: class names by id.
+        heads: the kinds of head that it may have: one where its configuration says which.
     """
 
     id2label: dict[int, str]
+    heads: tuple[HeadName, ...] = (SINGLE.name,)
 
 
 def load_teacher(config: TeacherConfig, *, with_attention: bool = False) -> ClassificationTeacher:
@@ -120,7 +125,7 @@ def load_teacher(config: TeacherConfig, *, with_attention: bool = False) -> Clas
     names_padding = named_pad_id(model.config) is not None
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     config_sha256 = fingerprint(described_config(model))
-    _refuse_other_problems(config.teacher, model)
+    heads = possible_heads(config.teacher, model.config.problem_type, len(class_names(model)))
     _warn_of_label_smoothing(config.teacher, model)
 
     def prepare(model: PreTrainedModel) -> None:
@@ -151,6 +156,7 @@ def load_teacher(config: TeacherConfig, *, with_attention: bool = False) -> Clas
         config_sha256=config_sha256,
         how_read=loading.how_read(batching) | ({"pools_at": "end"} if ends_in_padding else {}),
         id2label=_checked_names(config.teacher, model),
+        heads=heads,
     )
 
 
@@ -170,25 +176,23 @@ def _checked_names(name: str, model: PreTrainedModel) -> dict[int, str]:
     return names
 
 
-def _refuse_other_problems(name: str, model: PreTrainedModel) -> None:
-    """Refuse a teacher whose logits are not those of one class of several.
+def labels_read_by(config: TeacherConfig) -> tuple[HeadName, ...]:
+    """The kinds of head that a classifier may have, by its configuration alone.
+
+    Of one that cannot be read, the usual kind: what is wrong is said when it is loaded.
 
     Raises:
-        UserError: saying what it is.
+        UserError: if it is a kind that is not served.
     """
-    kind, num = getattr(model.config, "problem_type", None), len(class_names(model))
-    if kind == "multi_label_classification":
-        raise UserError(
-            f"{name} is a multi-label classifier (its problem_type says so), which gives each of "
-            f"its {num} labels a probability of its own; served are teachers that choose one of "
-            "several classes: give such a one, or fine-tune one with `pipe finetune-teacher`"
+    try:
+        found = AutoConfig.from_pretrained(
+            config.teacher,
+            local_files_only=is_local_only(config.teacher),
+            trust_remote_code=config.trust_remote_code,
         )
-    if kind == "regression" or num < 2:
-        raise UserError(
-            f"{name} gives {num} number{'s' if num > 1 else ''} and no classes "
-            f"({'its problem_type is regression' if kind else 'it has one label'}): give a teacher "
-            "that chooses one of several classes"
-        )
+    except LOADING_FAILURES:
+        return (SINGLE.name,)
+    return possible_heads(config.teacher, found.problem_type, len(found.id2label or {}))
 
 
 def _warn_of_label_smoothing(name: str, model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from teacher_cache.cache.schema import Fields, Schema, bytes_per_position, fixed
 from teacher_cache.stages.codecs.config import CodecConfig
 from teacher_cache.stages.codecs.measure import CodecLoss
 from teacher_cache.stages.data.corpus import Corpus, Document
+from teacher_cache.stages.heads import SINGLE, HeadName
 from teacher_cache.stages.models.device import dtype_name, environment
 from teacher_cache.stages.models.inference import OnBatch
 from teacher_cache.stages.teacher.config import CaptureConfig, TeacherConfig
@@ -140,6 +141,15 @@ class Task(ABC, Generic[AnyTeacher, AnySample]):
             UserError: if the teacher cannot be loaded, or it or the data lack what is asked for.
             CheckFailed: if its ids cannot be aligned as asked.
         """
+
+    @classmethod
+    def heads(cls, config: TeacherConfig) -> tuple[HeadName, ...]:
+        """Kinds of head for which labels may be written, before the teacher is loaded.
+
+        Raises:
+            UserError: if the teacher's is not served.
+        """
+        return (SINGLE.name,)
 
     @classmethod
     @abstractmethod

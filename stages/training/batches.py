@@ -15,10 +15,11 @@ from torch.utils.data import Dataset, Sampler
 from teacher_cache.cache.codecs.interface import Codec, rows_of
 from teacher_cache.cache.order import ShuffledBatches
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import ABSENT_LABEL, NO_LABEL, POOLED
+from teacher_cache.cache.schema import POOLED
 from teacher_cache.stages.data.collation import pad_batch
 from teacher_cache.stages.data.corpus import PLACE_BYTES
 from teacher_cache.stages.data.packing import next_ids
+from teacher_cache.stages.heads import SINGLE, Head
 from teacher_cache.stages.join.aligned_sample import NO_POSITION, AlignedSample, SampleAligner
 
 Batch = dict[str, torch.Tensor]
@@ -233,8 +234,18 @@ class SampleCollator(Collator):
     """Of a classifier, or of documents with labels.
 
     Adds what the samples have of `teacher_logits` [B, C] float32, `teacher_pooled` [B, D] float16
-    and `labels` [B] int64, `NO_LABEL` where a document of a labelled corpus has none.
+    and `labels` [B, ...] as the head's `batched` has them: of one of several classes [B] int64,
+    `NO_LABEL` where a document of a labelled corpus has none.
+
+    Args:
+        pad_id: fills `input_ids`.
+        layers: what is matched inside the teacher, or none.
+        head: whose labels they are.
     """
+
+    def __init__(self, pad_id: int, layers: Expanding | None = None, *, head: Head = SINGLE):
+        super().__init__(pad_id, layers)
+        self._head = head
 
     def arrays(self, samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """One row a sample."""
@@ -243,8 +254,7 @@ class SampleCollator(Collator):
             if field in samples[0]:
                 arrays[name] = np.stack([sample[field] for sample in samples])
         if "label" in samples[0]:
-            labels = np.array([sample["label"] for sample in samples], np.int64)
-            arrays["labels"] = np.where(labels == ABSENT_LABEL, NO_LABEL, labels)
+            arrays["labels"] = self._head.batched(np.stack([one["label"] for one in samples]))
         return arrays
 
 

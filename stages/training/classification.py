@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
+from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.reader import CacheReader
+from teacher_cache.stages.config import flag_of
+from teacher_cache.stages.heads import Head, recorded_head
 from teacher_cache.stages.join.join import Joined
+from teacher_cache.stages.losses.config import ObjectiveConfig
+from teacher_cache.stages.losses.outputs import loss_of
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import classifier_config
@@ -28,7 +33,7 @@ from teacher_cache.stages.training.data import TrainingData, has_held_out_labels
 from teacher_cache.stages.training.held_out import HeldOutSamples
 from teacher_cache.stages.training.layers import Schedule
 from teacher_cache.stages.training.lesson import Lesson
-from teacher_cache.stages.training.measures import ACCURACY, AGREEMENT, Measure
+from teacher_cache.stages.training.measures import Measure
 from teacher_cache.stages.training.run_folder import PAIR
 from teacher_cache.stages.training.start import StartingStudent, start_student
 from teacher_cache.stages.training.task import Course, StudentTask
@@ -47,6 +52,8 @@ class ClassificationStudents(StudentTask):
 
     def __init__(self, config: TrainStudentConfig, readers: Sequence[CacheReader]):
         super().__init__(config, readers)
+        self._head = recorded_head(readers[0].manifest.settings)
+        _refuse_idle(config.objective, self._head)
         self._layers = CachedLayers.of(config.transfer, config.student, readers[0])
 
     @classmethod
@@ -56,28 +63,36 @@ class ClassificationStudents(StudentTask):
 
     @cached_property
     def measure(self) -> Measure:
-        """The accuracy; where no held-out sample has a label, the agreement with the teacher."""
-        return (
-            ACCURACY if has_held_out_labels(self._config.training, self._readers[0]) else AGREEMENT
-        )
+        """The accuracy, say; where no held-out sample has a label, how close the teacher is."""
+        head = self._head
+        has_labels = has_held_out_labels(self._config.training, self._readers[0], head)
+        return head.quality if has_labels else head.closeness
 
     def course(self, joined: Joined) -> Course:
         """Samples of both kinds, and a Mamba with fresh weights or a pre-trained classifier."""
-        data = training_data(self._config.training, self._config.objective, self._readers)
+        data = training_data(
+            self._config.training, self._config.objective, self._readers, head=self._head
+        )
         id2label = self._readers[0].manifest.about["id2label"]
         student = start_student(
             self._config,
             joined,
             id2label={int(class_id): name for class_id, name in id2label.items()},
+            head=self._head,
             lengths=np.concatenate([reader.lengths() for reader in self._readers]),
         )
         return Course(
             data=data,
-            student=replace(student, about=student.about | self._pair()),
+            student=replace(
+                student,
+                # What means nothing to the head has no value.
+                settings=student.settings | dict.fromkeys(self._head.idle_options),
+                about=student.about | self._pair(),
+            ),
             trained=with_auxiliaries(student.model, *self._auxiliaries(student, data)),
             lesson=lambda _: self._lesson(student, data),
-            held_out=HeldOutSamples(),
-            collator=SampleCollator(student.pad_id, self._layers),
+            held_out=HeldOutSamples(self._head),
+            collator=SampleCollator(student.pad_id, self._layers, head=self._head),
             max_length=joined.max_length,
             write_files=_write_none,
         )
@@ -106,11 +121,25 @@ class ClassificationStudents(StudentTask):
             self._layers.say()
             terms += self._layers.terms(PositionMap.from_dict(student.model.config.position_map))
         return Lesson(
-            view=SamplesView(),
+            view=SamplesView(loss_of(self._head)),
             objective=config,
             terms=terms,
             schedule=Schedule.of(self._config.transfer, data.num_steps),
         )
+
+
+def _refuse_idle(config: ObjectiveConfig, head: Head) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for option, reason in head.idle_options.items():
+        if option in config.model_fields_set:
+            raise UserError(
+                f"{flag_of(option)} does nothing here: the teacher is {head.kind}, and {reason}; "
+                "leave it out"
+            )
 
 
 def _write_none(_: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.plan import LABELED, UNLABELED, viewed_split
 from teacher_cache.cache.reader import CacheReader
-from teacher_cache.cache.schema import ABSENT_LABEL, width_of_pooled
+from teacher_cache.cache.schema import width_of_pooled
+from teacher_cache.stages.heads import SINGLE, Head
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.training.batches import (
     AlternatingBatches,
@@ -98,7 +99,11 @@ def _choose(splits: list[str], unlabeled_from: UnlabeledFrom, cache: Path) -> li
 
 
 def training_data(
-    config: TrainingConfig, objective: ObjectiveConfig, readers: Sequence[CacheReader]
+    config: TrainingConfig,
+    objective: ObjectiveConfig,
+    readers: Sequence[CacheReader],
+    *,
+    head: Head = SINGLE,
 ) -> TrainingData:
     """A classifier's: `ordered_data`, with pooled states where they are matched.
 
@@ -106,6 +111,7 @@ def training_data(
         config: of the training.
         objective: what weighs the kinds of sample, and pooled states.
         readers: of `open_splits`.
+        head: what the teacher's outputs mean.
 
     Raises:
         UserError: as `ordered_data`, or if one class is all there is to train on, or the cache
@@ -114,7 +120,7 @@ def training_data(
     labeled = readers[0]
     weight = objective.pooled_weight
     pooled_width = _pooled_width(weight, labeled) if weight else None
-    _require_two_classes(config, labeled, alpha=objective.alpha)
+    _require_labels(config, labeled, head, alpha=objective.alpha)
     data = ordered_data(config, readers, CachedSamples, unlabeled_alpha=objective.unlabeled_alpha)
     return replace(data, pooled_width=pooled_width)
 
@@ -217,36 +223,36 @@ def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:
     return sample_idxs[np.argsort(reader.lengths()[sample_idxs], kind="stable")]
 
 
-def has_held_out_labels(config: TrainingConfig, reader: CacheReader) -> bool:
+def has_held_out_labels(
+    config: TrainingConfig, reader: CacheReader, head: Head = SINGLE
+) -> bool:
     """Whether a held-out sample of a classifier's corpus has a label; true where none is held out.
 
     Args:
         config: of the training.
         reader: of the corpus.
+        head: whose labels they are.
     """
     chosen = held_out(reader.sample_ids(), config.eval_fraction)
-    return not chosen.any() or bool((reader.column("label")[chosen] != ABSENT_LABEL).any())
+    return not chosen.any() or bool(head.has_label(reader.column("label")[chosen]).any())
 
 
-def _require_two_classes(config: TrainingConfig, reader: CacheReader, *, alpha: float) -> None:
-    """Refuse labels of one class, and no labels where nothing else is learned.
+def _require_labels(
+    config: TrainingConfig, reader: CacheReader, head: Head, *, alpha: float
+) -> None:
+    """Refuse labels that are all alike, and no labels where nothing else is learned.
 
     Raises:
         UserError: saying what to cache or give.
     """
     labels = reader.column("label")
-    if not (labels != ABSENT_LABEL).any():
+    is_known = head.has_label(labels)
+    if not is_known.any():
         if not alpha:
             raise UserError(
                 f"--alpha 0 learns from labels alone, and no document of {reader.cache} has one: "
                 "give a weight to the teacher, as in --alpha 1"
             )
         return
-    chosen = ~held_out(reader.sample_ids(), config.eval_fraction) & (labels != ABSENT_LABEL)
-    classes = np.unique(labels[chosen])
-    if len(classes) < 2:
-        raise UserError(
-            f"the {int(chosen.sum())} labelled samples of {reader.cache} to train on are all of "
-            f"class {classes.tolist()}: cache more of the data (--max-samples), or hold out less "
-            "(--eval-fraction)"
-        )
+    chosen = ~held_out(reader.sample_ids(), config.eval_fraction) & is_known
+    head.check_learnable(labels[chosen], reader.cache)

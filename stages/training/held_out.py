@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from teacher_cache.cache.schema import NEXT_LOG_PROB, NO_LABEL
+from teacher_cache.stages.heads import SINGLE, Head
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.objective import ObjectiveTerms, StepTotals
+from teacher_cache.stages.losses.outputs import loss_of
 from teacher_cache.stages.training.batches import Batch
 from teacher_cache.stages.training.lesson import Lesson
-from teacher_cache.stages.training.measures import agreement_metrics, classification_metrics
 from teacher_cache.stages.training.terms import Chunks, Heard
 
 
@@ -40,7 +41,14 @@ class HeldOut(Protocol):
 
 
 class HeldOutSamples:
-    """Of a classifier: how good, how well calibrated, how close to its teacher."""
+    """Of a classifier: how good, how close to its teacher.
+
+    Args:
+        head: what its outputs mean.
+    """
+
+    def __init__(self, head: Head = SINGLE):
+        self._head = head
 
     label_names: ClassVar[list[str]] = ["labels", "teacher_logits"]
 
@@ -57,17 +65,14 @@ class HeldOutSamples:
         return loss, heard.outputs.logits, tuple(batch[name] for name in self.label_names)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Accuracy and the like of what has a label, agreement and KL of all."""
+        """Accuracy and the like of what has a label, agreement and the like of all."""
         logits = np.asarray(prediction.predictions)
         labels, teacher_logits = (np.asarray(one) for one in prediction.label_ids)
-        has_label = labels != NO_LABEL
+        has_label = loss_of(self._head).has_label(torch.from_numpy(labels)).numpy()
         quality = {}
         if has_label.any():
-            quality = classification_metrics(logits[has_label], labels[has_label])
-        return {
-            **quality,
-            **agreement_metrics(logits, teacher_logits),
-        }
+            quality = self._head.metrics(logits[has_label], labels[has_label])
+        return {**quality, **self._head.likeness(logits, teacher_logits)}
 
 
 class HeldOutTokens:

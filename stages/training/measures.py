@@ -98,6 +98,101 @@ def agreement_metrics(student_logits: ArrayLike, teacher_logits: ArrayLike) -> d
     }
 
 
+def multi_label_metrics(
+    logits: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5
+) -> dict[str, float]:
+    """F1 and exact matches of labels of which a sample has any number.
+
+    Args:
+        logits: [N, C]; a label is given where its sigmoid is above the threshold.
+        labels: [N, C], 1 where a sample has a label, 0 where not.
+        threshold: 0 to 1.
+
+    Returns:
+        `micro_f1`, `2 TP / (2 TP + FP + FN)` of all labels of all samples; `macro_f1`, its mean
+        over the labels that occur among labels or answers; both 1 where nothing is there and
+        nothing was given; and `exact_match`, the share of samples whose labels are all right.
+
+    Raises:
+        ValueError: if N is 0 or the shapes disagree.
+    """
+    wide, truth = np.asarray(logits, np.float64), np.asarray(labels) == 1
+    if wide.shape != truth.shape or wide.ndim != 2 or not len(wide):
+        raise ValueError(f"logits {wide.shape} against labels {truth.shape}: expected [N, C]")
+    with np.errstate(divide="ignore"):
+        given = wide > np.log(threshold) - np.log1p(-threshold)
+    right = (given & truth).sum(axis=0)
+    num = given.sum(axis=0) + truth.sum(axis=0)  # 2 TP + FP + FN
+    occurs = num > 0
+    return {
+        "micro_f1": float(2 * right.sum() / num.sum()) if num.sum() else 1.0,
+        "macro_f1": float((2 * right[occurs] / num[occurs]).mean()) if occurs.any() else 1.0,
+        "exact_match": float((given == truth).all(axis=1).mean()),
+    }
+
+
+def multi_label_likeness(student_logits: ArrayLike, teacher_logits: ArrayLike) -> dict[str, float]:
+    """How close the student came to the teacher in each label, at temperature 1.
+
+    Args:
+        student_logits: [N, C].
+        teacher_logits: [N, C].
+
+    Returns:
+        Means over samples and labels: `agreement`, the share of which both say the same at 1/2,
+        and `kl`, the binary forward KL from teacher to student in nats.
+
+    Raises:
+        ValueError: if N is 0 or the shapes disagree.
+    """
+    s, t = np.asarray(student_logits, np.float64), np.asarray(teacher_logits, np.float64)
+    if s.shape != t.shape or s.ndim != 2 or not len(s):
+        raise ValueError(f"student logits {s.shape} against teacher logits {t.shape}")
+    kl = np.zeros_like(s)
+    for sign in (1.0, -1.0):
+        log_p, log_q = -np.logaddexp(0.0, -sign * t), -np.logaddexp(0.0, -sign * s)
+        kl += np.exp(log_p) * (log_p - log_q)
+    return {"agreement": float(((s > 0) == (t > 0)).mean()), "kl": float(kl.mean())}
+
+
+def regression_metrics(outputs: ArrayLike, numbers: ArrayLike) -> dict[str, float]:
+    """How near numbers are to others.
+
+    Args:
+        outputs: [N, 1].
+        numbers: [N].
+
+    Returns:
+        `mse`, the mean squared difference; `pearson`, the correlation; and `spearman`, that of the
+        ranks, equal numbers sharing the mean of theirs. A correlation is NaN where either side is
+        all one number.
+
+    Raises:
+        ValueError: if N is 0 or the shapes disagree.
+    """
+    found, wanted = np.asarray(outputs, np.float64), np.asarray(numbers, np.float64)
+    if found.shape != (len(wanted), 1) or wanted.ndim != 1 or not len(wanted):
+        raise ValueError(f"outputs {found.shape} against numbers {wanted.shape}: [N, 1] and [N]")
+    found = found[:, 0]
+    return {
+        "mse": float(np.square(found - wanted).mean()),
+        "pearson": _correlation(found, wanted),
+        "spearman": _correlation(_ranks(found), _ranks(wanted)),
+    }
+
+
+def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    if not (np.ptp(one) and np.ptp(other)):
+        return float("nan")
+    one, other = one - one.mean(), other - other.mean()
+    return float((one * other).sum() / np.sqrt(np.square(one).sum() * np.square(other).sum()))
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
 def kl_of_each(student_logits: ArrayLike, teacher_logits: ArrayLike) -> NDArray[np.float64]:
     """Forward KL from teacher to student of each sample at temperature 1, [N] nats.
 
@@ -135,6 +230,9 @@ class Measure:
 
 
 ACCURACY = Measure(name="accuracy", higher_is_better=True)
+MICRO_F1 = Measure(name="micro_f1", higher_is_better=True)
+MSE = Measure(name="mse", higher_is_better=False)
+MSE_TO_TEACHER = Measure(name="mse_to_teacher", higher_is_better=False)
 AGREEMENT = Measure(name="agreement", higher_is_better=True)
 OBJECTIVE = Measure(name="loss", higher_is_better=False)
 

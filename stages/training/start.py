@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import read_manifest
+from teacher_cache.stages.heads import SINGLE, Head
 from teacher_cache.stages.join.compare import check_position_map
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.models.batching import Batching
@@ -61,6 +62,7 @@ def start_student(
     *,
     id2label: Mapping[int, str],
     lengths: np.ndarray,
+    head: Head = SINGLE,
 ) -> StartingStudent:
     """The student that the settings ask for.
 
@@ -69,6 +71,7 @@ def start_student(
         joined: the student's tokenizer and maximum length.
         id2label: class names by id.
         lengths: [N] tokens of the cached samples, at least one.
+        head: what its outputs mean.
 
     Raises:
         UserError: if it cannot be built, or does not fit the tokenizer or the samples.
@@ -76,12 +79,16 @@ def start_student(
     """
     name = config.student.pretrained
     if name is None:
-        return _mamba(config, joined, id2label, lengths)
-    return _pretrained(config, name, joined, id2label, lengths)
+        return _mamba(config, joined, id2label, lengths, head)
+    return _pretrained(config, name, joined, id2label, lengths, head)
 
 
 def _mamba(
-    config: TrainStudentConfig, joined: Joined, id2label: Mapping[int, str], lengths: np.ndarray
+    config: TrainStudentConfig,
+    joined: Joined,
+    id2label: Mapping[int, str],
+    lengths: np.ndarray,
+    head: Head,
 ) -> StartingStudent:
     shape = config.student.shape("classification")
     position_map = choose(joined.tokenizer, config.student.pooling)
@@ -94,6 +101,7 @@ def _mamba(
         pad_token_id=pad_id,
         id2label=dict(id2label),
         label2id={name: class_id for class_id, name in id2label.items()},
+        problem_type=head.problem_type,
     )
     model = build_student(student_config, seed=config.training.seed)
     is_random = config.training.embeddings == "random"
@@ -159,9 +167,10 @@ def _pretrained(
     joined: Joined,
     id2label: Mapping[int, str],
     lengths: np.ndarray,
+    head: Head,
 ) -> StartingStudent:
     model = pretrained.pretrained_classifier(
-        name, tokenizer=joined.tokenizer, id2label=id2label, seed=config.training.seed
+        name, tokenizer=joined.tokenizer, id2label=id2label, seed=config.training.seed, head=head
     )
     pretrained.refuse_too_long(
         name, model, longest_sample=int(lengths.max()), max_length=joined.max_length

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from teacher_cache.cache.codecs.interface import Codec
 from teacher_cache.cache.schema import NO_LABEL, TOP1_LOG_PROB
+from teacher_cache.stages.heads import SINGLE
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.distributions import TeacherDistribution
 from teacher_cache.stages.losses.linear_head import linear_objective
 from teacher_cache.stages.losses.objective import (
     ObjectiveTerms,
     StepTotals,
     TargetsByPosition,
     confidence_weights,
-    distillation_objective,
-    top1_log_prob,
 )
+from teacher_cache.stages.losses.outputs import LOSSES, OutputLoss
 from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.training.batches import Batch, at
 
@@ -77,16 +76,23 @@ class SamplePositions:
 
 
 class SamplesView:
-    """A classifier's samples."""
+    """A classifier's samples.
+
+    Args:
+        loss: of the kind of its head.
+    """
+
+    def __init__(self, loss: OutputLoss = LOSSES[SINGLE.name]):
+        self._loss = loss
 
     def totals(self, batch: Batch, *, conf_power: float) -> StepTotals:
         """Samples, of which those in a labelled batch have a label but where it is missing."""
         logits = batch["teacher_logits"]
         weights = None
         if conf_power:
-            weights = confidence_weights(top1_log_prob(logits), conf_power)
+            weights = confidence_weights(self._loss.top1_log_prob(logits), conf_power)
         labels = batch.get("labels")
-        num_labels = None if labels is None else int((labels != NO_LABEL).sum())
+        num_labels = None if labels is None else int(self._loss.has_label(labels).sum())
         return StepTotals.of(
             len(logits), labeled=labels is not None, num_labels=num_labels, conf_weights=weights
         )
@@ -116,14 +122,12 @@ class SamplesView:
         step: int | None,
     ) -> ObjectiveTerms:
         """On the cached logits, at any temperature."""
-        teacher = positions.teacher_logits
-        return distillation_objective(
+        return self._loss.objective(
             positions.logits,
-            TeacherDistribution.from_logits(teacher, config.temperature),
+            positions.teacher_logits,
             positions.labels,
             config=config,
             totals=totals,
-            top1_log_prob=top1_log_prob(teacher) if config.conf_power else None,
         )
 
 
