@@ -185,7 +185,7 @@ class LabelTrainer(OrderedTrainer):
         **kwargs: of `OrderedTrainer`.
     """
 
-    def __init__(self, *, head: Head, **kwargs: Any):
+    def __init__(self, *, head: Head = SINGLE, **kwargs: Any):
         super().__init__(**kwargs)
         self._loss = loss_of(head)
         # compute_loss divides by the step's labels; Trainer must not divide again.
@@ -207,7 +207,7 @@ class LabelTrainer(OrderedTrainer):
         read = {name: one for name, one in inputs.items() if name != "labels"}
         outputs = model(**read)
         logits = outputs.logits[: len(labels)]  # none of a share without samples
-        total = self._loss.hard(logits, labels).sum()
+        total = self._loss.hard_sum(logits, labels)
         loss = total / (num_items_in_batch if model.training else len(labels))
         if model.training:
             # Data parallelism averages over processes what is a sum over them.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ class Head(ABC):
 
     name: ClassVar[HeadName]
     kind: ClassVar[str]
-    idle_options: ClassVar[Mapping[str, str]] = {}
+    idle_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
     has_threshold: ClassVar[bool] = False
     baseline: ClassVar[str] = "majority"
 
@@ -95,11 +96,12 @@ class Head(ABC):
         return stored
 
     def check_learnable(self, labels: np.ndarray, cache: object) -> None:
-        """Refuse labels, as stored, from which nothing can be told apart.
+        """Refuse labels, as stored, from which nothing can be told apart; most kinds need none.
 
         Raises:
             UserError: saying what to cache or give.
         """
+        return
 
     # Answers.
 
@@ -342,12 +344,14 @@ class Regression(Head):
     name = "regression"
     kind = "a regression model, which gives a number"
     baseline = "mean"
-    idle_options = {
-        "temperature": "a number has none",
-        "divergence": "numbers are compared by their squared difference",
-        "conf_power": "a number has no probability",
-        "label_smoothing": "a number is no class",
-    }
+    idle_options = MappingProxyType(
+        {
+            "temperature": "a number has none",
+            "divergence": "numbers are compared by their squared difference",
+            "conf_power": "a number has no probability",
+            "label_smoothing": "a number is no class",
+        }
+    )
 
     def read_labels(
         self,

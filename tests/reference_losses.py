@@ -192,3 +192,43 @@ def macro_f1(predicted: Sequence[int], labels: Sequence[int]) -> float:
         misses = sum((p == c) != (t == c) for p, t in pairs)
         scores.append(2 * hits / (2 * hits + misses))
     return sum(scores) / len(scores)
+
+
+def sigmoid(logit: float) -> float:
+    """Without overflow on either side."""
+    if logit >= 0:
+        return 1 / (1 + math.exp(-logit))
+    return math.exp(logit) / (1 + math.exp(logit))
+
+
+def log_sigmoid(logit: float) -> float:
+    """Of one label's logit, nats."""
+    return -math.log1p(math.exp(-logit)) if logit >= 0 else logit - math.log1p(math.exp(logit))
+
+
+def binary_kl(teacher: float, student: float, temperature: float) -> float:
+    """KL between the answers to one label, from raw logits, nats."""
+    t, s = teacher / temperature, student / temperature
+    there = sigmoid(t) * (log_sigmoid(t) - log_sigmoid(s))
+    return there + sigmoid(-t) * (log_sigmoid(-t) - log_sigmoid(-s))
+
+
+def binary_cross_entropy(student: float, label: float) -> float:
+    """Of one label, which may be smoothed; nats."""
+    return -label * log_sigmoid(student) - (1 - label) * log_sigmoid(-student)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """From 1; equal ones share the mean of theirs."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
+        for value in values
+    ]
+
+
+def correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Pearson's."""
+    mean_one, mean_other = sum(one) / len(one), sum(other) / len(other)
+    pairs = [(a - mean_one, b - mean_other) for a, b in zip(one, other, strict=True)]
+    both = sum(a * b for a, b in pairs)
+    return both / math.sqrt(sum(a * a for a, _ in pairs) * sum(b * b for _, b in pairs))

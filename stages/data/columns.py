@@ -208,9 +208,7 @@ def _if_a_document(schema: pa.Schema) -> str:
     return "; if the first line is a document and no header, name all columns with --columns"
 
 
-def refuse_a_document_as_header(
-    config: CorpusConfig, schema: pa.Schema, labels: AnyLabels
-) -> None:
+def refuse_a_document_as_header(config: CorpusConfig, schema: pa.Schema, labels: AnyLabels) -> None:
     """Refuse a column of labels that is called like one of them; pandas may number columns.
 
     Raises:

@@ -168,7 +168,7 @@ def read_label_sets(
         shown = next((one for one in table.column(column).to_pylist() if one is not None), None)
         raise UserError(
             f"the label column {column!r} holds one label a document (such as {shown!r}), and a "
-            "multi-label teacher has any number: write lists, as in [\"a\", \"b\"], or name one "
+            'multi-label teacher has any number: write lists, as in ["a", "b"], or name one '
             "column of 0 and 1 for each label, as in --label-column a,b"
         )
     rows = [_listed(value, column) for value in table.column(column).to_pylist()]

@@ -78,9 +78,7 @@ class LabelValues:
         """
         if explicit or label_map:
             flag = "--label-map" if label_map else "--label-names"
-            raise UserError(
-                f"{flag} is of classes, and this teacher gives a number: leave it out"
-            )
+            raise UserError(f"{flag} is of classes, and this teacher gives a number: leave it out")
         return self, {}
 
     def described(self, class_ids: Mapping[str | int, int], counts: Mapping[str, int]) -> str:

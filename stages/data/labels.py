@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,13 @@ MissingLabels = Literal["refuse", "drop", "unlabeled"]
 
 
 class AnyLabels(Protocol):
-    """The labels of one split, as a kind of head reads them."""
+    """The labels of one split, as a kind of head reads them.
 
-    @property
-    def plural(self) -> str:
-        """What they are called."""
-        ...
+    Attributes:
+        plural: what they are called.
+    """
+
+    plural: ClassVar[str]
 
     @property
     def is_missing(self) -> np.ndarray:
@@ -75,15 +76,14 @@ class AnyLabels(Protocol):
         """
         ...
 
-    def described(
-        self, class_ids: Mapping[str | int, int], counts: Mapping[str, int], /
-    ) -> str:
+    def described(self, class_ids: Mapping[str | int, int], counts: Mapping[str, int], /) -> str:
         """For people, once they are a teacher's."""
         ...
 
 
-Label = int | float | tuple[int, ...]
-"""Of a document: a class id, a number, or 0 or 1 for each class."""
+LabelsT = TypeVar("LabelsT", bound=AnyLabels)
+Label = Any
+"""Of a document, as its head reads it: a class id, a number, or a tuple of 0 or 1 a class."""
 MISSING_LABEL = -1
 SHORTEST_BEGINNING = 3  # letters: of `neg` there is little doubt, of `n` there is
 _GENERIC_NAME = re.compile(r"label_\d+", re.IGNORECASE)
@@ -289,8 +289,8 @@ def read_labels(
 
 
 def settle_missing(
-    labels: AnyLabels | None, policy: MissingLabels, column: str | None, num: int
-) -> tuple[AnyLabels | None, np.ndarray]:
+    labels: LabelsT | None, policy: MissingLabels, column: str | None, num: int
+) -> tuple[LabelsT | None, np.ndarray]:
     """What becomes of documents without a label, and whether the others can be learned from.
 
     Args:

@@ -50,6 +50,10 @@ class OutputLoss(ABC):
     def hard(self, logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """[B] costs of labels, all of which are there."""
 
+    def hard_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum of what labels cost."""
+        return self.hard(logits, labels).sum()
+
     @abstractmethod
     def objective(
         self,
@@ -88,6 +92,10 @@ class OneOfSeveral(OutputLoss):
             widened(logits), labels, reduction="none", label_smoothing=label_smoothing
         )
 
+    def hard_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """As torch adds them up, whose last place differs from that of a sum behind."""
+        return F.cross_entropy(widened(logits), labels, reduction="sum")
+
     def objective(
         self,
         logits: Tensor,
@@ -122,9 +130,9 @@ class AnyOfSeveral(OutputLoss):
 
     def hard(self, logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """Binary cross-entropies, mean over labels; smoothed ones lie between 0 and 1."""
-        smoothed = labels * (1 - label_smoothing) + label_smoothing / 2
         wide = widened(logits)
-        costs = F.binary_cross_entropy_with_logits(wide, smoothed.to(wide.dtype), reduction="none")
+        smoothed = labels.to(wide.dtype) * (1 - label_smoothing) + label_smoothing / 2
+        costs = F.binary_cross_entropy_with_logits(wide, smoothed, reduction="none")
         return costs.mean(dim=-1)
 
     def objective(

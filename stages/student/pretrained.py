@@ -123,9 +123,9 @@ def pretrained_classifier(
     """A classifier in float32 with the model's weights, and fresh ones where it has none.
 
     A head is kept if its classes have the names of `id2label` and it is of the same kind, and
-    replaced by a fresh one if not. What is fresh depends on `seed` alone, and the log names it; a folder that holds only a
-    configuration gives a classifier that is all fresh. The global random state is neither read nor
-    changed.
+    replaced by a fresh one if not. What is fresh depends on `seed` alone, and the log names it; a
+    folder that holds only a configuration gives a classifier that is all fresh. The global random
+    state is neither read nor changed.
 
     Args:
         name: hub id or folder.

@@ -126,6 +126,12 @@ def load_teacher(config: TeacherConfig, *, with_attention: bool = False) -> Clas
     pad_id = settle_pad_id(config.teacher, model.config, tokenizer)
     config_sha256 = fingerprint(described_config(model))
     heads = possible_heads(config.teacher, model.config.problem_type, len(class_names(model)))
+    if model.config.problem_type is None and len(class_names(model)) == 1:
+        logger.warning(
+            "%s has one output and names no problem_type: it is read as a number, as transformers "
+            "trains such a model, and not as a probability",
+            config.teacher,
+        )
     _warn_of_label_smoothing(config.teacher, model)
 
     def prepare(model: PreTrainedModel) -> None:

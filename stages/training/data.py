@@ -223,9 +223,7 @@ def _by_length(reader: CacheReader, chosen: np.ndarray) -> np.ndarray:
     return sample_idxs[np.argsort(reader.lengths()[sample_idxs], kind="stable")]
 
 
-def has_held_out_labels(
-    config: TrainingConfig, reader: CacheReader, head: Head = SINGLE
-) -> bool:
+def has_held_out_labels(config: TrainingConfig, reader: CacheReader, head: Head = SINGLE) -> bool:
     """Whether a held-out sample of a classifier's corpus has a label; true where none is held out.
 
     Args:

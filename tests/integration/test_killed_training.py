@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from teacher_cache.stages.training.config import TrainStudentConfig
 from teacher_cache.stages.training.run_folder import MARKER_NAME, RUN_NAME, read_run
+from tests.headed import cache_labeled, write_headed_bert, write_labeled
 from tests.integration.fork_server import ForkServer
 from tests.tiny_runs import cache_language, cache_reviews, result_files, student_config
 
@@ -86,7 +88,35 @@ def language_models_config(
     return student_config(cache, folder / "warm", **EVERYTHING | {"batch_size": 2})
 
 
-@pytest.fixture(scope="module", params=["classifiers_config", "language_models_config"])
+@pytest.fixture(scope="module")
+def labels_config(
+    tmp_path_factory: pytest.TempPathFactory, bert_tokenizer: PreTrainedTokenizerBase
+) -> TrainStudentConfig:
+    """The same of pairs with any of three labels."""
+    folder = tmp_path_factory.mktemp("killed-labels-training")
+    data = write_labeled(folder / "pairs.jsonl", "multi_label_classification", second="claim")
+    teacher = write_headed_bert(folder / "teacher", bert_tokenizer, "multi_label_classification")
+    cache = cache_labeled(folder / "cache", teacher, data, text_column="text,claim", views=1)
+    return student_config(cache, folder / "warm", dropout=0.2, **EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def numbers_config(
+    tmp_path_factory: pytest.TempPathFactory, bert_tokenizer: PreTrainedTokenizerBase
+) -> TrainStudentConfig:
+    """The same of a number, which has no weights by confidence."""
+    folder = tmp_path_factory.mktemp("killed-numbers-training")
+    data = write_labeled(folder / "texts.jsonl", "regression")
+    teacher = write_headed_bert(folder / "teacher", bert_tokenizer, "regression")
+    cache = cache_labeled(folder / "cache", teacher, data, views=1)
+    weighed = {name: one for name, one in EVERYTHING.items() if name != "conf_power"}
+    return student_config(cache, folder / "warm", dropout=0.2, **weighed)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["classifiers_config", "language_models_config", "labels_config", "numbers_config"],
+)
 def stage_two(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StageTwo]:

@@ -281,9 +281,13 @@ def test_accident_is_no_permutation() -> None:
 @pytest.mark.parametrize(
     ("names", "config", "saying"),
     [
-        (("toxic", "rude"), {"problem_type": "multi_label_classification"}, "is a multi-label"),
-        (("a", "b"), {"problem_type": "regression"}, "its problem_type is regression"),
-        (("score",), {}, "gives 1 number and no classes"),
+        (
+            ("toxic", "rude"),
+            {"problem_type": "multi_label_classification"},
+            "one label a document .such as 0., and a multi-label teacher has any number",
+        ),
+        (("a", "b"), {"problem_type": "regression"}, "gives 2 numbers .* is regression, which is"),
+        (("a", "b"), {"problem_type": "ordinal"}, "its problem_type is ordinal, which is not"),
     ],
 )
 def test_teachers_that_do_not_choose_a_class(

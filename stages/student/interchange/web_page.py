@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from teacher_cache.cache.commit import write_bytes_atomically
 from teacher_cache.cache.errors import UserError
 from teacher_cache.stages.data.packaged.packages import PackagedAsset, fetch
+from teacher_cache.stages.heads import SINGLE, head_of_model
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.interchange.onnx import write_onnx
 from teacher_cache.stages.tokens.frame import surroundings
@@ -80,6 +81,13 @@ def write_page(
     """
     if not isinstance(model, MambaStudentForSequenceClassification):
         raise UserError(f"{source} is no Mamba classifier, and the page classifies: give one")
+    num_outputs = len(model.config.id2label or {})
+    head = head_of_model(source, model.config.problem_type, num_outputs)
+    if head is not SINGLE:
+        raise UserError(
+            f"{source} is {head.kind}, and the page says which one of several classes it is: give "
+            "a student of such a teacher, or --to onnx"
+        )
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if tokenizer is None or backend is None:
         raise UserError(
