@@ -100,7 +100,8 @@ def figures_of(reader: CacheReader) -> SplitFigures | None:
     return SplitFigures(
         num_read=len(samples),
         lengths=Distribution.of(lengths, powers),
-        confidence=None if (sure := _confidences(reader, samples)) is None
+        confidence=None
+        if (sure := _confidences(reader, samples)) is None
         else Distribution.of(sure, SHARES),
         captured_mass=_captured(reader, samples[:: max(1, len(samples) // NUM_DECODED)]),
         bytes_per_sample={

@@ -160,7 +160,20 @@ def _written(workers: Workers, observer: StageOneObserver, overwrite: bool) -> C
         )
 
 
-    config = with_heads(config)
+def with_heads(config: CacheTeacherConfig) -> CacheTeacherConfig:
+    """The same with labels that are read as the teacher's head takes them.
+
+    Raises:
+        UserError: if its kind is not served.
+    """
+    of_head = {"heads": TASKS[config.task].teacher.heads(config.forward)}
+    update = {
+        "labeled": config.labeled.model_copy(update=of_head),
+        "fallback": tuple(one.model_copy(update=of_head) for one in config.fallback),
+    }
+    return config.model_copy(update=update)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Of a cache that does not exist yet.

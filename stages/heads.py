@@ -126,6 +126,10 @@ class Head(ABC):
         """How close a student came to its teacher."""
 
     @abstractmethod
+    def confidences(self, logits: np.ndarray) -> np.ndarray | None:
+        """[N], how sure answers of logits [N, C] float64 are; None where none is a probability."""
+
+    @abstractmethod
     def baseline_logits(self, labels: np.ndarray) -> np.ndarray:
         """[N, C], the best answer to all that regards no document, of labels as stored."""
 
@@ -229,6 +233,11 @@ class SingleLabel(Head):
 
         return agreement_metrics(logits, teacher_logits)
 
+    def confidences(self, logits: np.ndarray) -> np.ndarray:
+        """Probability of the class."""
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return 1.0 / shifted.sum(axis=1)
+
     def baseline_logits(self, labels: np.ndarray) -> np.ndarray:
         """The most frequent class."""
         counts = np.bincount(labels)
@@ -313,6 +322,10 @@ class MultiLabel(Head):
         from teacher_cache.stages.training.measures import multi_label_likeness
 
         return multi_label_likeness(logits, teacher_logits)
+
+    def confidences(self, logits: np.ndarray) -> np.ndarray:
+        """Mean probability of the answers to the labels."""
+        return sigmoid(np.abs(logits)).mean(axis=1)
 
     def baseline_logits(self, labels: np.ndarray) -> np.ndarray:
         """Each label that more than half of the documents have."""
@@ -407,6 +420,9 @@ class Regression(Head):
             "mse_to_teacher": found["mse"],
             "pearson_with_teacher": found["pearson"],
         }
+
+    def confidences(self, logits: np.ndarray) -> None:
+        """A number has none."""
 
     def baseline_logits(self, labels: np.ndarray) -> np.ndarray:
         """The mean."""

@@ -31,6 +31,7 @@ RINGS: dict[str, Ring] = {
     "::test_slices_at_once_killed_at_random[classifier-zarr]": "slow",
     "tests/integration/test_slices.py"
     "::test_slices_at_once_killed_at_random[language_model-arrow]": "slow",
+    "tests/integration/test_killed_training.py::test_killed_at_every_step[numbers_config]": "slow",
     # Vocabularies of tens of thousands of tokens.
     "tests/pipeline/test_aligned_caches.py": "ci",
     "tests/stages/join/test_alignment.py": "ci",

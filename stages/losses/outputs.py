@@ -3,7 +3,7 @@
 One of several classes is compared as a distribution over them. Each of several labels is an outcome
 of two, and a sample costs the mean over its labels: binary divergences at the temperature, with T^2
 outside as for classes (the gradient of one label's term falls with T^2 likewise), and binary
-cross-entropies (Yang et al. 2023, section 3.2, arXiv:2308.06453, which sums them). A number costs
+cross-entropies (Yang et al. 2023, arXiv:2308.06453, which sums them). A number costs
 its squared distance from the teacher's and from the label, without a temperature.
 """
 

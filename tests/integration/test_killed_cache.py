@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from teacher_cache.cache.plan import is_split, viewed_split
 from teacher_cache.cache.reader import CacheReader
@@ -22,6 +22,7 @@ from teacher_cache.cache.verify import verify
 from teacher_cache.stages.cache_teacher import CacheTeacherConfig
 from teacher_cache.stages.codecs.config import ConvertConfig
 from teacher_cache.stages.data.corpus import CorpusConfig
+from tests.headed import write_headed_bert, write_labeled
 from tests.integration.fork_server import ForkServer
 from tests.integration.stage_one_child import HALF_WRITTEN, RENAMED, WRITTEN
 from tests.small_caches import contents, set_shards_per_folder
@@ -136,7 +137,29 @@ def language_stage_one(
     return _uninterrupted(server, config, folder, num_shards=5)
 
 
-@pytest.fixture(params=["stage_one", "language_stage_one"])
+@pytest.fixture(scope="module")
+def labels_stage_one(
+    tmp_path_factory: pytest.TempPathFactory, server: ForkServer, small_teacher: Path
+) -> StageOne:
+    """The same of pairs with any of three labels, and of their views."""
+    folder = tmp_path_factory.mktemp("labels-caches")
+    head = "multi_label_classification"
+    data = write_labeled(folder / "pairs.jsonl", head, num=10, second="claim")
+    tokenizer = AutoTokenizer.from_pretrained(small_teacher)
+    config = CacheTeacherConfig.of(
+        name="labels",
+        teacher=str(write_headed_bert(folder / "teacher", tokenizer, head)),
+        max_length=32,
+        shard_documents=4,
+        labeled=CorpusConfig(source=str(data), text_column="text,claim", pairs=True),
+        views=1,
+    )
+    warm = config.model_copy(update={"out": folder / "warm"})
+    server.call("warm_up", config=warm.model_dump_json())
+    return _uninterrupted(server, config, folder, num_shards=6)
+
+
+@pytest.fixture(params=["stage_one", "language_stage_one", "labels_stage_one"])
 def either_stage_one(request: pytest.FixtureRequest) -> StageOne:
     return request.getfixturevalue(request.param)
 
