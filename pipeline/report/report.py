@@ -312,7 +312,7 @@ def _lead(found: Sources) -> str:
     said = []
     for name, record in found.records.items():
         figures = {one: value for one, value in held_out_figures(record).items() if one in KNOWN}
-        for one in ("accuracy", "perplexity"):
+        for one in ("accuracy", "micro_f1", "mse", "perplexity"):
             if one in figures:
                 said.append(
                     f"{name}: {KNOWN[one].words.removesuffix(', %')} "

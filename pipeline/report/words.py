@@ -49,6 +49,13 @@ KNOWN = {
     for one in (
         Quantity(name="accuracy", words="accuracy, %", shown=percent, is_percent=True),
         Quantity(name="f1", words="F1, %", shown=percent, is_percent=True),
+        Quantity(name="micro_f1", words="micro F1, %", shown=percent, is_percent=True),
+        Quantity(name="macro_f1", words="macro F1, %", shown=percent, is_percent=True),
+        Quantity(name="exact_match", words="all labels right, %", shown=percent, is_percent=True),
+        Quantity(name="mse", words="mean squared error", shown=places(3)),
+        Quantity(name="pearson", words="Pearson's correlation", shown=places(3)),
+        Quantity(name="spearman", words="Spearman's correlation", shown=places(3)),
+        Quantity(name="mse_to_teacher", words="squared error from teacher", shown=places(3)),
         Quantity(name="ece", words="calibration error (ECE), %", shown=percent, is_percent=True),
         Quantity(name="perplexity", words="perplexity", shown=of_any_size, of_nats="nll"),
         Quantity(name="bits_per_byte", words="bits a byte", shown=places(3), of_nats="nll"),
@@ -64,8 +71,9 @@ KNOWN = {
         Quantity(name="conf_w", words="mean confidence weight", shown=places(3)),
     )
 }
-HEADLINE = ("accuracy", "f1", "ece", "perplexity", "bits_per_byte", "agreement", "kl")
-CURVES = ("loss", "accuracy", "perplexity", "agreement", "kl")  # shown first
+OF_HEADS = ("micro_f1", "macro_f1", "exact_match", "mse", "pearson", "spearman", "mse_to_teacher")
+HEADLINE = ("accuracy", "f1", *OF_HEADS, "ece", "perplexity", "bits_per_byte", "agreement", "kl")
+CURVES = ("loss", "accuracy", "micro_f1", "mse", "perplexity", "agreement", "kl")  # shown first
 
 
 def quantity(name: str) -> Quantity:

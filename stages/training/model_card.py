@@ -19,6 +19,11 @@ CARD_NAME = "README.md"
 FIGURES: dict[str, tuple[str, bool]] = {
     "accuracy": ("accuracy", True),
     "f1": ("macro F1", True),
+    "micro_f1": ("micro F1", True),
+    "macro_f1": ("macro F1", True),
+    "exact_match": ("all labels right", True),
+    "mse": ("mean squared error", False),
+    "pearson": ("Pearson's correlation", False),
     "ece": ("calibration error (ECE)", True),
     "perplexity": ("perplexity", False),
     "bits_per_byte": ("bits a byte", False),
