@@ -238,7 +238,7 @@ class Classification(Task[ClassificationTeacher, Sample]):
         """Those that are longer than a sample."""
         return sum(sample.was_truncated for sample in samples)
 
-    def findings(self) -> Findings:
+    def findings(self) -> OnLabels | MeasuredOnLabels:
         """How often the teacher gives a document its label, or what measures other answers."""
         if self.head is not SINGLE:
             return MeasuredOnLabels(self.head)
@@ -310,8 +310,8 @@ class OnLabels:
         return {ON_LABELS: found.to_json()}
 
 
-class MeasuredOnLabels(Findings):
-    """The teacher against labels of another kind than a class.
+class MeasuredOnLabels:
+    """The teacher against labels of another kind than a class; `Findings`.
 
     Args:
         head: of the teacher.
@@ -329,6 +329,8 @@ class MeasuredOnLabels(Findings):
 
     def about(self) -> dict[str, Any]:
         """The head's measures."""
+        if not self._parts:
+            return {}
         logits, labels = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         if not len(labels):
             return {}
