@@ -29,7 +29,7 @@ from teacher_cache.stages.data.corpus import Corpus, CorpusConfig, load_corpus
 from teacher_cache.stages.data.survey import survey
 from teacher_cache.stages.data.tokenization import Sample, tokenize
 from teacher_cache.stages.heads import SINGLE, Head
-from teacher_cache.stages.losses.outputs import loss_of
+from teacher_cache.stages.losses.objective import loss_of
 from teacher_cache.stages.models.device import (
     dtype_name,
     recurrences_by_device,

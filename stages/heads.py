@@ -4,7 +4,7 @@ A *kind of head* is decided once, by the teacher's configuration and where that 
 how the labels are written; the cache's settings hold it (but for one of several classes, which all
 caches held once), and a student's configuration as transformers' `problem_type`. All else asks the
 kind: how labels are read and stored, how an answer is measured and said. What it costs to learn
-stands in `stages/losses/outputs.py`, for it needs torch.
+stands in `stages/losses/objective.py`, for it needs torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ import numpy as np
 
 from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.schema import ABSENT_LABEL, CLASS_LABEL, NO_LABEL, FieldSpec
-from teacher_cache.stages.data.label_sets import are_sets, read_label_sets
-from teacher_cache.stages.data.label_values import are_fractions, read_label_values
+from teacher_cache.stages.data.label_kinds import (
+    are_fractions,
+    are_sets,
+    read_label_sets,
+    read_label_values,
+)
 from teacher_cache.stages.data.labels import AnyLabels, Label, read_labels
 
 if TYPE_CHECKING:
@@ -406,20 +410,20 @@ class Regression(Head):
     def metrics(
         self, logits: np.ndarray, labels: np.ndarray, threshold: float = THRESHOLD
     ) -> dict[str, float]:
-        """Squared error, correlations."""
+        """Squared error, and correlations where neither side is all one number."""
         from teacher_cache.stages.training.measures import regression_metrics
 
-        return regression_metrics(logits, labels)
+        found = regression_metrics(logits, labels)
+        return {name: one for name, one in found.items() if name == "mse" or not np.isnan(one)}
 
     def likeness(self, logits: np.ndarray, teacher_logits: np.ndarray) -> dict[str, float]:
         """The same from the teacher's number."""
         from teacher_cache.stages.training.measures import regression_metrics
 
         found = regression_metrics(logits, teacher_logits[:, 0])
-        return {
-            "mse_to_teacher": found["mse"],
-            "pearson_with_teacher": found["pearson"],
-        }
+        correlation = found["pearson"]
+        with_teacher = {} if np.isnan(correlation) else {"pearson_with_teacher": correlation}
+        return {"mse_to_teacher": found["mse"], **with_teacher}
 
     def confidences(self, logits: np.ndarray) -> None:
         """A number has none."""

@@ -30,7 +30,7 @@ from teacher_cache.pipeline.report.words import (
     shown,
 )
 
-TEACHER, MAJORITY = "teacher", "majority"
+TEACHER, BASELINES = "teacher", ("majority", "mean")
 NUM_QUOTES = 5  # that are not folded
 MOST_CLASSES = 12
 FEWEST_BINS = 2
@@ -65,7 +65,7 @@ class Comparison:
     @property
     def students(self) -> list[dict[str, Any]]:
         """The rows of runs."""
-        return [row for row in self.rows if row["name"] not in (TEACHER, MAJORITY)]
+        return [row for row in self.rows if row["name"] not in (TEACHER, *BASELINES)]
 
     @property
     def teacher(self) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from teacher_cache.cache.errors import UserError
 from teacher_cache.cache.manifest import Manifest, read_manifest, utc_now
 from teacher_cache.cache.reader import CacheReader
 from teacher_cache.pipeline.report.comparison import (
-    MAJORITY,
+    BASELINES,
     TEACHER,
     Comparison,
     agreement_parts,
@@ -252,7 +252,7 @@ def _read_evaluation(
             f"--evaluation {path} has the figures of {', '.join(names) or 'no model'}, and none of "
             f"{missing[0]}: {expected}"
         )
-    chosen = (*short, TEACHER, MAJORITY)
+    chosen = (*short, TEACHER, *BASELINES)
     rows = [row for row in rows if row["name"] in chosen]
     found = renamed({**found, "rows": rows}, short)
     return _comparison(found, f"(figures of {path.name})", records)
@@ -267,13 +267,13 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
             break
         num += 1
     short = {name: "-".join(name.split("-")[num:]) for name in names}
-    taken = {TEACHER, MAJORITY} & set(short.values())
+    taken = {TEACHER, *BASELINES} & set(short.values())
     return dict(zip(names, names, strict=True)) if taken else short
 
 
 def renamed(found: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
     """An evaluation with the runs' short names; what is of other runs is left out."""
-    names = {**short, TEACHER: TEACHER, MAJORITY: MAJORITY}
+    names = {**short, **{one: one for one in (TEACHER, *BASELINES)}}
     details = dict(found.get("details") or {})
     if details:
         details["models"] = {

@@ -17,7 +17,7 @@ from teacher_cache.stages.config import flag_of
 from teacher_cache.stages.heads import Head, recorded_head
 from teacher_cache.stages.join.join import Joined
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.outputs import loss_of
+from teacher_cache.stages.losses.objective import loss_of
 from teacher_cache.stages.student.classifier import MambaStudentForSequenceClassification
 from teacher_cache.stages.student.position_map import PositionMap
 from teacher_cache.stages.student.pretrained import classifier_config

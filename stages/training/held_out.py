@@ -13,8 +13,7 @@ from transformers import EvalPrediction
 from teacher_cache.cache.schema import NEXT_LOG_PROB, NO_LABEL
 from teacher_cache.stages.heads import SINGLE, Head
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import ObjectiveTerms, StepTotals
-from teacher_cache.stages.losses.outputs import loss_of
+from teacher_cache.stages.losses.objective import ObjectiveTerms, StepTotals, loss_of
 from teacher_cache.stages.training.batches import Batch
 from teacher_cache.stages.training.lesson import Lesson
 from teacher_cache.stages.training.terms import Chunks, Heard

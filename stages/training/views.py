@@ -19,12 +19,13 @@ from teacher_cache.stages.heads import SINGLE
 from teacher_cache.stages.losses.config import ObjectiveConfig
 from teacher_cache.stages.losses.linear_head import linear_objective
 from teacher_cache.stages.losses.objective import (
+    LOSSES,
     ObjectiveTerms,
+    OutputLoss,
     StepTotals,
     TargetsByPosition,
     confidence_weights,
 )
-from teacher_cache.stages.losses.outputs import LOSSES, OutputLoss
 from teacher_cache.stages.models.head import LinearHead
 from teacher_cache.stages.training.batches import Batch, at
 

@@ -24,7 +24,7 @@ from teacher_cache.stages.evaluation.config import ClassifyingOptions, Generatio
 from teacher_cache.stages.evaluation.runs import known_task
 from teacher_cache.stages.evaluation.task import EvaluateConfig
 from teacher_cache.stages.heads import HEADS
-from teacher_cache.stages.losses.outputs import loss_of
+from teacher_cache.stages.losses.objective import loss_of
 from tests.headed import LENGTH, NAMES, cache_labeled, write_headed_bert, write_labeled
 from tests.ready_made import ReadyMade
 from tests.tiny_runs import result_log, student_config

@@ -15,8 +15,12 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from teacher_cache.cache.schema import NO_LABEL
 from teacher_cache.stages.heads import HEADS
 from teacher_cache.stages.losses.config import ObjectiveConfig
-from teacher_cache.stages.losses.objective import StepTotals, confidence_weights
-from teacher_cache.stages.losses.outputs import OutputLoss, loss_of
+from teacher_cache.stages.losses.objective import (
+    OutputLoss,
+    StepTotals,
+    confidence_weights,
+    loss_of,
+)
 from tests import reference_losses as reference
 
 SEVERAL = loss_of(HEADS["multi_label_classification"])

@@ -11,8 +11,13 @@ import pyarrow as pa
 import pytest
 
 from teacher_cache.cache.errors import UserError
-from teacher_cache.stages.data.label_sets import LabelSets, are_sets, read_label_sets
-from teacher_cache.stages.data.label_values import are_fractions, read_label_values
+from teacher_cache.stages.data.label_kinds import (
+    LabelSets,
+    are_fractions,
+    are_sets,
+    read_label_sets,
+    read_label_values,
+)
 from teacher_cache.stages.heads import HEADS, head_of_labels, possible_heads
 
 ID2LABEL = {0: "rude", 1: "toxic", 2: "kind"}
