@@ -82,7 +82,7 @@ CACHES = Path("caches")
 HELD_OUT_QUALITY = {
     "eval_accuracy": "accuracy",
     "eval_micro_f1": "micro F1",
-    "eval_pearson": "correlation",
+    "eval_mse": "mean squared error",
 }
 EXPORTS = {
     "gguf": write_gguf,

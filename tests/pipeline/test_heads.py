@@ -74,7 +74,7 @@ def test_labels_as_columns(tiny_bert: Path) -> None:
 
 def test_numbers_from_teacher_to_answer(tiny_bert: Path) -> None:
     write_labeled(Path("data.jsonl"), NUMBER, num=60)
-    assert "held-out correlation" in tuned("data.jsonl", tiny_bert)
+    assert "held-out mean squared error" in tuned("data.jsonl", tiny_bert)
     assert json.loads(Path("teacher/config.json").read_text())["problem_type"] == NUMBER
     command = ("cache-teacher", "--data", "data.jsonl", "--teacher", "teacher", *SHORT)
     assert "labelled documents: MSE " in done(*command, "--out", "cache")
