@@ -23,6 +23,7 @@ from teacher_cache.cache.commit import (
     explained,
     fsync_folder,
     is_temporary_of,
+    remove_leftovers,
     write_json_atomically,
 )
 from teacher_cache.cache.errors import UserError
@@ -143,11 +144,13 @@ def open_run(folder: Path, record: RunRecord, *, start_again: bool) -> RunRecord
             record.settings,
             start_again="--resume never (--set train_student.resume=never in `pipe run`)",
         )
+        remove_leftovers(folder)
         return recorded
     elif folder.exists() and not all(map(_is_ours, folder.iterdir())):
         raise UserError(
             f"{folder} is not empty and holds no {RUN_NAME}, so it is no run: give another --out"
         )
+    remove_leftovers(folder)
     record.write(folder)
     return record
 

@@ -142,6 +142,7 @@ def test_options_win_over_the_preset() -> None:
         "txt_unit": "line",
         "labeled": True,
         "pairs": True,
+        "heads": ("single_label_classification",),
         "conversations": False,
         "label_names": ("bad", "good"),
         "label_map": None,

@@ -37,7 +37,7 @@ def test_states_that_are_asked_for(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"hidden": "pool"}, "--hidden is 'pool', expected none or.*pooled, last and numbers"),
+        ({"hidden": "pool"}, "--hidden is 'pool', expected none or.*pooled, last, all and numbers"),
         ({"hidden": "none,last"}, "--hidden is 'none,last'"),
         ({"hidden": "-1"}, "--hidden is '-1'"),
         ({"attention_layers": "all"}, "--attention-layers all is of attention maps"),
