@@ -20,6 +20,7 @@ from teacher_cache.stages.teacher.layers import NO_LAYERS, LayerTap
 from teacher_cache.stages.teacher.load import ClassificationTeacher
 from teacher_cache.stages.tokens.record import TokenizationRecord, describe
 from teacher_cache.stages.training.config import TrainStudentConfig
+from teacher_cache.stages.training.model_card import CARD_NAME
 from teacher_cache.stages.training.run_folder import RUN_NAME, read_run
 
 MAX_LENGTH = 24
@@ -117,8 +118,16 @@ def result_log(run: Path) -> list[dict[str, Any]]:
 
 
 def result_files(run: Path) -> dict[str, bytes]:
-    """Every file of a finished run's result by name; its log without what the clock says."""
+    """Every file of a finished run's result by name; its log without what the clock says.
+
+    The card is named after the folder, which may be another.
+    """
     files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    if CARD_NAME in files:
+        card = files[CARD_NAME].decode()
+        for line in (f"- name: {run.name}\n", f"# {run.name}\n"):
+            card = card.replace(line, line.replace(run.name, "RUN"))
+        files[CARD_NAME] = card.encode()
     record = read_run(run)
     told = (record.settings, (record.result or {})["num_steps"], result_log(run))
     return files | {RUN_NAME: repr(told).encode()}

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from teacher_cache.stages import train_student as stage_two
 from teacher_cache.stages.training.config import TrainStudentConfig
+from tests.small_caches import without_token
 from tests.tiny_runs import read_tokenizers_once
 
 BEFORE, HALF_WRITTEN, AFTER = "before", "half-written", "after"
@@ -70,7 +71,7 @@ class Steps:
         return stepped
 
     def _name(self, phase: str, what: str, path: str | Path) -> str:
-        place = str(path).removeprefix(f"{self._run}/").removeprefix("checkpoints/")
+        place = without_token(str(path)).removeprefix(f"{self._run}/").removeprefix("checkpoints/")
         return f"{phase} {what} {re.sub('checkpoint-[0-9]+', 'checkpoint', place)}"
 
     def _is_next(self, phase: str, what: str, path: str | Path) -> bool:

@@ -145,8 +145,8 @@ def test_a_configuration_alone_starts_from_the_seed(
     gpt2_config(len(tokenizer)).save_pretrained(tmp_path / "start")
     once = {"max_steps": 1, "seed": 3, "dtype": "float32"}
     runs = [
-        train_student.run(config(cache, tmp_path / "start", tmp_path / name / "run", **once)).run
-        for name in ("one", "two")  # the card names the folder itself
+        train_student.run(config(cache, tmp_path / "start", tmp_path / name, **once)).run
+        for name in ("one", "two")
     ]
     assert result_files(runs[0]) == result_files(runs[1])
 

@@ -92,7 +92,7 @@ def test_a_language_model_learns_the_same_bits(
 def test_inspect_and_verify_say_the_format(caches: dict[str, Path]) -> None:
     found = {store: done("inspect", cache) for store, cache in caches.items()}
     for store, printed in found.items():
-        row = next(line for line in printed.splitlines() if "format" in line.split())
+        row = next(line for line in printed.splitlines() if line.split()[1:2] == ["format"])
         assert store in row
     # But for names, sizes and format, both hold and show the same.
     shown = [printed[printed.index("fields of a sample") :] for printed in found.values()]

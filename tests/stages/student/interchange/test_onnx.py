@@ -30,7 +30,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "last": {"arch": "mamba", "pooling": "last", "head": "linear"},
 }
 LANGUAGE_MODELS = ("Mamba-2", "Mamba-1", "groups", "attention in one of two")
-FIRST = ("Mamba-2", "Mamba-1 both ways")  # the others at length
+FIRST = ("Mamba-2",)  # the others at length
 
 
 def model_of(name: str) -> Any:
