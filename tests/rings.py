@@ -41,8 +41,7 @@ RINGS: dict[str, Ring] = {
     "::test_a_lost_shard_is_made_again_bit_for_bit": "slow",
     "tests/stages/teacher/test_language_modeling.py"
     "::test_a_lost_shard_is_made_again_bit_for_bit[nucleus]": "ci",
-    "tests/pipeline/test_aligned_caches.py"
-    "::test_its_own_student_learns_from_it[sampled]": "slow",
+    "tests/pipeline/test_aligned_caches.py::test_its_own_student_learns_from_it[sampled]": "slow",
     "tests/stages/teacher/test_aligned_caches.py"
     "::test_a_cut_cache_is_the_teachers_among_the_students_ids": "slow",
     "tests/stages/teacher/test_aligned_caches.py"
