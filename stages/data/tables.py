@@ -167,6 +167,8 @@ def _feature(found: pa.DataType) -> Any:
     """A feature of `datasets`; of a type that it does not know, text that says what it is."""
     try:
         return datasets.Features.from_arrow_schema(pa.schema({"one": found}))["one"]
+    # `datasets` has no feature of its own for some types: ValueError for an interval or a union,
+    # and for nested ones whatever building their parts raises. The column is shown as text.
     except (ValueError, TypeError, NotImplementedError):
         return datasets.Value("string")
 

@@ -53,7 +53,7 @@ def shape_of(teacher: TeacherWeights) -> dict[str, Any]:
         "attn_cfg": attention.to_dict(),
         "num_positions": 0 if (table := teacher.positions()) is None else len(table),
         "tie_word_embeddings": teacher.is_tied,
-        "head_bias": teacher.head().bias is not None,
+        "head_bias": teacher.has_head_bias,
     }
 
 

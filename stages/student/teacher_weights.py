@@ -272,9 +272,14 @@ class TeacherWeights:
         name = "lm_head.weight"
         if name not in self._files:
             name = f"{self.family.prefix}{self.family.embeddings}.weight"
-        bias = self._tensor("lm_head.bias") if "lm_head.bias" in self._files else None
+        bias = self._tensor("lm_head.bias") if self.has_head_bias else None
         divisor = self._or("logits_scaling", 1.0)
         return Affine(weight=self._tensor(name), bias=bias).times(1 / divisor)
+
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether something is added to its logits."""
+        return "lm_head.bias" in self._files
 
     @property
     def is_tied(self) -> bool:
